@@ -1,0 +1,46 @@
+"""Iterative linearisation and damped Gauss-Newton as Optax gradient transformations.
+
+Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model expanded
+at an anchor), `curvature` (Gauss-Newton products), `solve` (one linear system, several solvers), then the transforms
+`iterative_linearisation`, `damping`, `gauss_newton` and `levenberg_marquardt`, then `minimise` (a driver) and `telemetry`
+(what the state says). `compare`, the command line, is never imported from here.
+"""
+
+from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model
+from gnlin.damping import GainRatio
+from gnlin.gauss_newton import gauss_newton, scale_by_gauss_newton
+from gnlin.iterative_linearisation import iterative_linearisation, linearise_gradients, prox_linear
+from gnlin.levenberg_marquardt import levenberg_marquardt
+from gnlin.linearise import Linearisation, linearise, linearised_value_and_grad
+from gnlin.minimise import MinimiseInfo, minimise
+from gnlin.objective import Objective
+from gnlin.solve import CG, Dense, Solution, System
+from gnlin.telemetry import anchor, metrics, predict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "Dense",
+    "GainRatio",
+    "Linearisation",
+    "MinimiseInfo",
+    "Objective",
+    "QuadraticModel",
+    "Solution",
+    "System",
+    "anchor",
+    "gauss_newton",
+    "ggn_vector_product",
+    "iterative_linearisation",
+    "levenberg_marquardt",
+    "linearise",
+    "linearise_gradients",
+    "linearised_value_and_grad",
+    "metrics",
+    "minimise",
+    "predict",
+    "prox_linear",
+    "quadratic_model",
+    "scale_by_gauss_newton",
+]

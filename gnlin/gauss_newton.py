@@ -1,0 +1,198 @@
+"""Damped Gauss-Newton: (JᵀHJ + λI) d = updates, solved afresh at every step."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlin import tree
+from gnlin.curvature import QuadraticModel, quadratic_model
+from gnlin.damping import Damping, DampingState, GainRatio, check_number, damping_at, gain_ratio
+from gnlin.objective import Objective, check_objective, check_params, visible_objective
+from gnlin.solve import CG, Solution, Solver, System
+from gnlin.tree import Params
+
+
+class ScaleByGaussNewtonState(NamedTuple):
+    count: chex.Array
+    solver: Any  # what the solver carries, such as its last solution
+    metrics: dict[str, chex.Array]
+
+
+class GaussNewtonState(NamedTuple):
+    count: chex.Array
+    solver: Any
+    damping: DampingState
+    metrics: dict[str, chex.Array]
+
+
+def scale_by_gauss_newton(
+    objective: Objective, damping: Damping, *, solver: Solver = CG()
+) -> optax.GradientTransformationExtraArgs:
+    r"""Precondition the incoming updates by the damped Gauss-Newton matrix.
+
+    .. math:: (G + \lambda I)\, d = u, \qquad G = J^\top H J,
+
+    where u is whatever arrives: clipping or weight decay placed before it in a chain is honoured. With
+    ``updates=None`` it is the gradient on `batch`. Follow it by a learning rate and, unless λ is large, by
+    a line search: a full step with a small constant λ and a well-converged solve diverges on softmax losses.
+
+    The update takes, beside ``batch``:
+
+    * ``curvature_batch``: other data for G (a smaller or an independent batch);
+    * ``all_params``: the whole parameter tree, where `optax.masked` or `optax.partition` hides leaves. G
+      is then that of the visible leaves, the others held fixed.
+
+    Metrics: ``damping`` and those of the solver.
+
+    Args:
+        objective: the problem.
+        damping: λ ≥ 0: a number, a schedule of the count, or a hyperparameter injected by Optax.
+        solver: a record from `gnlin.solve`, `CG` or `Dense`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`. A NaN batch gives a zero direction and a metric
+        ``converged`` that is false, and nothing of it stays in the state.
+
+    Raises:
+        ValueError, TypeError: `damping` is negative, NaN or no number; at update: `params` or `batch` is missing.
+
+    Reference: Schraudolph 2002; Martens 2010.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([2.0, 1.0]) * p - 1)
+        >>> tx = optax.chain(gnlin.scale_by_gauss_newton(objective, damping=0.0), optax.scale_by_learning_rate(1.0))
+        >>> params = jnp.zeros(2)
+        >>> updates, _ = tx.update(objective.value_and_grad(params)[1], tx.init(params), params)
+        >>> optax.apply_updates(params, updates).round(4)
+        Array([0.5, 1. ], dtype=float32)
+    """
+    check_objective(objective)
+    check_solver(solver)
+    if not callable(damping):
+        check_number("damping", damping)
+
+    def init_fn(params):
+        check_params(params, allow_holes=True)
+        carry, stats = solver.init(params)
+        return ScaleByGaussNewtonState(jnp.zeros([], jnp.int32), carry, {"damping": jnp.asarray(0.0, float), **stats})
+
+    def update_fn(
+        updates, state, params=None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
+    ):
+        del extra_args
+        problem = visible_objective(objective, params, all_params)
+        strength = damping_at(damping, state.count)
+        batches = (batch, curvature_batch)
+        solution, carry, _ = _direction(problem, solver, strength, updates, params, batches, state.solver)
+        metrics = {"damping": strength, **solution.stats}
+        return solution.step, ScaleByGaussNewtonState(optax.safe_increment(state.count), carry, metrics)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def gauss_newton(
+    learning_rate: optax.ScalarOrSchedule,
+    objective: Objective,
+    damping: Damping | GainRatio,
+    *,
+    solver: Solver = CG(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Damped Gauss-Newton descent, :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u`.
+
+    With a number or a schedule for λ this is `scale_by_gauss_newton` followed by the learning rate. With a
+    `GainRatio` policy the loss on `batch` is evaluated once more at the new parameters and λ follows the gain
+    ratio. Every step is taken; to reject the bad ones use `levenberg_marquardt`.
+
+    Metrics: ``damping``, those of the solver and, with `GainRatio`, ``gain_ratio`` and ``loss`` (at the old
+    parameters).
+
+    Args:
+        learning_rate: η, a number or a schedule; 1 is the full step.
+        objective: the problem.
+        damping: λ, a number, a schedule or a `GainRatio`; the safe choice is the latter. A plain small number
+            diverges on softmax losses.
+        solver: a record from `gnlin.solve`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; extra arguments as in `scale_by_gauss_newton`.
+
+    Raises:
+        ValueError, TypeError: as `scale_by_gauss_newton`.
+
+    Example:
+        >>> import gnlin, jax, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 2.0)
+        >>> tx = gnlin.gauss_newton(1.0, objective, gnlin.GainRatio(1e-2))
+        >>> params = jnp.zeros(1); state = tx.init(params)
+        >>> for _ in range(8):
+        ...     updates, state = tx.update(None, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(abs(params[0] - jnp.log(2.0)) < 1e-6)
+        True
+    """
+    if not isinstance(damping, GainRatio):
+        return optax.chain(
+            scale_by_gauss_newton(objective, damping, solver=solver), optax.scale_by_learning_rate(learning_rate)
+        )
+    check_objective(objective)
+    check_solver(solver)
+
+    def init_fn(params):
+        check_params(params, allow_holes=True)
+        carry, stats = solver.init(params)
+        policy = damping.init()
+        zero = jnp.asarray(0.0, float)
+        metrics = {"damping": policy.damping, "gain_ratio": zero, "loss": zero, **stats}
+        return GaussNewtonState(jnp.zeros([], jnp.int32), carry, policy, metrics)
+
+    def update_fn(
+        updates, state, params=None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
+    ):
+        del extra_args
+        problem = visible_objective(objective, params, all_params)
+        batches = (batch, curvature_batch)
+        strength = state.damping.damping
+        solution, carry, model = _direction(problem, solver, strength, updates, params, batches, state.solver)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        step = tree.scale(-1 * jnp.asarray(rate, float), solution.step)
+        ratio = gain_ratio(model.value, problem.value(tree.add(params, step), batch), -model.change(step))
+        metrics = {
+            "damping": strength,
+            "gain_ratio": ratio.astype(float),
+            "loss": model.value.astype(float),
+            **solution.stats,
+        }
+        policy = damping.update(state.damping, ratio)
+        # A batch that is not finite says nothing about the damping.
+        policy = tree.select(jnp.isfinite(model.value), policy, state.damping)
+        return step, GaussNewtonState(optax.safe_increment(state.count), carry, policy, metrics)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def solve_damped(
+    model: QuadraticModel, solver: Solver, damping: chex.Numeric, rhs: Params, carry: Any, scaling: Params | None = None
+) -> tuple[Solution, Any]:
+    """Solve (G + λD) d = rhs; a carry that is not finite is not kept."""
+    system = System(model.linear.jvp, model.linear.vjp, model.hessian, damping, scaling)
+    solution, new_carry = solver.solve(system, tree.cast_like(rhs, model.linear.anchor), carry)
+    return solution, tree.select(tree.all_finite(new_carry), new_carry, carry)
+
+
+def _direction(objective, solver, damping, updates, params, batches, carry):
+    """``(solution, carry, model)``, where `batches` is the pair (gradient's batch, curvature's or `None` for the same)."""
+    batch, curvature_batch = batches
+    model = quadratic_model(objective, params, batch)
+    curvature = model if curvature_batch is None else quadratic_model(objective, params, curvature_batch)
+    # The one linearisation serves gradient and products; what is not used is never computed under jit.
+    rhs = model.gradient() if updates is None else updates
+    return *solve_damped(curvature, solver, damping, rhs, carry), model
+
+
+def check_solver(solver: Any) -> None:
+    if not (hasattr(solver, "init") and hasattr(solver, "solve")):
+        raise TypeError(f"`solver` must be a solver record such as gnlin.CG() or gnlin.Dense(); got {solver!r}")

@@ -1,0 +1,402 @@
+r"""Iterative linearisation: train the model linearised at an anchor φ, and move the anchor every K steps.
+
+Written as two loops, over cycles and over the steps of a cycle,
+
+    repeat:                                         # a cycle
+        φ ← θ
+        repeat K times:                             # each on its own mini-batch
+            g ← ∇Q_φ(θ),  Q_φ(θ) = ℓ(f(φ) + J(φ)(θ − φ))
+            θ ← θ − inner(g)
+
+A gradient transformation is asked for one update at a time, so the loops are flattened: the state carries φ and
+the number of steps that φ still has to serve, and the head of the outer loop becomes a test at the head
+of the update,
+
+    φ, remaining ← (θ, K) if remaining = 0 else (φ, remaining)
+    g ← ∇Q_φ(θ);  remaining ← remaining − 1
+
+It stands at the head and not at the end because a chain element does not know the parameters that its update will
+lead to: later elements still change the step. Hence, between two updates, remaining = 0 says that the next
+update will start from the true model at θ, and `predict` then evaluates the true model. K = 1 has φ = θ always, where
+∇Q_φ(θ) = Jᵀ∇ℓ(f(θ)) is the true gradient; K = ∞ never returns to the head.
+"""
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlin import tree
+from gnlin.curvature import LOSS_MODELS, OutputLoss, check_loss_model
+from gnlin.linearise import Linearisation, linearise, primitive_names
+from gnlin.objective import Objective, check_objective, check_params, visible_objective
+from gnlin.tree import Batch, Params
+
+Period = int | None | Callable[[chex.Numeric], chex.Numeric]
+LossModel = Literal["exact", "quadratic"]
+
+_FOREVER = -1  # value of `remaining` for an anchor that never moves
+# A cycle of K steps saves one push-forward, a fraction 2/(5K) of its work; beyond this K that is not worth a branch.
+_LONGEST_SKIPPING_PERIOD = 10
+
+
+class LinearisedGradientsState(NamedTuple):
+    count: chex.Array
+    remaining: chex.Array  # updates that the anchor still serves; 0: the next update moves it
+    anchor: Params
+    metrics: dict[str, chex.Array]
+
+
+class IterativeLinearisationState(NamedTuple):
+    linearised: LinearisedGradientsState
+    inner: optax.OptState
+    metrics: dict[str, chex.Array]
+
+
+class ProxLinearState(NamedTuple):
+    count: chex.Array
+    metrics: dict[str, chex.Array]
+
+
+def linearise_gradients(
+    objective: Objective, period: Period, *, loss_model: LossModel = "exact"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replace the incoming gradient by that of the linearised problem: the chain element of iterative linearisation.
+
+    .. math:: \nabla Q_\phi(\theta) = J(\phi)^\top \nabla\ell\big(f(\phi) + J(\phi)(\theta - \phi)\big)
+
+    The anchor φ is moved to θ at the first update and then every `period` updates. What follows in the chain (Adam,
+    momentum, ...) descends on it: ``optax.chain(gnlin.linearise_gradients(objective, 16), optax.adam(1e-3))``. The
+    incoming gradient is ignored, may be `None`, and costs nothing under `jit`. To accumulate micro-batches put this element
+    outside: ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner, k).gradient_transformation())``, so that each
+    micro-batch is linearised.
+
+    A step costs 5/3 of a gradient, and with ``period=1`` exactly a gradient.
+
+    Metrics: ``linearise/loss`` (Q at the parameters given), ``linearise/refreshes`` (times the anchor moved),
+    ``linearise/age`` (updates since then).
+
+    Args:
+        objective: the problem.
+        period: K ≥ 1; `None` for never (linearised training); or a schedule, evaluated at the count of updates each time
+            the anchor moves and rounded to at least 1.
+        loss_model: ``"exact"`` keeps the loss; ``"quadratic"`` expands it too, to second order at f(φ): the
+            Gauss-Newton model of Abreu et al.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
+
+    Raises:
+        ValueError, TypeError: `period` is below 1 or no integer, `loss_model` is unknown; at update: `params` or
+            `batch` is missing.
+
+    References: Goldwaser & Ge, arXiv 2211.12345, section 3; Abreu et al., arXiv 2510.09378.
+
+    Example:
+        >>> import gnlin, jax, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
+        >>> tx = optax.chain(gnlin.linearise_gradients(objective, period=4), optax.sgd(0.1))
+        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> for _ in range(40):
+        ...     updates, state = tx.update(None, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params.round(3)
+        Array([1.414], dtype=float32)
+    """
+    check_objective(objective)
+    check_period(period)
+    check_loss_model(loss_model)
+
+    def init_fn(params):
+        check_params(params, allow_holes=True)
+        return LinearisedGradientsState(
+            count=jnp.zeros([], jnp.int32),
+            remaining=jnp.zeros([], jnp.int32),
+            anchor=tree.copy(params),
+            metrics={
+                "linearise/loss": jnp.asarray(0.0, float),
+                "linearise/refreshes": jnp.zeros([], jnp.int32),
+                "linearise/age": jnp.zeros([], jnp.int32),
+            },
+        )
+
+    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+        del updates, extra_args
+        problem = visible_objective(objective, params, all_params)
+        _, grads, _, state = _linearised_step(problem, period, loss_model, state, params, batch)
+        return grads, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def iterative_linearisation(
+    inner: optax.GradientTransformation,
+    objective: Objective,
+    period: Period,
+    *,
+    loss_model: LossModel = "exact",
+    reset_inner: bool = False,
+    line_search: Sequence[float] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Iterative linearisation around an inner optimiser that it owns.
+
+    As `linearise_gradients` followed by `inner`, and able to do what a chain element cannot: start the inner optimiser
+    afresh with each anchor, and choose how far to go at the end of a cycle, where θ is replaced by the best of
+
+    .. math:: \phi + \alpha\,(\theta - \phi), \qquad \alpha \in \{0\} \cup \text{line\_search},
+
+    on the true loss of the last batch, so never worse on it than not having moved.
+
+    The inner optimiser also receives ``value``, ``grad`` and ``value_fn`` of the linearised problem (and
+    ``batch``), so that ``optax.lbfgs()`` works.
+
+    Metrics: as `linearise_gradients`, and with a line search ``line_search/alpha``, the last α chosen.
+
+    Args:
+        inner: optimiser of the linearised problem, its learning rate included.
+        objective: the problem.
+        period: as in `linearise_gradients`.
+        loss_model: as in `linearise_gradients`.
+        reset_inner: whether `inner` forgets its state each time the anchor moves.
+        line_search: values of α to try at the end of each cycle, such as ``(1.0, 0.5, 0.25)``; `None` for none.
+            Each costs a forward pass.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
+
+    Raises:
+        ValueError, TypeError: as `linearise_gradients`; `line_search` is empty or has an α that is not positive.
+
+    References: Goldwaser & Ge, arXiv 2211.12345; Abreu et al., arXiv 2510.09378 (the line search).
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
+        >>> tx = gnlin.iterative_linearisation(
+        ...     optax.sgd(0.1, momentum=0.5), objective, period=5, reset_inner=True, line_search=(1.0, 0.5))
+        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = tx.update(None, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(objective.value(params) < 1e-3)
+        True
+    """
+    check_inner(inner)
+    inner = optax.with_extra_args_support(inner)
+    alphas = check_line_search(line_search)
+    linearised = linearise_gradients(objective, period, loss_model=loss_model)
+
+    def init_fn(params):
+        metrics = {} if alphas is None else {"line_search/alpha": jnp.asarray(0.0, float)}
+        return IterativeLinearisationState(linearised.init(params), inner.init(params), metrics)
+
+    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+        del updates
+        problem = visible_objective(objective, params, all_params)
+        fresh = state.linearised.remaining == 0
+        value, grads, value_fn, after = _linearised_step(
+            problem, period, loss_model, state.linearised, params, batch
+        )
+        inner_state = state.inner
+        if reset_inner:
+            inner_state = tree.select(fresh, inner.init(params), inner_state)
+        updates, inner_state = inner.update(
+            grads, inner_state, params, value=value, grad=grads, value_fn=value_fn, batch=batch, **extra_args
+        )
+        metrics = state.metrics
+        if alphas is not None:
+
+            def at_end(updates):
+                return _best_along(problem, after.anchor, params, updates, alphas, batch)
+
+            def within(updates):
+                return updates, metrics["line_search/alpha"]
+
+            updates, alpha = jax.lax.cond(after.remaining == 0, at_end, within, tree.cast_like(updates, params))
+            metrics = {"line_search/alpha": alpha}
+        return updates, IterativeLinearisationState(after, inner_state, metrics)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def prox_linear(
+    inner: optax.GradientTransformation, objective: Objective, steps: int, *, loss_model: LossModel = "exact"
+) -> optax.GradientTransformationExtraArgs:
+    r"""All inner steps inside one update, on one batch, with one linearisation.
+
+    Minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps` steps of `inner`, started
+    afresh, and returns θ − φ: full Gauss-Newton (``loss_model="quadratic"``) or prox-linear. Beside the one
+    linearisation a step costs 4/3 of a gradient. The same as `iterative_linearisation` with ``period=steps`` and
+    ``reset_inner=True``, fed one batch for a whole cycle. Follow it by a line search on the true loss to be safe:
+    ``optax.chain(prox_linear(...), optax.scale_by_backtracking_linesearch(...))``.
+
+    The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ), ``prox/linearised_loss`` (Q before the last step).
+
+    Args:
+        inner: optimiser of the linearised problem, its learning rate included; it receives ``value``, ``grad`` and
+            ``value_fn`` of Q.
+        objective: the problem.
+        steps: inner steps, at least 1.
+        loss_model: as in `linearise_gradients`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
+
+    Raises:
+        ValueError, TypeError: `steps` is below 1 or no integer, `loss_model` is unknown; at update: `params` or
+            `batch` is missing.
+
+    References: Abreu et al., arXiv 2510.09378; Drusvyatskiy & Paquette, Efficiency of minimizing compositions of
+    convex functions and smooth maps, 2019 (prox-linear).
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
+        >>> tx = gnlin.prox_linear(optax.sgd(0.1), objective, steps=20)
+        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> for _ in range(5):
+        ...     updates, state = tx.update(None, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params.round(3)
+        Array([1.414], dtype=float32)
+    """
+    check_inner(inner)
+    check_objective(objective)
+    check_loss_model(loss_model)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` must be an integer of at least 1; got {steps!r}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        check_params(params, allow_holes=True)
+        zero = jnp.asarray(0.0, float)
+        return ProxLinearState(jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": zero})
+
+    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+        del updates
+        problem = visible_objective(objective, params, all_params)
+        linear = linearise(problem, params, batch)
+        loss = LOSS_MODELS[loss_model](problem, linear.outputs, batch)
+
+        def inner_step(carry, _):
+            offset, inner_state = carry
+            value, cotangent = loss(linear.jvp(offset))
+            grads = linear.vjp(cotangent)
+            now = tree.add(params, offset)
+            updates, inner_state = inner.update(
+                grads, inner_state, now, value=value, grad=grads, value_fn=_value_fn(linear, loss), batch=batch, **extra_args
+            )
+            return (tree.add_scaled(offset, 1.0, updates), inner_state), value
+
+        start = (tree.zeros_like(params), inner.init(params))
+        (offset, _), values = jax.lax.scan(inner_step, start, length=steps)
+        metrics = {"prox/loss": values[0].astype(float), "prox/linearised_loss": values[-1].astype(float)}
+        return offset, ProxLinearState(optax.safe_increment(state.count), metrics)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# The head of the flattened loops.
+
+
+def _linearised_step(
+    objective: Objective, period: Period, loss_model: LossModel, state: LinearisedGradientsState, params: Params, batch: Batch
+) -> tuple[chex.Array, Params, Callable, LinearisedGradientsState]:
+    """``(Q(θ), ∇Q(θ), Q, state)`` of one update."""
+    check_params(params)
+    fresh = state.remaining == 0
+    always = isinstance(period, numbers.Integral) and period == 1
+    anchor = params if always else tree.select(fresh, params, state.anchor)
+    linear = linearise(objective, anchor, batch)
+    loss = LOSS_MODELS[loss_model](objective, linear.outputs, batch)
+    if always:
+        # θ = φ: the displacement is zero, and both models of the loss have the gradient of the loss itself.
+        value, cotangent = jax.value_and_grad(objective.loss_of)(linear.outputs, batch)
+    else:
+        value, cotangent = loss(_displacement(linear, params, fresh, period))
+
+    served = jnp.where(fresh, _cycle_length(period, state.count), state.remaining)
+    refreshes = state.metrics["linearise/refreshes"] + fresh.astype(jnp.int32)
+    after = LinearisedGradientsState(
+        count=optax.safe_increment(state.count),
+        remaining=jnp.where(served > 0, served - 1, served),
+        anchor=anchor,
+        metrics={
+            "linearise/loss": value.astype(float),
+            "linearise/refreshes": refreshes,
+            "linearise/age": jnp.where(fresh, 0, optax.safe_increment(state.metrics["linearise/age"])),
+        },
+    )
+    return value, linear.vjp(cotangent), _value_fn(linear, loss), after
+
+
+def _displacement(linear: Linearisation, params: Params, fresh: chex.Array, period: Period) -> Any:
+    """J(φ)(θ − φ), not computed right after a re-linearisation (θ = φ) where leaving it out pays."""
+    offset = tree.subtract(params, linear.anchor)
+    if not _skipping_pays(linear, period):
+        return linear.jvp(offset)
+    return jax.lax.cond(fresh, lambda _: tree.zeros_like(linear.outputs), linear.jvp, offset)
+
+
+def _skipping_pays(linear: Linearisation, period: Period) -> bool:
+    if not isinstance(period, numbers.Integral) or period > _LONGEST_SKIPPING_PERIOD:
+        return False
+    # XLA on CPU runs a convolution inside `cond` several times slower than outside.
+    names = primitive_names(jax.make_jaxpr(linear.jvp)(linear.anchor).jaxpr)
+    return "conv_general_dilated" not in names
+
+
+def _cycle_length(period: Period, count: chex.Array) -> chex.Array:
+    if period is None:
+        return jnp.asarray(_FOREVER, jnp.int32)
+    length = period(count) if callable(period) else period
+    return jnp.maximum(jnp.round(jnp.asarray(length, float)), 1).astype(jnp.int32)
+
+
+def _value_fn(linear: Linearisation, loss: OutputLoss) -> Callable:
+    def value_fn(params, batch=None):
+        del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
+        return loss(linear.jvp(tree.subtract(params, linear.anchor)))[0]
+
+    return value_fn
+
+
+def _best_along(
+    objective: Objective, anchor: Params, params: Params, updates: Params, alphas: Sequence[float], batch: Batch
+) -> tuple[Params, chex.Array]:
+    """Updates that lead to the best φ + α(θ' − φ), θ' = params + updates, on the true loss; and its α."""
+    direction = tree.subtract(tree.add(params, updates), anchor)
+    candidates = [0.0, *alphas]
+    losses = jnp.stack([objective.value(tree.add_scaled(anchor, alpha, direction), batch) for alpha in candidates])
+    # NaN compares as infinite; the first of equals is α = 0, and the user's order breaks other ties.
+    best = jnp.asarray(candidates, float)[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
+    return tree.subtract(tree.add_scaled(anchor, best, direction), params), best
+
+
+def check_period(period: Any) -> None:
+    if period is None or callable(period) or isinstance(period, jax.core.Tracer):
+        return
+    whole = isinstance(period, numbers.Integral) and not isinstance(period, bool)
+    whole |= hasattr(period, "dtype") and jnp.ndim(period) == 0 and jnp.issubdtype(period.dtype, jnp.integer)
+    if not whole:
+        raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
+    if period < 1:
+        raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
+
+
+def check_inner(inner: Any) -> None:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"`inner` must be an optax.GradientTransformation such as optax.adam(1e-3); got {inner!r}")
+
+
+def check_line_search(line_search: Any) -> tuple[float, ...] | None:
+    if line_search is None:
+        return None
+    alphas = tuple(float(alpha) for alpha in line_search)
+    if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
+        raise ValueError(f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}")
+    return alphas

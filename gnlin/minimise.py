@@ -1,0 +1,116 @@
+"""Running a deterministic problem to convergence."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import optax
+
+from gnlin import tree
+from gnlin.objective import Objective, check_objective, check_params
+from gnlin.tree import Batch, Params
+
+with warnings.catch_warnings():
+    # JAXopt announces at import that it is no longer developed; it is depended on for what it is.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import jaxopt
+
+
+class MinimiseInfo(NamedTuple):
+    """What `minimise` reports.
+
+    Attributes:
+        steps: updates done, int32.
+        value: loss at the parameters returned.
+        gradient_norm: Euclidean norm of the gradient there.
+        converged: whether `gradient_norm` is at most `tol`.
+        opt_state: the optimiser's last state, for `gnlin.metrics`.
+    """
+
+    steps: chex.Array
+    value: chex.Array
+    gradient_norm: chex.Array
+    converged: chex.Array
+    opt_state: Any
+
+
+def minimise(
+    objective: Objective,
+    params: Params,
+    tx: optax.GradientTransformation,
+    *,
+    batch: Batch = None,
+    max_steps: int,
+    tol: float,
+    implicit_diff: bool = True,
+) -> tuple[Params, MinimiseInfo]:
+    r"""Run an optimiser on one batch until the gradient vanishes.
+
+    A thin driver over `jaxopt.OptaxSolver`, compiled as one loop: curve fits, full-batch training. With
+    `implicit_diff` the result is differentiable with respect to `batch` by the implicit function theorem,
+    :math:`\partial\theta^\star = -(\nabla^2_{\theta\theta}\ell)^{-1}\,\nabla^2_{\theta,\text{batch}}\ell`, at a cost that does not grow with the
+    number of steps; the solution must then be a strict minimum, solved accurately.
+
+    Args:
+        objective: the problem.
+        params: where to start.
+        tx: any Optax optimiser, of this package or not; it receives ``batch``, ``value``, ``grad`` and ``value_fn``.
+        batch: the data; not needed where the objective is bound. Differentiate with respect to this argument: data
+            inside a bound objective is a constant.
+        max_steps: most updates.
+        tol: stop once the Euclidean norm of the gradient is at most this; 0 always runs `max_steps`.
+        implicit_diff: whether to differentiate through the solution; `False` cuts the derivative.
+
+    Returns:
+        ``(params, info)``, see `MinimiseInfo`. Not reaching `tol` is no error: look at ``info.converged``.
+
+    Raises:
+        ValueError, TypeError: `max_steps` or `tol` is out of range; `batch` is missing.
+
+    Reference: Blondel et al., Efficient and modular implicit differentiation, arXiv 2105.15183.
+
+    Example:
+        >>> import gnlin, jax, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p, batch: batch["y"] - p * batch["x"])
+        >>> tx = gnlin.levenberg_marquardt(objective)
+        >>> def slope(y):
+        ...     batch = {"x": jnp.array([1.0, 2.0]), "y": y}
+        ...     return gnlin.minimise(objective, jnp.zeros(1), tx, batch=batch, max_steps=20, tol=1e-5)[0][0]
+        >>> slopes = jax.grad(slope)(jnp.array([1.0, 2.0]))   # x / Σx²
+        >>> [round(float(value), 4) for value in slopes]
+        [0.2, 0.4]
+    """
+    check_objective(objective)
+    check_params(params)
+    objective.check_batch(batch)
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"`max_steps` must be an integer of at least 1; got {max_steps!r}")
+    if not tol >= 0:
+        raise ValueError(f"`tol` must be a number of at least 0; got {tol!r}")
+    tx = optax.with_extra_args_support(tx)
+
+    def run(init, batch):
+        def update(grads, state, params):
+            # The driver hands over gradients alone; under its jit the value is the one it computed already.
+            extra = {"value": objective.value(params, batch), "grad": grads, "value_fn": objective.value}
+            return tx.update(grads, state, params, batch=batch, **extra)
+
+        solver = jaxopt.OptaxSolver(
+            fun=lambda params: objective.value(params, batch),
+            opt=optax.GradientTransformation(tx.init, update),
+            maxiter=max_steps,
+            tol=tol,
+            implicit_diff=False,
+            unroll=False,
+        )
+        return solver.run(init)
+
+    if implicit_diff:
+        run = jaxopt.implicit_diff.custom_root(jax.grad(objective.value), has_aux=True)(run)
+    solution, state = run(params, batch)
+    if not implicit_diff:
+        solution, state = jax.lax.stop_gradient((solution, state))
+    value, grads = jax.value_and_grad(objective.value)(solution, batch)
+    gradient_norm = tree.norm(grads)
+    return solution, MinimiseInfo(state.iter_num, value, gradient_norm, gradient_norm <= tol, state.internal_state)

@@ -1,0 +1,240 @@
+"""The problem: a model, a convex loss of its outputs, and the checks on what users hand in."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gnlin import tree
+from gnlin.tree import Batch, Outputs, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    r"""The training problem :math:`\ell(f(\theta, \text{batch}), \text{batch})`.
+
+    The whole batch reaches both functions, so masks, example weights, dropout keys and frozen batch
+    statistics travel in it. `loss` owns all averaging: nothing else in the package divides by a number
+    of examples. Automatic differentiation supplies every derivative, so any convex loss serves.
+
+    The record is hashable (it may be a static argument of `jax.jit`) and deliberately not callable
+    (`optax.inject_hyperparams` takes callables for schedules).
+
+    Args:
+        model: ``model(params, batch) -> outputs``, any pytree of real floating arrays, for instance
+            logits (N, C) or (N, T, C). With `has_aux`, ``model(params, batch) -> (outputs, aux)``.
+        loss: ``loss(outputs, batch) -> scalar``, convex in `outputs`.
+        has_aux: whether `model` returns auxiliary data beside its outputs.
+        is_bound: whether the data is already inside `model` and `loss`, so that no `batch` is needed.
+            `bind` and `least_squares` set it.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective(
+        ...     model=lambda params, batch: batch["x"] @ params["w"],
+        ...     loss=lambda outputs, batch: 0.5 * jnp.mean((outputs - batch["y"]) ** 2),
+        ... )
+        >>> batch = {"x": jnp.eye(2), "y": jnp.array([1.0, 3.0])}
+        >>> float(objective.value({"w": jnp.zeros(2)}, batch))
+        2.5
+    """
+
+    model: Callable[..., Any]
+    loss: Callable[..., chex.Array]
+    has_aux: bool = dataclasses.field(default=False, kw_only=True)
+    is_bound: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self):
+        for name in ("model", "loss"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"`{name}` must be a function; got {getattr(self, name)!r}")
+
+    @classmethod
+    def least_squares(cls, residuals: Callable[..., Any]) -> "Objective":
+        r"""Objective :math:`\tfrac12\sum_i r_i(\theta)^2` over all leaves of the residuals.
+
+        Args:
+            residuals: ``residuals(params, batch) -> pytree``; with the one argument ``residuals(params)``
+                the objective is already bound to its data.
+
+        Example:
+            >>> import gnlin, jax.numpy as jnp
+            >>> rosenbrock = gnlin.Objective.least_squares(
+            ...     lambda p: jnp.stack([10 * (p[1] - p[0] ** 2), 1 - p[0]]))
+            >>> float(rosenbrock.value(jnp.array([-1.0, 1.0])))
+            2.0
+        """
+        if not callable(residuals):
+            raise TypeError(f"`residuals` must be a function; got {residuals!r}")
+        if _positional_count(residuals) == 1:
+            return cls(_WithoutBatch(residuals), half_sum_of_squares, is_bound=True)
+        return cls(residuals, half_sum_of_squares)
+
+    def value(self, params: Params, batch: Batch = None) -> chex.Array:
+        """Loss at `params`, a scalar; any auxiliary data is dropped.
+
+        Its signature is what Optax line searches want: ``tx.update(..., value_fn=objective.value, batch=batch)``.
+        """
+        outputs, _ = self.outputs_and_aux(params, batch)
+        return self.loss_of(outputs, batch)
+
+    def value_and_grad(self, params: Params, batch: Batch = None) -> tuple[Any, Params]:
+        """Loss and gradient, or ``((loss, aux), gradient)`` with `has_aux`, as `jax.value_and_grad` has it."""
+
+        def value_and_aux(params):
+            outputs, aux = self.outputs_and_aux(params, batch)
+            return self.loss_of(outputs, batch), aux
+
+        (value, aux), grads = jax.value_and_grad(value_and_aux, has_aux=True)(params)
+        return ((value, aux), grads) if self.has_aux else (value, grads)
+
+    def bind(self, batch: Batch) -> "Objective":
+        """The same objective with its data closed over; it needs no `batch` and ignores one that is given.
+
+        Bound objectives serve drivers that pass nothing but parameters (`jaxopt.OptaxSolver`, `optax.lookahead`).
+        Bind inside the compiled function where the data is a traced argument.
+        """
+        return dataclasses.replace(self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True)
+
+    # What the rest of the package calls: the user's functions, checked.
+
+    def outputs_and_aux(self, params: Params, batch: Batch = None) -> tuple[Outputs, Any]:
+        """``(outputs, aux)`` of the model, `aux` being `None` without `has_aux`."""
+        check_params(params)
+        self.check_batch(batch)
+        returned = _call("model", self.model, params, batch)
+        if self.has_aux:
+            if not (isinstance(returned, tuple) and len(returned) == 2):
+                raise TypeError("`model` must return the pair (outputs, aux) when has_aux=True")
+            outputs, aux = returned
+        else:
+            outputs, aux = returned, None
+        for path, leaf in jax.tree.leaves_with_path(outputs):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"`model` must return real floating arrays; outputs{jax.tree_util.keystr(path)} has dtype "
+                    f"{jnp.result_type(leaf)}. Return other data as aux (has_aux=True)."
+                )
+        return outputs, aux
+
+    def loss_of(self, outputs: Outputs, batch: Batch = None) -> chex.Array:
+        """The loss as a function of the outputs."""
+        value = jnp.asarray(_call("loss", self.loss, outputs, batch))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"`loss` must return one real scalar; got shape {value.shape} and dtype {value.dtype}. "
+                "Average or sum over examples inside `loss`."
+            )
+        return value
+
+    def check_batch(self, batch: Batch) -> None:
+        if batch is None and not self.is_bound:
+            raise ValueError(
+                "`batch` is missing: pass batch=... (to update: tx.update(grads, opt_state, params, batch=batch)), "
+                "or close over the data with objective.bind(batch)."
+            )
+
+
+def half_sum_of_squares(residuals: Outputs, batch: Batch = None) -> chex.Array:
+    r""":math:`\tfrac12\sum_i r_i^2`, accumulated in at least float32."""
+    del batch
+    return tree.inner(residuals, residuals) / 2
+
+
+def check_objective(objective: Any) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"`objective` must be a gnlin.Objective(model, loss); got {objective!r}")
+
+
+def check_params(params: Params, *, allow_holes: bool = False) -> None:
+    """Raise unless `params` is a tree of real floating leaves; the holes of `optax.masked` are in order only at `init`."""
+    if params is None:
+        raise ValueError("`params` is missing: call tx.update(grads, opt_state, params, batch=batch).")
+    if not allow_holes and tree.has_holes(params):
+        raise ValueError(
+            "`params` has optax.MaskedNode holes (from optax.masked or optax.partition), so the model cannot be "
+            "evaluated. Pass the whole tree: tx.update(grads, opt_state, params, batch=batch, all_params=params)."
+        )
+    for path, leaf in jax.tree.leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {dtype}; every parameter must be a real floating array. "
+                "Keep integers in the batch, and split complex numbers into two real leaves."
+            )
+
+
+def visible_objective(objective: Objective, params: Params, all_params: Params | None) -> Objective:
+    """The objective as a function of the leaves of `params` that `optax.masked` left visible.
+
+    The holes are filled, as constants, from `all_params`. Without holes the objective is returned as it is.
+    """
+    if params is None or all_params is None or not tree.has_holes(params):
+        return objective
+    check_params(all_params)
+    return dataclasses.replace(objective, model=_Filled(objective.model, all_params))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bound:
+    function: Callable[..., Any]
+    batch: Batch
+
+    def __call__(self, argument, batch=None):
+        del batch
+        return self.function(argument, self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutBatch:
+    function: Callable[..., Any]
+
+    def __call__(self, argument, batch=None):
+        del batch
+        return self.function(argument)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Filled:
+    model: Callable[..., Any]
+    all_params: Params
+
+    def __call__(self, visible, batch=None):
+        return self.model(tree.fill_holes(visible, self.all_params), batch)
+
+
+def _positional_count(function: Callable[..., Any]) -> int | None:
+    """Number of positional parameters without a default; `None` where the signature is hidden."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) -> Any:
+    """Call the user's `model` or `loss`; a shape or type error inside it then names the shapes it met."""
+    try:
+        return function(argument, batch)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, jax.errors.JAXTypeError):  # a traced value used as a Python one: speaks for itself
+            raise
+        first = "params" if name == "model" else "outputs"
+        raise ValueError(
+            f"`{name}({first}, batch)` failed: {error}\n  {first}: {_shapes(argument)}\n  batch: {_shapes(batch)}\n"
+            f"Make the shapes in `batch` agree with each other and with what `{name}` expects."
+        ) from error
+
+
+def _shapes(data: Any) -> str:
+    described = [
+        f"{jax.tree_util.keystr(path) or 'array'} {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(data)
+        if hasattr(leaf, "dtype")
+    ]
+    return ", ".join(described) or "(no arrays)"

@@ -1,0 +1,7 @@
+"""One damped linear system, several solvers."""
+
+from gnlin.solve.cg import CG
+from gnlin.solve.dense import Dense
+from gnlin.solve.system import Solution, Solver, System
+
+__all__ = ["CG", "Dense", "Solution", "Solver", "System"]

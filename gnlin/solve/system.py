@@ -1,0 +1,68 @@
+"""The one linear system of the package, and what a solver returns."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import chex
+import jax
+
+from gnlin import tree
+from gnlin.tree import Outputs, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """The damped Gauss-Newton system (JᵀHJ + λD) x = b.
+
+    Attributes:
+        jvp: v ↦ Jv.
+        vjp: u ↦ Jᵀu.
+        output_hessian: u ↦ Hu, in output space.
+        damping: λ ≥ 0, a scalar.
+        scaling: D, a tree of non-negative diagonal entries shaped like the parameters, in their
+            accumulation dtype; `None` is the identity.
+    """
+
+    jvp: Callable[[Params], Outputs]
+    vjp: Callable[[Outputs], Params]
+    output_hessian: Callable[[Outputs], Outputs]
+    damping: chex.Numeric
+    scaling: Params | None = None
+
+    def matvec(self, vector: Params) -> Params:
+        """v ↦ (JᵀHJ + λD) v, in the dtypes of the parameters."""
+        curved = self.vjp(self.output_hessian(self.jvp(vector)))
+        return tree.add_scaled(curved, self.damping, self.damp_direction(vector))
+
+    def damp_direction(self, vector: Params) -> Params:
+        """v ↦ Dv."""
+        if self.scaling is None:
+            return vector
+        return jax.tree.map(lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What a solver found.
+
+    Attributes:
+        step: x, in the dtypes of the right-hand side; always finite.
+        stats: flat dictionary of scalars, its keys prefixed by the solver's name (``cg/steps``, ...).
+    """
+
+    step: Params
+    stats: dict[str, chex.Array]
+
+
+class Solver(Protocol):
+    """A frozen record that solves a `System`.
+
+    ``init`` returns what is carried from one solve to the next (fixed shapes and dtypes, ``()`` where nothing
+    is) and statistics of the same form as those of ``solve``.
+    """
+
+    def init(self, params: Params) -> tuple[Any, dict[str, chex.Array]]: ...
+
+    def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]: ...
+

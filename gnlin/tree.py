@@ -1,0 +1,132 @@
+"""Pytree arithmetic that keeps the dtypes of parameters and reduces in at least float32."""
+
+import itertools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+Params = chex.ArrayTree
+Outputs = chex.ArrayTree
+Batch = Any
+
+
+def accumulation_dtype(*trees: chex.ArrayTree) -> jnp.dtype:
+    """Widest dtype among the leaves, and at least float32: what sums and scalars are held in."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees)]
+    widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype("float32"))
+    return jnp.dtype("float32") if jnp.finfo(widest).bits < 32 else jnp.dtype(widest)
+
+
+def cast(tree: chex.ArrayTree, dtype) -> chex.ArrayTree:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), tree)
+
+
+def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(lambda leaf, ref: jnp.asarray(leaf).astype(jnp.result_type(ref)), tree, like)
+
+
+def copy(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Fresh buffers with equal contents; an alias would break buffer donation."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+def zeros_like(tree: chex.ArrayTree, dtype=None) -> chex.ArrayTree:
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=dtype), tree)
+
+
+def add(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def subtract(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def scale(factor: chex.Numeric, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """``factor * tree``, computed in the accumulation dtype and returned in each leaf's own."""
+
+    def scaled(leaf):
+        dtype = accumulation_dtype(leaf)
+        return (jnp.asarray(factor, dtype) * leaf.astype(dtype)).astype(leaf.dtype)
+
+    return jax.tree.map(scaled, tree)
+
+
+def add_scaled(a: chex.ArrayTree, factor: chex.Numeric, b: chex.ArrayTree) -> chex.ArrayTree:
+    """``a + factor * b``, rounded once, to the dtype of `a`."""
+
+    def combined(x, y):
+        dtype = accumulation_dtype(x, y)
+        return (x.astype(dtype) + jnp.asarray(factor, dtype) * y.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(combined, a, b)
+
+
+def select(condition: chex.Numeric, on_true: chex.ArrayTree, on_false: chex.ArrayTree) -> chex.ArrayTree:
+    """Leafwise `jnp.where`. Multiplying by a flag instead would let a NaN through."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.Array:
+    """Euclidean inner product over all leaves, in the accumulation dtype."""
+    dtype = accumulation_dtype(a, b)
+    products = jax.tree.map(lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b)
+    return sum(jax.tree.leaves(products), start=jnp.zeros([], dtype))
+
+
+def norm(tree: chex.ArrayTree) -> chex.Array:
+    """Euclidean norm over all leaves, free of overflow and underflow in the squares."""
+    largest = max_abs(tree)
+    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    dtype = unit.dtype
+    relative = jax.tree.map(lambda leaf: leaf.astype(dtype) / unit, tree)
+    return unit * jnp.sqrt(inner(relative, relative))
+
+
+def max_abs(tree: chex.ArrayTree) -> chex.Array:
+    """Largest absolute entry; NaN where any entry is NaN, 0 for a tree without entries."""
+    dtype = accumulation_dtype(tree)
+    sizes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(tree) if leaf.size]
+    return jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros([], dtype)
+
+
+def all_finite(tree: chex.ArrayTree) -> chex.Array:
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
+
+
+def size(tree: chex.ArrayTree) -> int:
+    """Number of entries over all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def flatten(tree: chex.ArrayTree, dtype) -> chex.Array:
+    """All entries as one vector of `dtype`."""
+    leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves) if leaves else jnp.zeros([0], dtype)
+
+
+def unflatten(vector: chex.Array, like: chex.ArrayTree) -> chex.ArrayTree:
+    """The inverse of `flatten`, with the shapes and dtypes of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = list(itertools.accumulate((leaf.size for leaf in leaves), initial=0))
+    parts = [vector[start:end] for start, end in itertools.pairwise(ends)]
+    shaped = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def is_masked(node: Any) -> bool:
+    """Whether `node` is one of the holes that `optax.masked` leaves in a tree."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def has_holes(tree: Any) -> bool:
+    return any(is_masked(node) for node in jax.tree.leaves(tree, is_leaf=is_masked))
+
+
+def fill_holes(tree: Any, full: Any) -> Any:
+    """`tree` with every `optax.MaskedNode` replaced by what stands there in `full`."""
+    return jax.tree.map(lambda node, whole: whole if is_masked(node) else node, tree, full, is_leaf=is_masked)
