@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gnlin import tree
+
 
 class DampingState(NamedTuple):
     damping: chex.Array  # λ for the next step
@@ -99,8 +101,11 @@ def gain_ratio(value: chex.Array, new_value: chex.Array, predicted: chex.Array) 
     Near a minimum both decreases drop below the resolution of the loss itself, and their quotient is noise. The loss
     then cannot speak against the step and the gradient, which is still accurate, speaks for it: ρ is 1.
     """
+    dtype = tree.accumulation_dtype(value)
+    eps = float(jnp.finfo(value.dtype).eps)
+    value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (value, new_value, predicted))
     # 8 units in the last place: a sum over examples is rounded a few times.
-    resolution = 8 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    resolution = 8 * eps * jnp.abs(value)
     actual = value - new_value
     indistinguishable = (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
     sound = jnp.isfinite(actual) & (predicted > 0)

@@ -146,7 +146,7 @@ def gauss_newton(
         carry, stats = solver.init(params)
         policy = damping.init()
         zero = jnp.asarray(0.0, float)
-        metrics = {"damping": policy.damping, "gain_ratio": zero, "loss": zero, **stats}
+        metrics = tree.copy({"damping": policy.damping, "gain_ratio": zero, "loss": zero, **stats})
         return GaussNewtonState(jnp.zeros([], jnp.int32), carry, policy, metrics)
 
     def update_fn(
@@ -194,5 +194,5 @@ def _direction(objective, solver, damping, updates, params, batches, carry):
 
 
 def check_solver(solver: Any) -> None:
-    if not (hasattr(solver, "init") and hasattr(solver, "solve")):
+    if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "solve")):
         raise TypeError(f"`solver` must be a solver record such as gnlin.CG() or gnlin.Dense(); got {solver!r}")

@@ -33,7 +33,7 @@ import optax
 from gnlin import tree
 from gnlin.curvature import LOSS_MODELS, OutputLoss, check_loss_model
 from gnlin.linearise import Linearisation, linearise, primitive_names
-from gnlin.objective import Objective, check_objective, check_params, visible_objective
+from gnlin.objective import Objective, check_objective, check_params, check_transformation, visible_objective
 from gnlin.tree import Batch, Params
 
 Period = int | None | Callable[[chex.Numeric], chex.Numeric]
@@ -185,7 +185,7 @@ def iterative_linearisation(
         >>> bool(objective.value(params) < 1e-3)
         True
     """
-    check_inner(inner)
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     alphas = check_line_search(line_search)
     linearised = linearise_gradients(objective, period, loss_model=loss_model)
@@ -196,6 +196,7 @@ def iterative_linearisation(
 
     def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
         del updates
+        extra_args = _for_inner(extra_args)
         problem = visible_objective(objective, params, all_params)
         fresh = state.linearised.remaining == 0
         value, grads, value_fn, after = _linearised_step(
@@ -264,7 +265,7 @@ def prox_linear(
         >>> params.round(3)
         Array([1.414], dtype=float32)
     """
-    check_inner(inner)
+    check_transformation("inner", inner)
     check_objective(objective)
     check_loss_model(loss_model)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -274,10 +275,11 @@ def prox_linear(
     def init_fn(params):
         check_params(params, allow_holes=True)
         zero = jnp.asarray(0.0, float)
-        return ProxLinearState(jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": zero})
+        return ProxLinearState(jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)})
 
     def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
         del updates
+        extra_args = _for_inner(extra_args)
         problem = visible_objective(objective, params, all_params)
         linear = linearise(problem, params, batch)
         loss = LOSS_MODELS[loss_model](problem, linear.outputs, batch)
@@ -307,7 +309,7 @@ def _linearised_step(
     objective: Objective, period: Period, loss_model: LossModel, state: LinearisedGradientsState, params: Params, batch: Batch
 ) -> tuple[chex.Array, Params, Callable, LinearisedGradientsState]:
     """``(Q(θ), ∇Q(θ), Q, state)`` of one update."""
-    check_params(params)
+    check_params(params, allow_holes=True)
     fresh = state.remaining == 0
     always = isinstance(period, numbers.Integral) and period == 1
     anchor = params if always else tree.select(fresh, params, state.anchor)
@@ -360,7 +362,7 @@ def _cycle_length(period: Period, count: chex.Array) -> chex.Array:
 def _value_fn(linear: Linearisation, loss: OutputLoss) -> Callable:
     def value_fn(params, batch=None):
         del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
-        return loss(linear.jvp(tree.subtract(params, linear.anchor)))[0]
+        return loss(linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)))[0]
 
     return value_fn
 
@@ -381,16 +383,17 @@ def check_period(period: Any) -> None:
     if period is None or callable(period) or isinstance(period, jax.core.Tracer):
         return
     whole = isinstance(period, numbers.Integral) and not isinstance(period, bool)
-    whole |= hasattr(period, "dtype") and jnp.ndim(period) == 0 and jnp.issubdtype(period.dtype, jnp.integer)
+    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
+    whole |= hasattr(period, "dtype") and jnp.ndim(period) == 0 and jnp.issubdtype(period.dtype, jnp.number)
     if not whole:
         raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
     if period < 1:
         raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
 
 
-def check_inner(inner: Any) -> None:
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"`inner` must be an optax.GradientTransformation such as optax.adam(1e-3); got {inner!r}")
+def _for_inner(extra_args: dict[str, Any]) -> dict[str, Any]:
+    """Extra arguments without those that the linearised problem replaces."""
+    return {name: value for name, value in extra_args.items() if name not in ("value", "grad", "value_fn")}
 
 
 def check_line_search(line_search: Any) -> tuple[float, ...] | None:

@@ -9,7 +9,7 @@ import optax
 
 from gnlin import tree
 from gnlin.curvature import QuadraticModel, quadratic_model
-from gnlin.damping import DampingState, GainRatio, check_number, gain_ratio
+from gnlin.damping import DampingState, GainRatio, check_number, check_positive, gain_ratio
 from gnlin.gauss_newton import check_solver, solve_damped
 from gnlin.objective import Objective, check_objective, check_params, visible_objective
 from gnlin.solve import CG, Solver
@@ -30,7 +30,7 @@ def levenberg_marquardt(
     initial_damping: float | GainRatio = 1e-3,
     scaling: Literal["identity", "marquardt"] = "identity",
     solver: Solver = CG(),
-    geodesic_acceleration: float = 0.0,
+    geodesic_acceleration: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton with real acceptance.
 
@@ -54,8 +54,8 @@ def levenberg_marquardt(
             independent of the units of the parameters (Moré 1978). The diagonal costs one push-forward for each parameter,
             so it is for small problems.
         solver: a record from `gnlin.solve`; `Dense` for small classical problems.
-        geodesic_acceleration: largest size, relative to the step, of a second-order correction along the step; 0 turns it
-            off and 0.75 is usual. It costs a second solve and needs a model with forward-mode derivatives.
+        geodesic_acceleration: largest size, relative to the step, of a second-order correction along the step, 0.75 being
+            usual; `None` for none. It costs a second solve and needs a model with forward-mode derivatives.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
@@ -77,11 +77,14 @@ def levenberg_marquardt(
     """
     check_objective(objective)
     check_solver(solver)
+    if not isinstance(initial_damping, GainRatio):
+        check_positive("initial_damping", initial_damping)
     policy = initial_damping if isinstance(initial_damping, GainRatio) else GainRatio(initial_damping)
     if scaling not in ("identity", "marquardt"):
         raise ValueError(f'`scaling` must be "identity" or "marquardt"; got {scaling!r}')
-    check_number("geodesic_acceleration", geodesic_acceleration)
-    accelerated = geodesic_acceleration != 0
+    accelerated = geodesic_acceleration is not None
+    if accelerated:
+        check_number("geodesic_acceleration", geodesic_acceleration)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
@@ -97,6 +100,7 @@ def levenberg_marquardt(
             **({"acceleration": zero} if accelerated else {}),
             **stats,
         }
+        metrics = tree.copy(metrics)
         largest = tree.zeros_like(params, tree.accumulation_dtype(params)) if scaling == "marquardt" else ()
         return LevenbergMarquardtState(jnp.zeros([], jnp.int32), damping, largest, carry, metrics)
 

@@ -105,7 +105,7 @@ def primitive_names(jaxpr: Any) -> Iterator[str]:
     """Names of the primitives in a jaxpr, those of its inner jaxprs included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_as_jaxpr):
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None):
             if (found := _as_jaxpr(inner)) is not None:
                 yield from primitive_names(found)
 

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from gnlin import tree
-from gnlin.objective import Objective, check_objective, check_params
+from gnlin.objective import Objective, check_objective, check_params, check_transformation
 from gnlin.tree import Batch, Params
 
 with warnings.catch_warnings():
@@ -88,13 +88,17 @@ def minimise(
         raise ValueError(f"`max_steps` must be an integer of at least 1; got {max_steps!r}")
     if not tol >= 0:
         raise ValueError(f"`tol` must be a number of at least 0; got {tol!r}")
+    check_transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def run(init, batch):
         def update(grads, state, params):
             # The driver hands over gradients alone; under its jit the value is the one it computed already.
             extra = {"value": objective.value(params, batch), "grad": grads, "value_fn": objective.value}
-            return tx.update(grads, state, params, batch=batch, **extra)
+            updates, state = tx.update(grads, state, params, batch=batch, **extra)
+            # The driver looks at the gradient only after the update that used it: stay where it was small enough.
+            done = tree.norm(grads) <= tol
+            return tree.select(done, tree.zeros_like(updates), updates), state
 
         solver = jaxopt.OptaxSolver(
             fun=lambda params: objective.value(params, batch),

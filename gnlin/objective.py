@@ -104,7 +104,7 @@ class Objective:
 
     def outputs_and_aux(self, params: Params, batch: Batch = None) -> tuple[Outputs, Any]:
         """``(outputs, aux)`` of the model, `aux` being `None` without `has_aux`."""
-        check_params(params)
+        check_params(params, allow_holes=isinstance(self.model, _Filled))
         self.check_batch(batch)
         returned = _call("model", self.model, params, batch)
         if self.has_aux:
@@ -166,6 +166,11 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
                 f"params{jax.tree_util.keystr(path)} has dtype {dtype}; every parameter must be a real floating array. "
                 "Keep integers in the batch, and split complex numbers into two real leaves."
             )
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}")
 
 
 def visible_objective(objective: Objective, params: Params, all_params: Params | None) -> Objective:

@@ -148,7 +148,7 @@ class CG:
             objectives = now.objectives.at[steps].set(objective)
             window = jnp.maximum(10, steps // 10)
             gained = (objective - objectives[jnp.maximum(steps - window, 0)]) / objective
-            stalled = (steps > window) & (objective < 0) & (gained < window * self.progress_tol)
+            stalled = (steps > window) & (objective < 0) & (gained < window.astype(dtype) * self.progress_tol)
             after = _Iteration(
                 steps=steps,
                 x=x,

@@ -1,0 +1,28 @@
+"""Strict JAX for every test below this folder.
+
+Shapes and dtypes must be said, never guessed: rank promotion raises, and so does dtype promotion. What Optax and
+others compute for themselves is written for the usual rules: see `problems.third_party`. The default precision stays
+float32; a test in double precision asks for the fixture `x64`. Doctests elsewhere see JAX as a user does.
+"""
+
+import jax
+import pytest
+from hypothesis import settings
+from problems import enable_x64
+
+# The same examples in every run; what compiles takes as long as it takes.
+settings.register_profile("gnlin", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("gnlin")
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Double precision for the duration of one test, whether or not it fails."""
+    with enable_x64(True):
+        yield

@@ -1,0 +1,431 @@
+"""Every mistake is an error that names the argument and says what to do, with or without `jit`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import classifier, linear_regression
+
+import gnlin
+
+PROBLEM, _ = linear_regression()
+OBJECTIVE = PROBLEM.objective
+BATCH = PROBLEM.batches[0]
+
+TRANSFORMS = {
+    "linearise_gradients": lambda objective: gnlin.linearise_gradients(objective, 3),
+    "iterative_linearisation": lambda objective: gnlin.iterative_linearisation(optax.sgd(0.1), objective, 3),
+    "prox_linear": lambda objective: gnlin.prox_linear(optax.sgd(0.1), objective, 2),
+    "scale_by_gauss_newton": lambda objective: gnlin.scale_by_gauss_newton(objective, 0.1),
+    "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, gnlin.GainRatio(0.1)),
+    "levenberg_marquardt": lambda objective: gnlin.levenberg_marquardt(objective),
+}
+
+each_transform = pytest.mark.parametrize("build", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+with_and_without_jit = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+def update(build, objective, params, *, wrap=lambda f: f, state_of=None, **extras):
+    """One update in which the arrays are traced if `wrap` is `jax.jit`."""
+    tx = build(objective)
+    opt_state = tx.init(params if state_of is None else state_of)
+    return wrap(lambda params, opt_state, extras: tx.update(params, opt_state, params, **extras))(
+        params, opt_state, extras
+    )
+
+
+# What update is given.
+
+
+@with_and_without_jit
+@each_transform
+def test_missing_batch(build, wrap):
+    with pytest.raises(ValueError, match=r"`batch` is missing: pass batch=.*objective\.bind\(batch\)"):
+        update(build, OBJECTIVE, PROBLEM.params, wrap=wrap)
+
+
+@with_and_without_jit
+@each_transform
+def test_missing_params(build, wrap):
+    tx = build(OBJECTIVE)
+    with pytest.raises(ValueError, match=r"`params` is missing: call tx\.update\(grads, opt_state, params"):
+        wrap(lambda opt_state: tx.update(PROBLEM.params, opt_state, batch=BATCH))(tx.init(PROBLEM.params))
+
+
+@each_transform
+def test_init_without_params(build):
+    with pytest.raises(ValueError, match="`params` is missing"):
+        build(OBJECTIVE).init(None)
+
+
+@with_and_without_jit
+@each_transform
+def test_masked_parameters_without_the_whole_tree(build, wrap):
+    params = {"w": jnp.ones(3), "b": jnp.zeros([])}
+    objective = gnlin.Objective(lambda p, batch: batch["x"] @ p["w"] + p["b"][None], OBJECTIVE.loss)
+    tx = optax.masked(build(objective), {"w": True, "b": False})
+    opt_state = tx.init(params)
+    with pytest.raises(ValueError, match=r"(?s)`params` has optax\.MaskedNode holes.*all_params=params"):
+        wrap(lambda params, opt_state: tx.update(params, opt_state, params, batch=BATCH))(params, opt_state)
+
+
+@each_transform
+def test_whole_tree_with_holes_of_its_own(build):
+    """`mask_compatible_extra_args=True` would mask `all_params` too."""
+    params = {"w": jnp.ones(3), "b": jnp.zeros([])}
+    objective = gnlin.Objective(lambda p, batch: batch["x"] @ p["w"] + p["b"][None], OBJECTIVE.loss)
+    tx = optax.masked(build(objective), {"w": True, "b": False}, mask_compatible_extra_args=True)
+    with pytest.raises(ValueError, match="MaskedNode holes"):
+        tx.update(params, tx.init(params), params, batch=BATCH, all_params=params)
+
+
+@pytest.mark.parametrize(
+    "leaf", [jnp.arange(3), jnp.ones(3, jnp.complex64), jnp.ones(3, bool)], ids=lambda a: str(a.dtype)
+)
+@each_transform
+def test_parameters_that_are_not_real_floats(build, leaf):
+    params = {"w": jnp.ones(3), "extra": (leaf,)}
+    remedy = rf"params\['extra'\]\[0\] has dtype {leaf.dtype}.*real floating.*batch.*two real leaves"
+    with pytest.raises(TypeError, match=remedy):
+        build(OBJECTIVE).init(params)
+    with pytest.raises(TypeError, match=remedy):
+        update(build, OBJECTIVE, params, state_of=PROBLEM.params, batch=BATCH)
+
+
+# What the objective returns.
+
+
+@with_and_without_jit
+@each_transform
+def test_loss_that_is_no_scalar(build, wrap):
+    per_example = gnlin.Objective(OBJECTIVE.model, lambda outputs, batch: (outputs - batch["y"]) ** 2)
+    with pytest.raises(ValueError, match=r"`loss` must return one real scalar; got shape \(8,\).*[Aa]verage or sum"):
+        update(build, per_example, PROBLEM.params, wrap=wrap, batch=BATCH)
+
+
+def test_loss_of_integers():
+    counting = gnlin.Objective(OBJECTIVE.model, lambda outputs, batch: jnp.sum(outputs > 0))
+    with pytest.raises(ValueError, match=r"`loss` must return one real scalar; .*int32"):
+        counting.value(PROBLEM.params, BATCH)
+
+
+@with_and_without_jit
+@each_transform
+def test_outputs_of_integers(build, wrap):
+    labels = gnlin.Objective(
+        lambda params, batch: {"label": jnp.sign(batch["x"] @ params["w"]).astype(jnp.int32)},
+        lambda outputs, batch: jnp.sum(outputs["label"].astype(jnp.float32)),
+    )
+    with pytest.raises(TypeError, match=r"`model` must return real floating arrays; outputs\['label'\].*int32.*aux"):
+        update(build, labels, PROBLEM.params, wrap=wrap, batch=BATCH)
+
+
+@each_transform
+def test_aux_that_is_no_pair(build):
+    single = gnlin.Objective(OBJECTIVE.model, OBJECTIVE.loss, has_aux=True)
+    with pytest.raises(TypeError, match=r"`model` must return the pair \(outputs, aux\) when has_aux=True"):
+        update(build, single, PROBLEM.params, batch=BATCH)
+
+
+def test_aux_that_was_not_announced():
+    pair = gnlin.Objective(lambda params, batch: (OBJECTIVE.model(params, batch), "aux"), OBJECTIVE.loss)
+    with pytest.raises(TypeError, match="aux"):
+        pair.value(PROBLEM.params, BATCH)
+
+
+@with_and_without_jit
+@each_transform
+def test_more_examples_than_targets(build, wrap):
+    batch = {"x": jnp.ones([32, 3]), "y": jnp.ones(16)}
+    with pytest.raises(
+        ValueError, match=r"(?s)`loss\(outputs, batch\)` failed.*float32\[32\].*\['y'\] float32\[16\].*agree"
+    ):
+        update(build, OBJECTIVE, PROBLEM.params, wrap=wrap, batch=batch)
+
+
+@with_and_without_jit
+@each_transform
+def test_wrong_number_of_features(build, wrap):
+    batch = {"x": jnp.ones([8, 5]), "y": jnp.ones(8)}
+    expected = r"(?s)`model\(params, batch\)` failed.*\['w'\] float32\[3\].*\['x'\] float32\[8, 5\].*agree"
+    with pytest.raises(ValueError, match=expected):
+        update(build, OBJECTIVE, PROBLEM.params, wrap=wrap, batch=batch)
+
+
+def test_wrong_shapes_inside_a_network():
+    problem = classifier()
+    batch = {**problem.batches[0], "x": jnp.ones([8, 5])}
+    with pytest.raises(ValueError, match=r"(?s)`model\(params, batch\)` failed.*\['hidden'\]\[0\] float32\[3, 4\]"):
+        problem.objective.value(problem.params, batch)
+
+
+# What factories are given.
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVE.value, None, "mse"], ids=["function", "None", "string"])
+@each_transform
+def test_objective_that_is_none(build, objective):
+    with pytest.raises(TypeError, match=r"`objective` must be a gnlin\.Objective\(model, loss\); got"):
+        build(objective)
+
+
+@pytest.mark.parametrize("name", ["model", "loss"])
+def test_objective_of_what_is_no_function(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be a function; got 3"):
+        gnlin.Objective(**{"model": OBJECTIVE.model, "loss": OBJECTIVE.loss, name: 3})
+
+
+def test_residuals_that_are_no_function():
+    with pytest.raises(TypeError, match="`residuals` must be a function; got 3"):
+        gnlin.Objective.least_squares(3)
+
+
+DAMPED = {
+    "scale_by_gauss_newton": lambda damping: gnlin.scale_by_gauss_newton(OBJECTIVE, damping),
+    "gauss_newton": lambda damping: gnlin.gauss_newton(1.0, OBJECTIVE, damping),
+}
+each_damped = pytest.mark.parametrize("build", DAMPED.values(), ids=DAMPED.keys())
+
+BAD_DAMPING = st.floats(max_value=-1e-30) | st.sampled_from([float("nan"), float("inf"), -float("inf")])
+
+
+@each_damped
+@given(damping=BAD_DAMPING)
+def test_damping_out_of_range(build, damping):
+    with pytest.raises(ValueError, match="`damping` must be finite and at least 0; got"):
+        build(damping)
+
+
+@each_damped
+@pytest.mark.parametrize("damping", ["0.1", True, None, [0.1]], ids=str)
+def test_damping_that_is_no_number(build, damping):
+    with pytest.raises(TypeError, match="`damping` must be a number"):
+        build(damping)
+
+
+@given(damping=BAD_DAMPING | st.just(0.0))
+def test_initial_damping_out_of_range(damping):
+    with pytest.raises(ValueError, match="`initial_damping` must be"):
+        gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=damping)
+    with pytest.raises(ValueError, match="`initial` must be"):
+        gnlin.GainRatio(damping)
+
+
+@given(accept=st.floats(max_value=-1e-9) | st.floats(min_value=1.0) | st.just(float("nan")))
+def test_acceptance_out_of_range(accept):
+    with pytest.raises(ValueError, match=r"`accept` must lie in \[0, 1\); got"):
+        gnlin.GainRatio(1.0, accept=accept)
+
+
+def test_limits_of_damping():
+    with pytest.raises(ValueError, match="`minimum` must not exceed `maximum`"):
+        gnlin.GainRatio(1.0, minimum=2.0, maximum=1.0)
+    with pytest.raises(ValueError, match="`maximum` must be positive"):
+        gnlin.GainRatio(1.0, maximum=0.0)
+
+
+PERIODIC = {
+    "linearise_gradients": lambda period: gnlin.linearise_gradients(OBJECTIVE, period),
+    "iterative_linearisation": lambda period: gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, period),
+}
+each_periodic = pytest.mark.parametrize("build", PERIODIC.values(), ids=PERIODIC.keys())
+
+
+@each_periodic
+@given(period=st.integers(max_value=0))
+def test_period_below_one(build, period):
+    with pytest.raises(ValueError, match=r"`period` must be at least 1; got .*None to never re-linearise"):
+        build(period)
+
+
+@each_periodic
+@pytest.mark.parametrize("period", [1.5, 2.0, True, "3", float("inf")], ids=str)
+def test_period_that_is_no_integer(build, period):
+    with pytest.raises(TypeError, match=r"`period` must be an integer of at least 1, None .* or a schedule; got"):
+        build(period)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.0, True, None], ids=str)
+def test_steps_out_of_range(steps):
+    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1; got"):
+        gnlin.prox_linear(optax.sgd(0.1), OBJECTIVE, steps)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(gnlin.linearise_gradients, OBJECTIVE, 2),
+        functools.partial(gnlin.iterative_linearisation, optax.sgd(0.1), OBJECTIVE, 2),
+        functools.partial(gnlin.prox_linear, optax.sgd(0.1), OBJECTIVE, 2),
+    ],
+    ids=["linearise_gradients", "iterative_linearisation", "prox_linear"],
+)
+def test_unknown_loss_model(build):
+    with pytest.raises(ValueError, match=r"`loss_model` must be one of .*exact.*quadratic.*; got 'cubic'"):
+        build(loss_model="cubic")
+
+
+@pytest.mark.parametrize("line_search", [(), (0.0,), (1.0, -0.5), (float("nan"),), (float("inf"),)], ids=str)
+def test_line_search_out_of_range(line_search):
+    with pytest.raises(ValueError, match="`line_search` must be a non-empty sequence of positive"):
+        gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, 2, line_search=line_search)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda inner: gnlin.iterative_linearisation(inner, OBJECTIVE, 2),
+        lambda inner: gnlin.prox_linear(inner, OBJECTIVE, 2),
+    ],
+    ids=["iterative_linearisation", "prox_linear"],
+)
+def test_inner_that_is_no_transformation(build):
+    with pytest.raises(TypeError, match=r"`inner` must be an optax\.GradientTransformation"):
+        build(0.1)
+
+
+def test_unknown_scaling():
+    with pytest.raises(ValueError, match='`scaling` must be "identity" or "marquardt"; got \'diagonal\''):
+        gnlin.levenberg_marquardt(OBJECTIVE, scaling="diagonal")
+
+
+@pytest.mark.parametrize("size", [-0.75, float("nan")], ids=str)
+def test_acceleration_out_of_range(size):
+    with pytest.raises(ValueError, match="`geodesic_acceleration` must be finite and at least 0; got"):
+        gnlin.levenberg_marquardt(OBJECTIVE, geodesic_acceleration=size)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda solver: gnlin.scale_by_gauss_newton(OBJECTIVE, 0.1, solver=solver),
+        lambda solver: gnlin.gauss_newton(1.0, OBJECTIVE, gnlin.GainRatio(0.1), solver=solver),
+        lambda solver: gnlin.levenberg_marquardt(OBJECTIVE, solver=solver),
+    ],
+    ids=["scale_by_gauss_newton", "gauss_newton", "levenberg_marquardt"],
+)
+def test_solver_that_is_none(build):
+    for solver in ("cg", gnlin.CG):
+        with pytest.raises(TypeError, match=r"`solver` must be a solver record such as gnlin\.CG\(\)"):
+            build(solver)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "`max_steps` must be an integer of at least 1; got 0"),
+        ({"max_steps": 2.0}, "`max_steps` must be an integer of at least 1; got 2.0"),
+        ({"max_steps": True}, "`max_steps` must be an integer of at least 1; got True"),
+        ({"rtol": -1}, "`rtol` must be a number of at least 0; got -1"),
+        ({"rtol": float("nan")}, "`rtol` must be a number of at least 0; got nan"),
+        ({"progress_tol": -1e-3}, "`progress_tol` must be a number of at least 0"),
+        ({"warm_start": 2}, "`warm_start` must be between 0 and 1; got 2"),
+        ({"warm_start": float("nan")}, "`warm_start` must be between 0 and 1; got nan"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_cg_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        gnlin.CG(**options)
+
+
+def test_preconditioner_that_is_no_function():
+    with pytest.raises(TypeError, match="`preconditioner` must be a function of the System"):
+        gnlin.CG(preconditioner="jacobi")
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "option"),
+    [
+        (gnlin.Objective, (OBJECTIVE.model, OBJECTIVE.loss), "has_auxiliary"),
+        (gnlin.linearise_gradients, (OBJECTIVE, 2), "loss_modle"),
+        (gnlin.iterative_linearisation, (optax.sgd(0.1), OBJECTIVE, 2), "reset"),
+        (gnlin.prox_linear, (optax.sgd(0.1), OBJECTIVE, 2), "losses"),
+        (gnlin.scale_by_gauss_newton, (OBJECTIVE, 0.1), "slover"),
+        (gnlin.gauss_newton, (1.0, OBJECTIVE, 0.1), "momentum"),
+        (gnlin.levenberg_marquardt, (OBJECTIVE,), "damping"),
+        (gnlin.CG, (), "maxiter"),
+        (gnlin.Dense, (), "jitter"),
+        (gnlin.GainRatio, (1.0,), "acceptance"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_misspelt_option(factory, arguments, option):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        factory(*arguments, **{option: 0.5})
+
+
+# The driver.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_steps": 0}, ValueError, "`max_steps` must be an integer of at least 1; got 0"),
+        ({"max_steps": 2.5}, ValueError, "`max_steps` must be an integer of at least 1; got 2.5"),
+        ({"tol": -1e-3}, ValueError, "`tol` must be a number of at least 0; got -0.001"),
+        ({"tol": float("nan")}, ValueError, "`tol` must be a number of at least 0; got nan"),
+        ({"batch": None}, ValueError, "`batch` is missing"),
+        ({"objective": OBJECTIVE.value}, TypeError, "`objective` must be"),
+        ({"params": {"w": jnp.arange(3)}}, TypeError, r"params\['w'\] has dtype int32"),
+        ({"params": None}, ValueError, "`params` is missing"),
+        ({"tx": 0.1}, TypeError, "`tx` must be"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_minimise(options, error, message):
+    good = {
+        "objective": OBJECTIVE,
+        "params": PROBLEM.params,
+        "tx": optax.sgd(0.1),
+        "batch": BATCH,
+        "max_steps": 3,
+        "tol": 1e-3,
+    }
+    with pytest.raises(error, match=message):
+        gnlin.minimise(**{**good, **options})
+
+
+# Functions that take no transform.
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda **given: gnlin.linearise(OBJECTIVE, PROBLEM.params, **given),
+        lambda **given: gnlin.ggn_vector_product(OBJECTIVE, PROBLEM.params, **given),
+        lambda **given: gnlin.quadratic_model(OBJECTIVE, PROBLEM.params, **given),
+        lambda **given: gnlin.linearised_value_and_grad(OBJECTIVE)(PROBLEM.params, PROBLEM.params, **given),
+        lambda **given: gnlin.predict(OBJECTIVE, (), PROBLEM.params, **given),
+        lambda **given: OBJECTIVE.value(PROBLEM.params, **given),
+        lambda **given: OBJECTIVE.value_and_grad(PROBLEM.params, **given),
+    ],
+    ids=[
+        "linearise",
+        "ggn_vector_product",
+        "quadratic_model",
+        "linearised_value_and_grad",
+        "predict",
+        "value",
+        "value_and_grad",
+    ],
+)
+def test_functions_without_their_batch(call):
+    call(batch=BATCH)
+    with pytest.raises(ValueError, match=r"`batch` is missing.*objective\.bind\(batch\)"):
+        call()
+
+
+def test_state_without_an_anchor():
+    with pytest.raises(ValueError, match="`opt_state` holds no anchor"):
+        gnlin.anchor(optax.adam(1e-3).init(PROBLEM.params))
+
+
+def test_state_with_two_anchors():
+    tx = optax.chain(gnlin.linearise_gradients(OBJECTIVE, 2), gnlin.linearise_gradients(OBJECTIVE, 3))
+    with pytest.raises(ValueError, match="`opt_state` holds 2 anchors"):
+        gnlin.anchor(tx.init(PROBLEM.params))

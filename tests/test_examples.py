@@ -1,0 +1,93 @@
+"""What the README, the documentation and the examples show is run."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from problems import enable_x64
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fences(page: Path) -> list[tuple[str, str, int]]:
+    """``(language, text, line number)`` of the fenced blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(block[1], block[2], text.count("\n", 0, block.start()) + 1) for block in found]
+
+
+def run(source: str, page: Path, names: dict) -> None:
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as a reader of the page has them
+        exec(compile(source, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_runs_and_prints_what_the_page_says(page, capsys):
+    """The blocks of a page share their names; a ``text`` block after one is what it prints."""
+    names: dict = {"__name__": "__main__"}
+    blocks = fences(page)
+    for (language, source, line), (following, expected, _) in zip(blocks, [*blocks, ("", "", 0)][1:], strict=True):
+        assert language in {"python", "text", "bash", "bibtex"}, f"{page.name}:{line}: name the block's language"
+        if language != "python":
+            continue
+        # As many empty lines as stand above the block, so that a traceback shows the line of the page.
+        run("\n" * line + source, page, names)
+        printed = capsys.readouterr().out
+        if following == "text":
+            assert printed.split() == expected.split(), f"{page.name}:{line}"
+
+
+def test_readme_example_trains(capsys):
+    names: dict = {}
+    source = next(text for language, text, _ in fences(ROOT / "README.md") if language == "python")
+    assert len(source.splitlines()) <= 30
+    run(source, ROOT / "README.md", names)
+    losses = [float(line) for line in capsys.readouterr().out.splitlines()]
+    said = re.search(r"three losses are ([\d.]+), ([\d.]+) and ([\d.]+)", (ROOT / "README.md").read_text("utf-8")).groups()
+    assert len(losses) == 3
+    assert max(losses) < 0.2
+    assert losses == pytest.approx([float(loss) for loss in said], rel=0.3)
+
+
+def run_example(name: str, cwd: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_trains_every_optimiser(tmp_path):
+    rows = re.findall(r"^(.+?)\s{2,}([\d.]+)\s+([\d.]+)\s+([\d.]+)$", run_example("quickstart.py", tmp_path), re.MULTILINE)
+    assert len(rows) == 4
+    for name, first, last, accuracy in rows:
+        assert float(last) < float(first) / 4, name
+        assert float(accuracy) > 0.9, name
+    assert not list(tmp_path.iterdir())
+
+
+def test_least_squares_reaches_the_certified_digits(tmp_path):
+    output = run_example("least_squares.py", tmp_path)
+    rows = re.findall(r"^b\d\s+(\S+)\s+(\S+)\s+([\d.]+)$", output, re.MULTILINE)
+    assert len(rows) == 7
+    for certified, fitted, digits in rows:
+        assert abs(float(fitted) / float(certified) - 1) < 1e-8
+        assert float(digits) > 8
+
+
+def test_filter_curves_hold_and_are_drawn(tmp_path, capsys):
+    script = runpy.run_path(str(ROOT / "docs" / "filter_curves.py"))
+    with enable_x64(True):
+        script["check"]()
+        script["draw"](tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").read_text("utf-8").startswith("<?xml")
+    printed = capsys.readouterr().out
+    page = (ROOT / "docs" / "mathematics.md").read_text("utf-8")
+    assert printed.strip() in page
+    assert (ROOT / "docs" / "filter_curves.svg").exists()
