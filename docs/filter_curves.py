@@ -1,6 +1,6 @@
 """The two filters of the mathematics page: measured with gnlin, compared with their formulas, and drawn.
 
-    python docs/filter_curves.py [FILE.svg]
+python docs/filter_curves.py [FILE.svg]
 """
 
 import sys
@@ -39,7 +39,7 @@ def measured(period: int) -> Filters:
     left, right, bend = (np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0] for seed in range(3))
     jacobian = jnp.asarray(left * SINGULAR_VALUES @ right.T)
     target = jnp.asarray(left.sum(axis=1))
-    # The quadratic term has no derivative at the anchor θ = 0, where J is `jacobian`; elsewhere the model is not linear.
+    # The quadratic term has no derivative at the anchor θ = 0, where J is `jacobian`; elsewhere the model bends.
     objective = gnlin.Objective.least_squares(lambda p: jacobian @ p + (jnp.asarray(bend) @ p) ** 2 - target)
     anchor = jnp.zeros(size)
     gradient = objective.value_and_grad(anchor)[1]

@@ -1,6 +1,6 @@
-"""A curve fit to the last digits: thermal expansion of copper, Hahn1 of the NIST reference data, a quotient of two cubics.
+"""A curve fit to the last digits: thermal expansion of copper (Hahn1 of the NIST reference data), a quotient of cubics.
 
-    python examples/least_squares.py
+python examples/least_squares.py
 """
 
 import re

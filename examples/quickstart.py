@@ -1,6 +1,6 @@
 """One training loop, four optimisers, on scikit-learn's handwritten digits.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Iterative linearisation and damped Gauss-Newton as Optax gradient transformations.
 
-Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model expanded
-at an anchor), `curvature` (Gauss-Newton products), `solve` (one linear system, several solvers), then the transforms
-`iterative_linearisation`, `damping`, `gauss_newton` and `levenberg_marquardt`, then `minimise` (a driver) and `telemetry`
-(what the state says). `compare`, the command line, is never imported from here.
+Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model
+expanded at an anchor), `curvature` (Gauss-Newton products), `solve` (one linear system, several solvers), then the
+transforms `iterative_linearisation`, `damping`, `gauss_newton` and `levenberg_marquardt`, then `minimise` (a driver)
+and `telemetry` (what the state says). `compare`, the command line, is never imported from here.
 """
 
 from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model

@@ -8,7 +8,6 @@ linearised model. Every product is a push-forward, a product with H in output sp
 import dataclasses
 from collections.abc import Callable
 
-import chex
 import jax
 
 from gnlin import tree
@@ -17,12 +16,14 @@ from gnlin.objective import Objective
 from gnlin.tree import Batch, Outputs, Params
 
 # Displacement δz of the outputs from those at the anchor ↦ (model of the loss there, its gradient in δz).
-OutputLoss = Callable[[Outputs], tuple[chex.Array, Outputs]]
+OutputLoss = Callable[[Outputs], tuple[jax.Array, Outputs]]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuadraticModel:
-    r"""The Gauss-Newton model of the loss at a point, :math:`\delta \mapsto \ell + g^\top\delta + \tfrac12 \delta^\top G \delta`.
+    r"""The Gauss-Newton model of the loss at a point.
+
+    .. math:: \delta \mapsto \ell + g^\top\delta + \tfrac12 \delta^\top G \delta
 
     Attributes:
         value: ℓ at the point.
@@ -31,12 +32,12 @@ class QuadraticModel:
         hessian: u ↦ Hu, Hessian of the loss with respect to the outputs.
     """
 
-    value: chex.Array
+    value: jax.Array
     linear: Linearisation
     cotangent: Outputs
     hessian: Callable[[Outputs], Outputs]
 
-    def __call__(self, step: Params) -> chex.Array:
+    def __call__(self, step: Params) -> jax.Array:
         """Predicted loss after `step`, shaped like the parameters."""
         return self.value + self.change(step).astype(self.value.dtype)
 
@@ -48,7 +49,7 @@ class QuadraticModel:
         """Gv, about 4/3 of a gradient's work."""
         return self.linear.vjp(self.hessian(self.linear.jvp(vector)))
 
-    def change(self, step: Params) -> chex.Array:
+    def change(self, step: Params) -> jax.Array:
         """gᵀδ + ½ δᵀGδ by one push-forward; free of the cancellation in a difference of two losses."""
         moved = self.linear.jvp(step)
         return tree.inner(self.cotangent, moved) + tree.inner(moved, self.hessian(moved)) / 2

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from gnlin import tree
 
 
 class DampingState(NamedTuple):
-    damping: chex.Array  # λ for the next step
-    growth: chex.Array  # factor that λ takes at the next rejection
+    damping: jax.Array  # λ for the next step
+    growth: jax.Array  # factor that λ takes at the next rejection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GainRatio:
     def init(self) -> DampingState:
         return DampingState(jnp.asarray(self.initial, float), jnp.asarray(2.0, float))
 
-    def update(self, state: DampingState, gain_ratio: chex.Array) -> DampingState:
+    def update(self, state: DampingState, gain_ratio: jax.Array) -> DampingState:
         good = gain_ratio > self.accept  # false for NaN
         # ρ > 1 says no more than ρ = 1: the factor is ⅓ from ρ ≈ 0.94 on.
         bounded = jnp.clip(jnp.where(good, gain_ratio, 0.0), 0.0, 1.0).astype(state.damping.dtype)
@@ -80,22 +81,22 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number ≥ 0. Traced arrays pass: their values are not known yet."""
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
         raise TypeError(f"`{name}` must be a number; got {value!r}")
-    if not isinstance(value, jax.core.Tracer) and not (float(value) >= 0 and math.isfinite(float(value))):
+    if not isinstance(value, Tracer) and not (float(value) >= 0 and math.isfinite(float(value))):
         raise ValueError(f"`{name}` must be finite and at least 0; got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:
     check_number(name, value)
-    if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
+    if not isinstance(value, Tracer) and not float(value) > 0:
         raise ValueError(f"`{name}` must be positive; got {value!r}")
 
 
-def damping_at(damping: Damping, count: chex.Array) -> chex.Array:
+def damping_at(damping: Damping, count: jax.Array) -> jax.Array:
     """λ at this update, in the default floating dtype."""
     return jnp.asarray(damping(count) if callable(damping) else damping, float)
 
 
-def gain_ratio(value: chex.Array, new_value: chex.Array, predicted: chex.Array) -> chex.Array:
+def gain_ratio(value: jax.Array, new_value: jax.Array, predicted: jax.Array) -> jax.Array:
     """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was predicted.
 
     Near a minimum both decreases drop below the resolution of the loss itself, and their quotient is noise. The loss

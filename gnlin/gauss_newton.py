@@ -16,16 +16,16 @@ from gnlin.tree import Params
 
 
 class ScaleByGaussNewtonState(NamedTuple):
-    count: chex.Array
+    count: jax.typing.ArrayLike
     solver: Any  # what the solver carries, such as its last solution
-    metrics: dict[str, chex.Array]
+    metrics: dict[str, jax.Array]
 
 
 class GaussNewtonState(NamedTuple):
-    count: chex.Array
+    count: jax.typing.ArrayLike
     solver: Any
     damping: DampingState
-    metrics: dict[str, chex.Array]
+    metrics: dict[str, jax.Array]
 
 
 def scale_by_gauss_newton(
@@ -81,7 +81,7 @@ def scale_by_gauss_newton(
         return ScaleByGaussNewtonState(jnp.zeros([], jnp.int32), carry, {"damping": jnp.asarray(0.0, float), **stats})
 
     def update_fn(
-        updates, state, params=None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
+        updates, state, params: Params = None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
     ):
         del extra_args
         problem = visible_objective(objective, params, all_params)
@@ -150,7 +150,7 @@ def gauss_newton(
         return GaussNewtonState(jnp.zeros([], jnp.int32), carry, policy, metrics)
 
     def update_fn(
-        updates, state, params=None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
+        updates, state, params: Params = None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
     ):
         del extra_args
         problem = visible_objective(objective, params, all_params)
@@ -184,7 +184,7 @@ def solve_damped(
 
 
 def _direction(objective, solver, damping, updates, params, batches, carry):
-    """``(solution, carry, model)``, where `batches` is the pair (gradient's batch, curvature's or `None` for the same)."""
+    """``(solution, carry, model)``; `batches` is (the gradient's batch, the curvature's or `None` for the same)."""
     batch, curvature_batch = batches
     model = quadratic_model(objective, params, batch)
     curvature = model if curvature_batch is None else quadratic_model(objective, params, curvature_batch)

@@ -21,14 +21,15 @@ update will start from the true model at θ, and `predict` then evaluates the tr
 ∇Q_φ(θ) = Jᵀ∇ℓ(f(θ)) is the true gradient; K = ∞ never returns to the head.
 """
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.curvature import LOSS_MODELS, OutputLoss, check_loss_model
@@ -45,21 +46,21 @@ _LONGEST_SKIPPING_PERIOD = 10
 
 
 class LinearisedGradientsState(NamedTuple):
-    count: chex.Array
-    remaining: chex.Array  # updates that the anchor still serves; 0: the next update moves it
+    count: jax.typing.ArrayLike
+    remaining: jax.Array  # updates that the anchor still serves; 0: the next update moves it
     anchor: Params
-    metrics: dict[str, chex.Array]
+    metrics: dict[str, jax.Array]
 
 
 class IterativeLinearisationState(NamedTuple):
     linearised: LinearisedGradientsState
     inner: optax.OptState
-    metrics: dict[str, chex.Array]
+    metrics: dict[str, jax.Array]
 
 
 class ProxLinearState(NamedTuple):
-    count: chex.Array
-    metrics: dict[str, chex.Array]
+    count: jax.typing.ArrayLike
+    metrics: dict[str, jax.Array]
 
 
 def linearise_gradients(
@@ -71,9 +72,9 @@ def linearise_gradients(
 
     The anchor φ is moved to θ at the first update and then every `period` updates. What follows in the chain (Adam,
     momentum, ...) descends on it: ``optax.chain(gnlin.linearise_gradients(objective, 16), optax.adam(1e-3))``. The
-    incoming gradient is ignored, may be `None`, and costs nothing under `jit`. To accumulate micro-batches put this element
-    outside: ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner, k).gradient_transformation())``, so that each
-    micro-batch is linearised.
+    incoming gradient is ignored, may be `None`, and costs nothing under `jit`. To accumulate micro-batches put this
+    element outside: ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner, k).gradient_transformation())``,
+    so that each micro-batch is linearised.
 
     A step costs 5/3 of a gradient, and with ``period=1`` exactly a gradient.
 
@@ -82,8 +83,8 @@ def linearise_gradients(
 
     Args:
         objective: the problem.
-        period: K ≥ 1; `None` for never (linearised training); or a schedule, evaluated at the count of updates each time
-            the anchor moves and rounded to at least 1.
+        period: K ≥ 1; `None` for never (linearised training); or a schedule, evaluated at the count of updates each
+            time the anchor moves and rounded to at least 1.
         loss_model: ``"exact"`` keeps the loss; ``"quadratic"`` expands it too, to second order at f(φ): the
             Gauss-Newton model of Abreu et al.
 
@@ -124,7 +125,7 @@ def linearise_gradients(
             },
         )
 
-    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates, extra_args
         problem = visible_objective(objective, params, all_params)
         _, grads, _, state = _linearised_step(problem, period, loss_model, state, params, batch)
@@ -192,16 +193,15 @@ def iterative_linearisation(
 
     def init_fn(params):
         metrics = {} if alphas is None else {"line_search/alpha": jnp.asarray(0.0, float)}
-        return IterativeLinearisationState(linearised.init(params), inner.init(params), metrics)
+        state: Any = linearised.init(params)
+        return IterativeLinearisationState(state, inner.init(params), metrics)
 
-    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates
         extra_args = _for_inner(extra_args)
         problem = visible_objective(objective, params, all_params)
         fresh = state.linearised.remaining == 0
-        value, grads, value_fn, after = _linearised_step(
-            problem, period, loss_model, state.linearised, params, batch
-        )
+        value, grads, value_fn, after = _linearised_step(problem, period, loss_model, state.linearised, params, batch)
         inner_state = state.inner
         if reset_inner:
             inner_state = tree.select(fresh, inner.init(params), inner_state)
@@ -211,7 +211,7 @@ def iterative_linearisation(
         metrics = state.metrics
         if alphas is not None:
 
-            def at_end(updates):
+            def at_end(updates, alphas=alphas):
                 return _best_along(problem, after.anchor, params, updates, alphas, batch)
 
             def within(updates):
@@ -235,7 +235,8 @@ def prox_linear(
     ``reset_inner=True``, fed one batch for a whole cycle. Follow it by a line search on the true loss to be safe:
     ``optax.chain(prox_linear(...), optax.scale_by_backtracking_linesearch(...))``.
 
-    The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ), ``prox/linearised_loss`` (Q before the last step).
+    The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ) and ``prox/linearised_loss`` (Q before the last
+    step).
 
     Args:
         inner: optimiser of the linearised problem, its learning rate included; it receives ``value``, ``grad`` and
@@ -277,7 +278,7 @@ def prox_linear(
         zero = jnp.asarray(0.0, float)
         return ProxLinearState(jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)})
 
-    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates
         extra_args = _for_inner(extra_args)
         problem = visible_objective(objective, params, all_params)
@@ -290,7 +291,14 @@ def prox_linear(
             grads = linear.vjp(cotangent)
             now = tree.add(params, offset)
             updates, inner_state = inner.update(
-                grads, inner_state, now, value=value, grad=grads, value_fn=_value_fn(linear, loss), batch=batch, **extra_args
+                grads,
+                inner_state,
+                now,
+                value=value,
+                grad=grads,
+                value_fn=_value_fn(linear, loss),
+                batch=batch,
+                **extra_args,
             )
             return (tree.add_scaled(offset, 1.0, updates), inner_state), value
 
@@ -306,12 +314,17 @@ def prox_linear(
 
 
 def _linearised_step(
-    objective: Objective, period: Period, loss_model: LossModel, state: LinearisedGradientsState, params: Params, batch: Batch
-) -> tuple[chex.Array, Params, Callable, LinearisedGradientsState]:
+    objective: Objective,
+    period: Period,
+    loss_model: LossModel,
+    state: LinearisedGradientsState,
+    params: Params,
+    batch: Batch,
+) -> tuple[jax.Array, Params, Callable, LinearisedGradientsState]:
     """``(Q(θ), ∇Q(θ), Q, state)`` of one update."""
     check_params(params, allow_holes=True)
     fresh = state.remaining == 0
-    always = isinstance(period, numbers.Integral) and period == 1
+    always = isinstance(period, int) and period == 1
     anchor = params if always else tree.select(fresh, params, state.anchor)
     linear = linearise(objective, anchor, batch)
     loss = LOSS_MODELS[loss_model](objective, linear.outputs, batch)
@@ -336,7 +349,7 @@ def _linearised_step(
     return value, linear.vjp(cotangent), _value_fn(linear, loss), after
 
 
-def _displacement(linear: Linearisation, params: Params, fresh: chex.Array, period: Period) -> Any:
+def _displacement(linear: Linearisation, params: Params, fresh: jax.Array, period: Period) -> Any:
     """J(φ)(θ − φ), not computed right after a re-linearisation (θ = φ) where leaving it out pays."""
     offset = tree.subtract(params, linear.anchor)
     if not _skipping_pays(linear, period):
@@ -345,14 +358,14 @@ def _displacement(linear: Linearisation, params: Params, fresh: chex.Array, peri
 
 
 def _skipping_pays(linear: Linearisation, period: Period) -> bool:
-    if not isinstance(period, numbers.Integral) or period > _LONGEST_SKIPPING_PERIOD:
+    if not isinstance(period, int) or period > _LONGEST_SKIPPING_PERIOD:
         return False
     # XLA on CPU runs a convolution inside `cond` several times slower than outside.
     names = primitive_names(jax.make_jaxpr(linear.jvp)(linear.anchor).jaxpr)
     return "conv_general_dilated" not in names
 
 
-def _cycle_length(period: Period, count: chex.Array) -> chex.Array:
+def _cycle_length(period: Period, count: jax.typing.ArrayLike) -> jax.Array:
     if period is None:
         return jnp.asarray(_FOREVER, jnp.int32)
     length = period(count) if callable(period) else period
@@ -369,7 +382,7 @@ def _value_fn(linear: Linearisation, loss: OutputLoss) -> Callable:
 
 def _best_along(
     objective: Objective, anchor: Params, params: Params, updates: Params, alphas: Sequence[float], batch: Batch
-) -> tuple[Params, chex.Array]:
+) -> tuple[Params, jax.Array]:
     """Updates that lead to the best φ + α(θ' − φ), θ' = params + updates, on the true loss; and its α."""
     direction = tree.subtract(tree.add(params, updates), anchor)
     candidates = [0.0, *alphas]
@@ -380,11 +393,11 @@ def _best_along(
 
 
 def check_period(period: Any) -> None:
-    if period is None or callable(period) or isinstance(period, jax.core.Tracer):
+    if period is None or callable(period) or isinstance(period, Tracer):
         return
-    whole = isinstance(period, numbers.Integral) and not isinstance(period, bool)
+    whole = isinstance(period, (int, np.integer)) and not isinstance(period, bool)
     # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
-    whole |= hasattr(period, "dtype") and jnp.ndim(period) == 0 and jnp.issubdtype(period.dtype, jnp.number)
+    whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
     if not whole:
         raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
     if period < 1:

@@ -2,7 +2,6 @@
 
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,11 +16,11 @@ from gnlin.tree import Batch, Params
 
 
 class LevenbergMarquardtState(NamedTuple):
-    count: chex.Array
+    count: jax.typing.ArrayLike
     damping: DampingState
     scaling: Any  # largest diagonal of G seen so far, shaped like the parameters; () for the identity
     solver: Any
-    metrics: dict[str, chex.Array]
+    metrics: dict[str, jax.Array]
 
 
 def levenberg_marquardt(
@@ -42,8 +41,8 @@ def levenberg_marquardt(
 
     The batch of an update decides its acceptance, so use the full batch or a large one.
 
-    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used), ``rejections`` (since the
-    last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to the
+    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used), ``rejections``
+    (since the last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to the
     step's). Rejections say nothing about convergence; the gradient does.
 
     Args:
@@ -51,11 +50,11 @@ def levenberg_marquardt(
         initial_damping: first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a `GainRatio`
             with limits of its own.
         scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G seen so far, which makes the iterates
-            independent of the units of the parameters (Moré 1978). The diagonal costs one push-forward for each parameter,
-            so it is for small problems.
+            independent of the units of the parameters (Moré 1978). The diagonal costs one push-forward for each
+            parameter, so it is for small problems.
         solver: a record from `gnlin.solve`; `Dense` for small classical problems.
-        geodesic_acceleration: largest size, relative to the step, of a second-order correction along the step, 0.75 being
-            usual; `None` for none. It costs a second solve and needs a model with forward-mode derivatives.
+        geodesic_acceleration: largest size, relative to the step, of a second-order correction along the step,
+            0.75 being usual; `None` for none. It costs a second solve and needs a model with forward-mode derivatives.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
@@ -82,8 +81,7 @@ def levenberg_marquardt(
     policy = initial_damping if isinstance(initial_damping, GainRatio) else GainRatio(initial_damping)
     if scaling not in ("identity", "marquardt"):
         raise ValueError(f'`scaling` must be "identity" or "marquardt"; got {scaling!r}')
-    accelerated = geodesic_acceleration is not None
-    if accelerated:
+    if geodesic_acceleration is not None:
         check_number("geodesic_acceleration", geodesic_acceleration)
 
     def init_fn(params):
@@ -97,14 +95,14 @@ def levenberg_marquardt(
             "gain_ratio": zero,
             "damping": damping.damping,
             "rejections": jnp.zeros([], jnp.int32),
-            **({"acceleration": zero} if accelerated else {}),
+            **({"acceleration": zero} if geodesic_acceleration is not None else {}),
             **stats,
         }
         metrics = tree.copy(metrics)
         largest = tree.zeros_like(params, tree.accumulation_dtype(params)) if scaling == "marquardt" else ()
         return LevenbergMarquardtState(jnp.zeros([], jnp.int32), damping, largest, carry, metrics)
 
-    def update_fn(updates, state, params=None, *, batch=None, all_params=None, **extra_args):
+    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates, extra_args
         problem = visible_objective(objective, params, all_params)
         model = quadratic_model(problem, params, batch)
@@ -118,7 +116,7 @@ def levenberg_marquardt(
         solution, carry = solve_damped(model, solver, strength, model.gradient(), state.solver, diagonal)
         step = tree.scale(-1, solution.step)
         extra_metrics = {}
-        if accelerated:
+        if geodesic_acceleration is not None:
             correction, size = _acceleration(problem, model, batch, step, solver, strength, diagonal)
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
             extra_metrics = {"acceleration": size.astype(float)}
@@ -159,7 +157,7 @@ def _ggn_diagonal(model: QuadraticModel) -> Params:
 
 def _acceleration(
     objective: Objective, model: QuadraticModel, batch: Batch, velocity: Params, solver: Solver, damping, scaling
-) -> tuple[Params, chex.Array]:
+) -> tuple[Params, jax.Array]:
     """``(½a, 2|a|/|v|)`` with (G + λD) a = −JᵀH ∂²f[v, v], the curvature of the model's path along v."""
     anchor = model.linear.anchor
 

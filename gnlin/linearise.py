@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import chex
 import jax
 
 from gnlin import tree
@@ -105,7 +104,9 @@ def primitive_names(jaxpr: Any) -> Iterator[str]:
     """Names of the primitives in a jaxpr, those of its inner jaxprs included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None
+        ):
             if (found := _as_jaxpr(inner)) is not None:
                 yield from primitive_names(found)
 
@@ -120,5 +121,3 @@ def _lacks_forward_rule(jvp: Callable[[Any], Any], point: Any) -> bool:
     # function, which fails when it is at last evaluated, far from here.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.numpy.result_type(leaf)), point)
     return "custom_lin" in primitive_names(jax.make_jaxpr(jvp)(shapes).jaxpr)
-
-

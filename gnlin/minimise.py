@@ -3,7 +3,6 @@
 import warnings
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
@@ -28,10 +27,10 @@ class MinimiseInfo(NamedTuple):
         opt_state: the optimiser's last state, for `gnlin.metrics`.
     """
 
-    steps: chex.Array
-    value: chex.Array
-    gradient_norm: chex.Array
-    converged: chex.Array
+    steps: jax.Array
+    value: jax.Array
+    gradient_norm: jax.Array
+    converged: jax.Array
     opt_state: Any
 
 
@@ -49,8 +48,12 @@ def minimise(
 
     A thin driver over `jaxopt.OptaxSolver`, compiled as one loop: curve fits, full-batch training. With
     `implicit_diff` the result is differentiable with respect to `batch` by the implicit function theorem,
-    :math:`\partial\theta^\star = -(\nabla^2_{\theta\theta}\ell)^{-1}\,\nabla^2_{\theta,\text{batch}}\ell`, at a cost that does not grow with the
-    number of steps; the solution must then be a strict minimum, solved accurately.
+
+    .. math:: \partial\theta^\star
+              = -(\nabla^2_{\theta\theta}\ell)^{-1}\,\nabla^2_{\theta,\text{batch}}\ell\;\partial\text{batch},
+
+    at a cost that does not grow with the number of steps; the solution must then be a strict
+    minimum, solved accurately.
 
     Args:
         objective: the problem.
@@ -92,13 +95,13 @@ def minimise(
     tx = optax.with_extra_args_support(tx)
 
     def run(init, batch):
-        def update(grads, state, params):
+        def update(updates, state, params=None):
             # The driver hands over gradients alone; under its jit the value is the one it computed already.
-            extra = {"value": objective.value(params, batch), "grad": grads, "value_fn": objective.value}
-            updates, state = tx.update(grads, state, params, batch=batch, **extra)
+            extra = {"value": objective.value(params, batch), "grad": updates, "value_fn": objective.value}
+            step, state = tx.update(updates, state, params, batch=batch, **extra)
             # The driver looks at the gradient only after the update that used it: stay where it was small enough.
-            done = tree.norm(grads) <= tol
-            return tree.select(done, tree.zeros_like(updates), updates), state
+            done = tree.norm(updates) <= tol
+            return tree.select(done, tree.zeros_like(step), step), state
 
         solver = jaxopt.OptaxSolver(
             fun=lambda params: objective.value(params, batch),

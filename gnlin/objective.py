@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -44,7 +43,7 @@ class Objective:
     """
 
     model: Callable[..., Any]
-    loss: Callable[..., chex.Array]
+    loss: Callable[..., jax.Array]
     has_aux: bool = dataclasses.field(default=False, kw_only=True)
     is_bound: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -74,7 +73,7 @@ class Objective:
             return cls(_WithoutBatch(residuals), half_sum_of_squares, is_bound=True)
         return cls(residuals, half_sum_of_squares)
 
-    def value(self, params: Params, batch: Batch = None) -> chex.Array:
+    def value(self, params: Params, batch: Batch = None) -> jax.Array:
         """Loss at `params`, a scalar; any auxiliary data is dropped.
 
         Its signature is what Optax line searches want: ``tx.update(..., value_fn=objective.value, batch=batch)``.
@@ -121,7 +120,7 @@ class Objective:
                 )
         return outputs, aux
 
-    def loss_of(self, outputs: Outputs, batch: Batch = None) -> chex.Array:
+    def loss_of(self, outputs: Outputs, batch: Batch = None) -> jax.Array:
         """The loss as a function of the outputs."""
         value = jnp.asarray(_call("loss", self.loss, outputs, batch))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -139,7 +138,7 @@ class Objective:
             )
 
 
-def half_sum_of_squares(residuals: Outputs, batch: Batch = None) -> chex.Array:
+def half_sum_of_squares(residuals: Outputs, batch: Batch = None) -> jax.Array:
     r""":math:`\tfrac12\sum_i r_i^2`, accumulated in at least float32."""
     del batch
     return tree.inner(residuals, residuals) / 2
@@ -151,7 +150,7 @@ def check_objective(objective: Any) -> None:
 
 
 def check_params(params: Params, *, allow_holes: bool = False) -> None:
-    """Raise unless `params` is a tree of real floating leaves; the holes of `optax.masked` are in order only at `init`."""
+    """Raise unless `params` is a tree of real floating leaves, without the holes of `optax.masked` unless allowed."""
     if params is None:
         raise ValueError("`params` is missing: call tx.update(grads, opt_state, params, batch=batch).")
     if not allow_holes and tree.has_holes(params):

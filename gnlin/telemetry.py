@@ -1,9 +1,9 @@
 """Reading the state: anchors and metrics, from any nesting of Optax wrappers."""
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
-import chex
 import jax
 
 from gnlin import tree
@@ -82,7 +82,7 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
     return linearise(objective, tree.select(found.remaining == 0, params, current), batch).predict(params)
 
 
-def metrics(opt_state: Any) -> dict[str, chex.Array]:
+def metrics(opt_state: Any) -> dict[str, jax.Array]:
     """All diagnostics in `opt_state`, flat and ready to log.
 
     Args:
@@ -90,8 +90,8 @@ def metrics(opt_state: Any) -> dict[str, chex.Array]:
 
     Returns:
         Dictionary of scalars, such as ``cg/steps``, ``cg/residual``, ``damping``, ``gain_ratio``, ``accepted``,
-        ``linearise/refreshes``; empty where no transform of this package is in it. Where several transforms report the same
-        name, the second is ``name/1``, and so on, in the order of the state.
+        ``linearise/refreshes``; empty where no transform of this package is in it. Where several transforms report the
+        same name, the second is ``name/1``, and so on, in the order of the state.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -102,11 +102,12 @@ def metrics(opt_state: Any) -> dict[str, chex.Array]:
         >>> {name: round(float(value), 6) for name, value in gnlin.metrics(state).items()}
         {'damping': 0.5, 'cg/steps': 1.0, 'cg/residual': 0.0, 'cg/converged': 1.0}
     """
-    collected: dict[str, chex.Array] = {}
+    collected: dict[str, jax.Array] = {}
+    seen = collections.Counter()
     for state in _states(opt_state):
         for name, value in state.metrics.items():
-            repeats = sum(known == name or known.startswith(f"{name}/") and known[len(name) + 1 :].isdigit() for known in collected)
-            collected[f"{name}/{repeats}" if repeats else name] = value
+            collected[f"{name}/{seen[name]}" if seen[name] else name] = value
+            seen[name] += 1
     return collected
 
 
@@ -121,7 +122,7 @@ def _linearised_state(opt_state: Any) -> LinearisedGradientsState | None:
 
 
 def _states(node: Any) -> Iterator[Any]:
-    """This package's states inside `node`, outer ones first."""
+    """States of this package inside `node`, outer ones first."""
     for found in jax.tree.leaves(node, is_leaf=lambda item: isinstance(item, _STATES)):
         if isinstance(found, _STATES):
             yield found

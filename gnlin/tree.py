@@ -8,44 +8,46 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Params = chex.ArrayTree
-Outputs = chex.ArrayTree
-Batch = Any
+# Any pytree of arrays. chex.ArrayTree spells this out, but arithmetic on its leaves does not type-check.
+Tree = Any
+Params = Tree
+Outputs = Tree
+Batch = Tree
 
 
-def accumulation_dtype(*trees: chex.ArrayTree) -> jnp.dtype:
+def accumulation_dtype(*trees: Tree) -> jnp.dtype:
     """Widest dtype among the leaves, and at least float32: what sums and scalars are held in."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees)]
     widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype("float32"))
     return jnp.dtype("float32") if jnp.finfo(widest).bits < 32 else jnp.dtype(widest)
 
 
-def cast(tree: chex.ArrayTree, dtype) -> chex.ArrayTree:
+def cast(tree: Tree, dtype) -> Tree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), tree)
 
 
-def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lambda leaf, ref: jnp.asarray(leaf).astype(jnp.result_type(ref)), tree, like)
 
 
-def copy(tree: chex.ArrayTree) -> chex.ArrayTree:
+def copy(tree: Tree) -> Tree:
     """Fresh buffers with equal contents; an alias would break buffer donation."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
-def zeros_like(tree: chex.ArrayTree, dtype=None) -> chex.ArrayTree:
+def zeros_like(tree: Tree, dtype=None) -> Tree:
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=dtype), tree)
 
 
-def add(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.ArrayTree:
+def add(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(jnp.add, a, b)
 
 
-def subtract(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.ArrayTree:
+def subtract(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def scale(factor: chex.Numeric, tree: chex.ArrayTree) -> chex.ArrayTree:
+def scale(factor: chex.Numeric, tree: Tree) -> Tree:
     """``factor * tree``, computed in the accumulation dtype and returned in each leaf's own."""
 
     def scaled(leaf):
@@ -55,7 +57,7 @@ def scale(factor: chex.Numeric, tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(scaled, tree)
 
 
-def add_scaled(a: chex.ArrayTree, factor: chex.Numeric, b: chex.ArrayTree) -> chex.ArrayTree:
+def add_scaled(a: Tree, factor: chex.Numeric, b: Tree) -> Tree:
     """``a + factor * b``, rounded once, to the dtype of `a`."""
 
     def combined(x, y):
@@ -65,19 +67,19 @@ def add_scaled(a: chex.ArrayTree, factor: chex.Numeric, b: chex.ArrayTree) -> ch
     return jax.tree.map(combined, a, b)
 
 
-def select(condition: chex.Numeric, on_true: chex.ArrayTree, on_false: chex.ArrayTree) -> chex.ArrayTree:
+def select(condition: chex.Numeric, on_true: Tree, on_false: Tree) -> Tree:
     """Leafwise `jnp.where`. Multiplying by a flag instead would let a NaN through."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
-def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> chex.Array:
+def inner(a: Tree, b: Tree) -> jax.Array:
     """Euclidean inner product over all leaves, in the accumulation dtype."""
     dtype = accumulation_dtype(a, b)
     products = jax.tree.map(lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros([], dtype))
 
 
-def norm(tree: chex.ArrayTree) -> chex.Array:
+def norm(tree: Tree) -> jax.Array:
     """Euclidean norm over all leaves, free of overflow and underflow in the squares."""
     largest = max_abs(tree)
     unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
@@ -86,30 +88,30 @@ def norm(tree: chex.ArrayTree) -> chex.Array:
     return unit * jnp.sqrt(inner(relative, relative))
 
 
-def max_abs(tree: chex.ArrayTree) -> chex.Array:
+def max_abs(tree: Tree) -> jax.Array:
     """Largest absolute entry; NaN where any entry is NaN, 0 for a tree without entries."""
     dtype = accumulation_dtype(tree)
     sizes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(tree) if leaf.size]
     return jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros([], dtype)
 
 
-def all_finite(tree: chex.ArrayTree) -> chex.Array:
+def all_finite(tree: Tree) -> jax.Array:
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
 
 
-def size(tree: chex.ArrayTree) -> int:
+def size(tree: Tree) -> int:
     """Number of entries over all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def flatten(tree: chex.ArrayTree, dtype) -> chex.Array:
+def flatten(tree: Tree, dtype) -> jax.Array:
     """All entries as one vector of `dtype`."""
     leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
     return jnp.concatenate(leaves) if leaves else jnp.zeros([0], dtype)
 
 
-def unflatten(vector: chex.Array, like: chex.ArrayTree) -> chex.ArrayTree:
+def unflatten(vector: jax.Array, like: Tree) -> Tree:
     """The inverse of `flatten`, with the shapes and dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     ends = list(itertools.accumulate((leaf.size for leaf in leaves), initial=0))

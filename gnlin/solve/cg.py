@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,8 +29,8 @@ class CG:
     * breakdown: :math:`p^\top A p \le 0` along a search direction, or a number that is not finite. What was
       reached before stays the answer.
 
-    The right-hand side is brought to unit size first, so every tolerance is relative to the problem. Vectors and scalars
-    of the iteration are held in at least float32.
+    The right-hand side is brought to unit size first, so every tolerance is relative to the problem. Vectors and
+    scalars of the iteration are held in at least float32.
 
     Statistics: ``cg/steps``, ``cg/residual`` (relative), ``cg/converged`` (by either tolerance).
 
@@ -71,7 +70,7 @@ class CG:
         if self.preconditioner is not None and not callable(self.preconditioner):
             raise TypeError(f"`preconditioner` must be a function of the System; got {self.preconditioner!r}")
 
-    def init(self, params: Params) -> tuple[Any, dict[str, chex.Array]]:
+    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
         carry = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.warm_start else ()
         return carry, _stats(0, 0.0, False)
 
@@ -166,23 +165,23 @@ class CG:
 
 
 class _Iteration(NamedTuple):
-    steps: chex.Array
+    steps: jax.Array
     x: Params
     residual: Params
     direction: Params
-    rz: chex.Array  # <r, M⁻¹r>
-    residual_norm: chex.Array
-    objectives: chex.Array  # φ after each step
-    converged: chex.Array
-    broken: chex.Array
+    rz: jax.Array  # <r, M⁻¹r>
+    residual_norm: jax.Array
+    objectives: jax.Array  # φ after each step
+    converged: jax.Array
+    broken: jax.Array
 
 
-def _objective(x: Params, residual: Params, b: Params) -> chex.Array:
+def _objective(x: Params, residual: Params, b: Params) -> jax.Array:
     # φ(x) = ½xᵀAx − bᵀx with Ax = b − r.
     return -(tree.inner(x, residual) + tree.inner(x, b)) / 2
 
 
-def _stats(steps, residual, converged) -> dict[str, chex.Array]:
+def _stats(steps, residual, converged) -> dict[str, jax.Array]:
     return {
         "cg/steps": jnp.asarray(steps, jnp.int32),
         "cg/residual": jnp.asarray(residual, float),

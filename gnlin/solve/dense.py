@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,8 +15,8 @@ from gnlin.tree import Params
 class Dense:
     r"""Direct solve by QR of the augmented system, for up to a few thousand parameters.
 
-    J (M × P, M outputs and P parameters) is materialised, and a factor F with :math:`F^\top F = J^\top H J` is built without
-    ever forming that product, whose condition number is the square of J's:
+    J (M × P, M outputs and P parameters) is materialised, and a factor F with :math:`F^\top F = J^\top H J` is built
+    without ever forming that product, whose condition number is the square of J's:
 
     .. math:: J = QR, \quad Q^\top H Q = V \Lambda V^\top, \quad F = \Lambda^{1/2} V^\top R, \qquad
               \begin{pmatrix} F \\ \sqrt{\lambda D} \end{pmatrix} = Q' R'.
@@ -37,7 +36,7 @@ class Dense:
         <function ...>
     """
 
-    def init(self, params: Params) -> tuple[Any, dict[str, chex.Array]]:
+    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
         del params
         return (), _stats(0.0, False)
 
@@ -67,7 +66,7 @@ class Dense:
         return Solution(step, _stats(jnp.where(sound, relative, 1.0), sound)), carry
 
 
-def _augmented_factor(system: System, like: Params, dtype) -> chex.Array:
+def _augmented_factor(system: System, like: Params, dtype) -> jax.Array:
     """[F; √(λD)], (k + P) × P with k = min(M, P)."""
     jacobian = materialise(system.jvp, like, dtype)
     q, r = jnp.linalg.qr(jacobian.T)
@@ -82,10 +81,12 @@ def _augmented_factor(system: System, like: Params, dtype) -> chex.Array:
     return jnp.concatenate([curvature, jnp.diag(jnp.sqrt(jnp.asarray(system.damping, dtype) * scaling))])
 
 
-def materialise(function, like: Params, dtype) -> chex.Array:
-    """Transposed matrix, (P, M), of a linear function of trees shaped like `like`: row i is its value on basis vector i."""
-    return jax.vmap(lambda e: tree.flatten(function(tree.unflatten(e, like)), dtype))(jnp.eye(tree.size(like), dtype=dtype))
+def materialise(function, like: Params, dtype) -> jax.Array:
+    """The transposed matrix, (P, M), of a linear function: row i is its value on basis vector i."""
+    return jax.vmap(lambda e: tree.flatten(function(tree.unflatten(e, like)), dtype))(
+        jnp.eye(tree.size(like), dtype=dtype)
+    )
 
 
-def _stats(residual, converged) -> dict[str, chex.Array]:
+def _stats(residual, converged) -> dict[str, jax.Array]:
     return {"dense/residual": jnp.asarray(residual, float), "dense/converged": jnp.asarray(converged, bool)}

@@ -31,12 +31,12 @@ class System:
     scaling: Params | None = None
 
     def matvec(self, vector: Params) -> Params:
-        """v ↦ (JᵀHJ + λD) v, in the dtypes of the parameters."""
+        """V ↦ (JᵀHJ + λD) v, in the dtypes of the parameters."""
         curved = self.vjp(self.output_hessian(self.jvp(vector)))
         return tree.add_scaled(curved, self.damping, self.damp_direction(vector))
 
     def damp_direction(self, vector: Params) -> Params:
-        """v ↦ Dv."""
+        """V ↦ Dv."""
         if self.scaling is None:
             return vector
         return jax.tree.map(lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector)
@@ -52,7 +52,7 @@ class Solution:
     """
 
     step: Params
-    stats: dict[str, chex.Array]
+    stats: dict[str, jax.Array]
 
 
 class Solver(Protocol):
@@ -62,7 +62,6 @@ class Solver(Protocol):
     is) and statistics of the same form as those of ``solve``.
     """
 
-    def init(self, params: Params) -> tuple[Any, dict[str, chex.Array]]: ...
+    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]: ...
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]: ...
-
