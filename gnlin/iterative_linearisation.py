@@ -37,7 +37,7 @@ from gnlin.linearise import Linearisation, linearise, primitive_names
 from gnlin.objective import Objective, check_objective, check_params, check_transformation, visible_objective
 from gnlin.tree import Batch, Params
 
-Period = int | None | Callable[[chex.Numeric], chex.Numeric]
+Period = int | None | Callable[[Any], chex.Numeric]
 LossModel = Literal["exact", "quadratic"]
 
 _FOREVER = -1  # value of `remaining` for an anchor that never moves

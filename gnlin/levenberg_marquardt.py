@@ -41,8 +41,8 @@ def levenberg_marquardt(
 
     The batch of an update decides its acceptance, so use the full batch or a large one.
 
-    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used), ``rejections``
-    (since the last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to the
+    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used),
+    ``rejections`` (since the last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to the
     step's). Rejections say nothing about convergence; the gradient does.
 
     Args:

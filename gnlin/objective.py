@@ -43,7 +43,7 @@ class Objective:
     """
 
     model: Callable[..., Any]
-    loss: Callable[..., jax.Array]
+    loss: Callable[..., Any]
     has_aux: bool = dataclasses.field(default=False, kw_only=True)
     is_bound: bool = dataclasses.field(default=False, kw_only=True)
 

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 
 from gnlin import quadratic_model
 from gnlin.compare.tasks import Task
+from gnlin.tree import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,9 @@ def _flops(function: Callable[..., Any], *shapes: Any) -> float:
     return flops(jax.jit(function).lower(*shapes).compile())
 
 
-def _params(task: Task) -> chex.ArrayTree:
+def _params(task: Task) -> Params:
     return jax.eval_shape(task.init, jax.random.key(0))
 
 
-def _batch(task: Task, examples: int) -> chex.ArrayTree:
+def _batch(task: Task, examples: int) -> Batch:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((examples, *leaf.shape[1:]), leaf.dtype), task.train)

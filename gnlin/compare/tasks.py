@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import optax
 from sklearn.datasets import load_digits
 
 from gnlin import Objective
+from gnlin.tree import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Task:
 
     name: str
     objective: Objective
-    init: Callable[[chex.PRNGKey], chex.ArrayTree]
-    train: dict[str, chex.Array]
-    held_out: dict[str, chex.Array]
-    accuracy: Callable[[Any, Any], chex.Array]
+    init: Callable[[jax.Array], Params]
+    train: dict[str, jax.Array]
+    held_out: dict[str, jax.Array]
+    accuracy: Callable[[Any, Any], jax.Array]
     batch_size: int
     steps: int
     full_batch_steps: int
@@ -72,7 +72,7 @@ def digits() -> Task:
     pixels = (pixels - pixels.mean()) / pixels.std()
     order = np.random.default_rng(0).permutation(len(pixels))
 
-    def part(chosen: np.ndarray) -> dict[str, chex.Array]:
+    def part(chosen: np.ndarray) -> dict[str, jax.Array]:
         return {"x": jnp.asarray(pixels[chosen], jnp.float32), "y": jnp.asarray(np.asarray(labels)[chosen], jnp.int32)}
 
     return Task(
@@ -95,18 +95,18 @@ TASKS: dict[str, Callable[[], Task]] = {"digits": digits}
 # Models and losses that tasks share.
 
 
-def init_perceptron(key: chex.PRNGKey, widths: Sequence[int]) -> list[dict[str, chex.Array]]:
+def init_perceptron(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]]:
     """Weights drawn as normal / √fan-in, (fan-in, fan-out); zero biases; one key for each layer."""
     keys = jax.random.split(key, len(widths) - 1)
 
-    def layer(key: chex.PRNGKey, fan_in: int, fan_out: int) -> dict[str, chex.Array]:
+    def layer(key: jax.Array, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
         weights = jax.random.normal(key, (fan_in, fan_out), jnp.float32) / np.sqrt(fan_in)
         return {"w": weights, "b": jnp.zeros(fan_out, jnp.float32)}
 
     return [layer(*each) for each in zip(keys, widths[:-1], widths[1:], strict=True)]
 
 
-def perceptron(params: list[dict[str, chex.Array]], batch: dict[str, chex.Array]) -> chex.Array:
+def perceptron(params: list[dict[str, jax.Array]], batch: dict[str, jax.Array]) -> jax.Array:
     """Outputs (N, C) of a network with tanh hidden layers and a linear last one."""
     hidden = batch["x"]
     for layer in params[:-1]:
@@ -114,11 +114,11 @@ def perceptron(params: list[dict[str, chex.Array]], batch: dict[str, chex.Array]
     return jnp.dot(hidden, params[-1]["w"]) + params[-1]["b"][None]
 
 
-def mean_cross_entropy(logits: chex.Array, batch: dict[str, chex.Array]) -> chex.Array:
+def mean_cross_entropy(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     """Softmax cross-entropy, mean over examples."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
 
-def accuracy(logits: chex.Array, batch: dict[str, chex.Array]) -> chex.Array:
+def accuracy(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     """Fraction of examples whose largest logit is at the label."""
     return (logits.argmax(-1) == batch["y"]).mean()
