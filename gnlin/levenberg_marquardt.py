@@ -41,9 +41,9 @@ def levenberg_marquardt(
 
     The batch of an update decides its acceptance, so use the full batch or a large one.
 
-    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used),
-    ``rejections`` (since the last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to the
-    step's). Rejections say nothing about convergence; the gradient does.
+    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used), ``rejections``
+    (since the last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to
+    the step's). Rejections say nothing about convergence; the gradient does.
 
     Args:
         objective: the problem.
