@@ -49,7 +49,7 @@ def _cases():
         return _hidden(params, batch) @ params["out"]
 
     def scalar(params, batch):
-        return jnp.sum(outputs(params, batch))
+        return jnp.mean(outputs(params, batch))
 
     def sequence(params, batch):
         z = outputs(params, batch)
