@@ -113,8 +113,9 @@ def gauss_newton(
     Args:
         learning_rate: η, a number or a schedule; 1 is the full step.
         objective: the problem.
-        damping: λ, a number, a schedule or a `GainRatio`; the safe choice is the latter. A plain small number
-            diverges on softmax losses.
+        damping: λ, a number, a schedule or a `GainRatio`. A plain small number diverges on softmax
+            losses. `GainRatio` suits full or large batches; on small ones it hears the batch and not the problem, and
+            wants a `minimum` or gives way to a schedule.
         solver: a record from `gnlin.solve`.
 
     Returns:

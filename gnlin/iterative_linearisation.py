@@ -27,14 +27,21 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.curvature import LOSS_MODELS, OutputLoss, check_loss_model
 from gnlin.linearise import Linearisation, linearise, primitive_names
-from gnlin.objective import Objective, check_objective, check_params, check_transformation, visible_objective
+from gnlin.objective import (
+    Objective,
+    check_line_search,
+    check_objective,
+    check_params,
+    check_period,
+    check_transformation,
+    visible_objective,
+    without_loss,
+)
 from gnlin.tree import Batch, Params
 
 Period = int | None | Callable[[Any], chex.Numeric]
@@ -198,7 +205,7 @@ def iterative_linearisation(
 
     def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates
-        extra_args = _for_inner(extra_args)
+        extra_args = without_loss(extra_args)
         problem = visible_objective(objective, params, all_params)
         fresh = state.linearised.remaining == 0
         value, grads, value_fn, after = _linearised_step(problem, period, loss_model, state.linearised, params, batch)
@@ -280,7 +287,7 @@ def prox_linear(
 
     def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates
-        extra_args = _for_inner(extra_args)
+        extra_args = without_loss(extra_args)
         problem = visible_objective(objective, params, all_params)
         linear = linearise(problem, params, batch)
         loss = LOSS_MODELS[loss_model](problem, linear.outputs, batch)
@@ -390,29 +397,3 @@ def _best_along(
     # NaN compares as infinite; the first of equals is α = 0, and the user's order breaks other ties.
     best = jnp.asarray(candidates, float)[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
     return tree.subtract(tree.add_scaled(anchor, best, direction), params), best
-
-
-def check_period(period: Any) -> None:
-    if period is None or callable(period) or isinstance(period, Tracer):
-        return
-    whole = isinstance(period, (int, np.integer)) and not isinstance(period, bool)
-    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
-    whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
-    if not whole:
-        raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
-    if period < 1:
-        raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
-
-
-def _for_inner(extra_args: dict[str, Any]) -> dict[str, Any]:
-    """Extra arguments without those that the linearised problem replaces."""
-    return {name: value for name, value in extra_args.items() if name not in ("value", "grad", "value_fn")}
-
-
-def check_line_search(line_search: Any) -> tuple[float, ...] | None:
-    if line_search is None:
-        return None
-    alphas = tuple(float(alpha) for alpha in line_search)
-    if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
-        raise ValueError(f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}")
-    return alphas

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.tree import Batch, Outputs, Params
@@ -170,6 +172,32 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
 def check_transformation(name: str, tx: Any) -> None:
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}")
+
+
+def check_period(period: Any) -> None:
+    if period is None or callable(period) or isinstance(period, Tracer):
+        return
+    whole = isinstance(period, (int, np.integer)) and not isinstance(period, bool)
+    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
+    whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
+    if not whole:
+        raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
+    if period < 1:
+        raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
+
+
+def check_line_search(line_search: Any) -> tuple[float, ...] | None:
+    if line_search is None:
+        return None
+    alphas = tuple(float(alpha) for alpha in line_search)
+    if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
+        raise ValueError(f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}")
+    return alphas
+
+
+def without_loss(extra_args: dict[str, Any]) -> dict[str, Any]:
+    """Extra arguments without those that the linearised problem replaces."""
+    return {name: value for name, value in extra_args.items() if name not in ("value", "grad", "value_fn")}
 
 
 def visible_objective(objective: Objective, params: Params, all_params: Params | None) -> Objective:
