@@ -7,7 +7,7 @@ and `telemetry` (what the state says). `compare`, the command line, is never imp
 """
 
 from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model
-from gnlin.damping import GainRatio
+from gnlin.damping import GainRatio, TrustRegion
 from gnlin.gauss_newton import gauss_newton, scale_by_gauss_newton
 from gnlin.iterative_linearisation import iterative_linearisation, linearise_gradients, prox_linear
 from gnlin.levenberg_marquardt import levenberg_marquardt
@@ -29,6 +29,7 @@ __all__ = [
     "QuadraticModel",
     "Solution",
     "System",
+    "TrustRegion",
     "anchor",
     "gauss_newton",
     "ggn_vector_product",

@@ -18,6 +18,20 @@ class DampingState(NamedTuple):
     growth: jax.Array  # factor that λ takes at the next rejection
 
 
+class RadiusState(NamedTuple):
+    radius: jax.Array  # Δ for the next step; 0 before the first
+
+
+class Trial(NamedTuple):
+    """What came of one step δ, all scalars."""
+
+    gain_ratio: jax.Array
+    decrease: jax.Array  # ℓ(θ) − ℓ(θ + δ)
+    slope: jax.Array  # ∇ℓᵀδ
+    length: jax.Array  # ‖D^½ δ‖
+    radius: chex.Numeric  # the Δ that bounded it
+
+
 @dataclasses.dataclass(frozen=True)
 class GainRatio:
     r"""Damping that follows how well the quadratic model predicts the loss (Nielsen's rule).
@@ -56,9 +70,9 @@ class GainRatio:
     def __post_init__(self):
         for name in ("initial", "minimum", "maximum"):
             check_positive(name, getattr(self, name))
-        if not 0 <= self.accept < 1:
-            raise ValueError(f"`accept` must lie in [0, 1); got {self.accept!r}")
-        if not self.minimum <= self.maximum:
+        check_acceptance(self.accept)
+        known = not isinstance(self.minimum, Tracer) and not isinstance(self.maximum, Tracer)
+        if known and not self.minimum <= self.maximum:
             raise ValueError(f"`minimum` must not exceed `maximum`; got {self.minimum!r} and {self.maximum!r}")
 
     def init(self) -> DampingState:
@@ -72,6 +86,69 @@ class GainRatio:
         damping = state.damping * jnp.where(good, shrink, state.growth)
         growth = jnp.where(good, 2.0, jnp.minimum(2 * state.growth, 2.0**20))
         return DampingState(jnp.clip(damping, self.minimum, self.maximum), growth)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRegion:
+    r"""Damping that keeps each step within a radius, and a radius that follows the gain ratio (Moré's rule).
+
+    λ is the least value at which the step obeys
+
+    .. math:: \|D^{1/2}\delta(\lambda)\| \le \Delta, \qquad (G + \lambda D)\,\delta = -\nabla\ell,
+
+    to within a tenth of Δ. Where the curvature changes by orders of magnitude from one point to the next, as it does in
+    curve fits from poor starting values, a length stays meaningful and the last λ does not. With the gain
+    ratio ρ and the decrease d of the loss,
+
+    .. math:: \Delta \leftarrow \begin{cases}
+                \max\!\big(\tfrac1{10},\; \tfrac12 s / (s + \min(d, 0))\big)\,
+                  \min(\Delta,\, 10\,\|D^{1/2}\delta\|) & \rho \le \tfrac14,\quad s = \nabla\ell^\top\delta \\
+                2\,\|D^{1/2}\delta\| & \rho \ge \tfrac34 \text{ or the step ended inside} \\
+                \Delta & \text{otherwise.}\end{cases}
+
+    After a step uphill the factor is where the parabola through both losses and the slope s has its minimum.
+
+    Args:
+        radius: first Δ, in units of :math:`\|D^{1/2}\theta\|` (or absolute, where θ is zero).
+        accept: least gain ratio of a step that is taken.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Moré, The Levenberg-Marquardt algorithm: implementation and theory, 1978.
+
+    Example:
+        >>> import gnlin
+        >>> gnlin.TrustRegion()
+        TrustRegion(radius=1.0, accept=0.0001)
+    """
+
+    radius: float = 1.0
+    accept: float = 1e-4
+
+    def __post_init__(self):
+        check_positive("radius", self.radius)
+        check_acceptance(self.accept)
+
+    def init(self) -> RadiusState:
+        return RadiusState(jnp.asarray(0.0, float))
+
+    def bound(self, state: RadiusState, size: jax.Array) -> jax.Array:
+        """Δ of the next step; `size` is ‖D^½ θ‖."""
+        first = self.radius * jnp.where(size > 0, size, 1).astype(state.radius.dtype)
+        return jnp.where(state.radius > 0, state.radius, first)
+
+    def update(self, state: RadiusState, trial: Trial) -> RadiusState:
+        uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
+        factor = jnp.maximum(0.5 * trial.slope / (trial.slope + uphill), 0.1)
+        factor = jnp.where(jnp.isfinite(factor), factor, 0.1)
+        # Without this a first radius far beyond the reach of the model would take many rejections to come down.
+        radius = jnp.where(state.radius > 0, trial.radius, jnp.minimum(trial.radius, trial.length))
+        smaller = factor * jnp.minimum(radius, 10 * trial.length)
+        inside = trial.length < 0.9 * trial.radius
+        radius = jnp.where((trial.gain_ratio >= 0.75) | inside, 2 * trial.length, radius)
+        radius = jnp.where(trial.gain_ratio > 0.25, radius, smaller)  # also where the ratio is NaN
+        return RadiusState(radius.astype(state.radius.dtype))
 
 
 Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]
@@ -89,6 +166,11 @@ def check_positive(name: str, value: Any) -> None:
     check_number(name, value)
     if not isinstance(value, Tracer) and not float(value) > 0:
         raise ValueError(f"`{name}` must be positive; got {value!r}")
+
+
+def check_acceptance(accept: float) -> None:
+    if not 0 <= accept < 1:
+        raise ValueError(f"`accept` must lie in [0, 1); got {accept!r}")
 
 
 def damping_at(damping: Damping, count: jax.Array) -> jax.Array:

@@ -8,16 +8,25 @@ import optax
 
 from gnlin import tree
 from gnlin.curvature import QuadraticModel, quadratic_model
-from gnlin.damping import DampingState, GainRatio, check_number, check_positive, gain_ratio
+from gnlin.damping import (
+    DampingState,
+    GainRatio,
+    RadiusState,
+    Trial,
+    TrustRegion,
+    check_number,
+    check_positive,
+    gain_ratio,
+)
 from gnlin.gauss_newton import check_solver, solve_damped
 from gnlin.objective import Objective, check_objective, check_params, visible_objective
-from gnlin.solve import CG, Solver
+from gnlin.solve import CG, Solver, System
 from gnlin.tree import Batch, Params
 
 
 class LevenbergMarquardtState(NamedTuple):
     count: jax.typing.ArrayLike
-    damping: DampingState
+    damping: DampingState | RadiusState
     scaling: Any  # largest diagonal of G seen so far, shaped like the parameters; () for the identity
     solver: Any
     metrics: dict[str, jax.Array]
@@ -26,7 +35,7 @@ class LevenbergMarquardtState(NamedTuple):
 def levenberg_marquardt(
     objective: Objective,
     *,
-    initial_damping: float | GainRatio = 1e-3,
+    initial_damping: float | GainRatio | TrustRegion | None = None,
     scaling: Literal["identity", "marquardt"] = "identity",
     solver: Solver = CG(),
     geodesic_acceleration: float | None = None,
@@ -35,20 +44,22 @@ def levenberg_marquardt(
 
     Each update solves :math:`(G + \lambda D)\,\delta = -\nabla\ell(\theta)` at the current parameters and compares the
     loss at θ + δ with what the quadratic model promised. A step whose gain ratio is too small is rejected inside
-    the update: the updates returned are exact zeros, and λ grows. Otherwise δ is returned and λ follows the gain
-    ratio (`GainRatio`). The incoming updates are ignored, and the transform must stand last in a chain: scaling its
-    step afterwards would undo the comparison. Under `jit` the ignored gradient is never computed.
+    the update: the updates returned are exact zeros, and the next step is shorter. Otherwise δ is returned. λ follows
+    the gain ratio, by itself (`GainRatio`) or through a radius for the step (`TrustRegion`). The incoming updates are
+    ignored, and the transform must stand last in a chain: scaling its step afterwards would undo the comparison.
+    Under `jit` the ignored gradient is never computed.
 
     The batch of an update decides its acceptance, so use the full batch or a large one.
 
     Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used), ``rejections``
-    (since the last accepted step), those of the solver and, with acceleration, ``acceleration`` (its size relative to
-    the step's). Rejections say nothing about convergence; the gradient does.
+    (since the last accepted step), those of the solver, with a `TrustRegion` ``radius`` and with acceleration
+    ``acceleration`` (its size relative to the step's). Rejections say nothing about convergence; the gradient does.
 
     Args:
         objective: the problem.
-        initial_damping: first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a `GainRatio`
-            with limits of its own.
+        initial_damping: first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a policy:
+            `GainRatio`, which a number stands for, or `TrustRegion`, which needs `Dense` and copes with poor starting
+            values. `None` is ``TrustRegion()`` with `Dense` and ``GainRatio(1e-3)`` with other solvers.
         scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G seen so far, which makes the iterates
             independent of the units of the parameters (Moré 1978). The diagonal costs one push-forward for each
             parameter, so it is for small problems.
@@ -76,9 +87,7 @@ def levenberg_marquardt(
     """
     check_objective(objective)
     check_solver(solver)
-    if not isinstance(initial_damping, GainRatio):
-        check_positive("initial_damping", initial_damping)
-    policy = initial_damping if isinstance(initial_damping, GainRatio) else GainRatio(initial_damping)
+    policy = _policy(initial_damping, solver)
     if scaling not in ("identity", "marquardt"):
         raise ValueError(f'`scaling` must be "identity" or "marquardt"; got {scaling!r}')
     if geodesic_acceleration is not None:
@@ -87,51 +96,65 @@ def levenberg_marquardt(
     def init_fn(params):
         check_params(params, allow_holes=True)
         carry, stats = solver.init(params)
-        damping = policy.init()
         zero = jnp.asarray(0.0, float)
         metrics = {
             "loss": zero,
             "accepted": jnp.asarray(False),
             "gain_ratio": zero,
-            "damping": damping.damping,
+            "damping": zero,
             "rejections": jnp.zeros([], jnp.int32),
+            **({"radius": zero} if isinstance(policy, TrustRegion) else {}),
             **({"acceleration": zero} if geodesic_acceleration is not None else {}),
             **stats,
         }
         metrics = tree.copy(metrics)
         largest = tree.zeros_like(params, tree.accumulation_dtype(params)) if scaling == "marquardt" else ()
-        return LevenbergMarquardtState(jnp.zeros([], jnp.int32), damping, largest, carry, metrics)
+        return LevenbergMarquardtState(jnp.zeros([], jnp.int32), policy.init(), largest, carry, metrics)
 
     def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates, extra_args
         problem = visible_objective(objective, params, all_params)
         model = quadratic_model(problem, params, batch)
-        strength = state.damping.damping
         largest, diagonal = state.scaling, None
         if scaling == "marquardt":
             largest = jax.tree.map(jnp.maximum, largest, _ggn_diagonal(model))
             # A parameter without influence so far is damped as if its diagonal were 1.
             diagonal = jax.tree.map(lambda d: jnp.where(d > 0, d, 1), largest)
 
-        solution, carry = solve_damped(model, solver, strength, model.gradient(), state.solver, diagonal)
-        step = tree.scale(-1, solution.step)
+        rhs = model.gradient()
         extra_metrics = {}
+        if isinstance(policy, TrustRegion):
+            radius = policy.bound(state.damping, _length(params, diagonal))
+            system = System(model.linear.jvp, model.linear.vjp, model.hessian, 0.0, diagonal)
+            solution, carry, strength = solver.solve_within(system, rhs, state.solver, radius)
+            extra_metrics["radius"] = radius
+        else:
+            strength = state.damping.damping
+            solution, carry = solve_damped(model, solver, strength, rhs, state.solver, diagonal)
+        step = tree.scale(-1, solution.step)
+        length = _length(step, diagonal)  # of the part that the radius bounds
         if geodesic_acceleration is not None:
             correction, size = _acceleration(problem, model, batch, step, solver, strength, diagonal)
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
-            extra_metrics = {"acceleration": size.astype(float)}
+            extra_metrics["acceleration"] = size.astype(float)
 
-        ratio = gain_ratio(model.value, problem.value(tree.add(params, step), batch), -model.change(step))
+        new_value = problem.value(tree.add(params, step), batch)
+        ratio = gain_ratio(model.value, new_value, -model.change(step))
+        if isinstance(policy, TrustRegion):
+            trial = Trial(ratio, model.value - new_value, tree.inner(rhs, step), length, radius)
+            adapted = policy.update(state.damping, trial)
+        else:
+            adapted = policy.update(state.damping, ratio)
         accepted = ratio > policy.accept
-        # A loss that is not finite here is the batch's fault, not the step's: λ and D stay as they are.
-        sound = jnp.isfinite(model.value)
-        damping = tree.select(sound, policy.update(state.damping, ratio), state.damping)
+        # A loss or gradient that is not finite here is the batch's fault, not the step's: the state stays as it is.
+        sound = jnp.isfinite(model.value) & tree.all_finite(rhs)
+        damping = tree.select(sound, adapted, state.damping)
         largest = tree.select(sound & tree.all_finite(largest), largest, state.scaling)
         metrics = {
             "loss": model.value.astype(float),
             "accepted": accepted,
             "gain_ratio": ratio.astype(float),
-            "damping": strength,
+            "damping": strength.astype(float),
             "rejections": jnp.where(accepted, 0, state.metrics["rejections"] + 1),
             **extra_metrics,
             **solution.stats,
@@ -140,6 +163,27 @@ def levenberg_marquardt(
         return step, LevenbergMarquardtState(optax.safe_increment(state.count), damping, largest, carry, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _policy(initial_damping, solver: Solver) -> GainRatio | TrustRegion:
+    if initial_damping is None:
+        return TrustRegion() if hasattr(solver, "solve_within") else GainRatio(1e-3)
+    if isinstance(initial_damping, TrustRegion) and not hasattr(solver, "solve_within"):
+        raise TypeError(
+            f"`initial_damping=TrustRegion(...)` needs a solver that finds λ from a radius, such as gnlin.Dense(); "
+            f"got {solver!r}. Take `Dense`, or a number for `initial_damping`"
+        )
+    if isinstance(initial_damping, (GainRatio, TrustRegion)):
+        return initial_damping
+    check_positive("initial_damping", initial_damping)
+    return GainRatio(initial_damping)
+
+
+def _length(step: Params, diagonal: Params | None) -> jax.Array:
+    """‖D^½ δ‖."""
+    if diagonal is None:
+        return tree.norm(step)
+    return tree.norm(jax.tree.map(lambda d, v: jnp.sqrt(d) * v.astype(d.dtype), diagonal, step))
 
 
 def _ggn_diagonal(model: QuadraticModel) -> Params:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,10 +31,13 @@ class Dense:
     Reference: Björck, Numerical Methods for Least Squares Problems, 1996, section 6.6.
 
     Example:
-        >>> import gnlin
-        >>> gnlin.levenberg_marquardt(
-        ...     gnlin.Objective.least_squares(lambda p: p - 1.0), solver=gnlin.Dense()).init  # doctest: +ELLIPSIS
-        <function ...>
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([3.0, 4.0]) * p - 1.0)
+        >>> tx = gnlin.gauss_newton(1.0, objective, damping=0.0, solver=gnlin.Dense())
+        >>> params = jnp.zeros(2)
+        >>> updates, _ = tx.update(None, tx.init(params), params)
+        >>> updates.round(4)   # a linear problem: solved in one step
+        Array([0.3333, 0.25  ], dtype=float32)
     """
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
@@ -42,32 +46,40 @@ class Dense:
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
         dtype = tree.accumulation_dtype(rhs)
-        size = tree.max_abs(rhs)
-        unit = jnp.where(size > 0, size, jnp.ones_like(size))
-        b = tree.flatten(rhs, dtype) / unit
-        factor = _augmented_factor(system, rhs, dtype)
-        upper = jnp.linalg.qr(factor, mode="r")
+        b, unit = _to_unit_size(rhs, dtype)
+        curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)
+        return _solve(curvature, diagonal, system.damping, b, unit, rhs), carry
 
-        def semi_normal(vector):
-            inner = jax.scipy.linalg.solve_triangular(upper, vector, trans=1)
-            return jax.scipy.linalg.solve_triangular(upper, inner)
+    def solve_within(
+        self, system: System, rhs: Params, carry: Any, radius: chex.Numeric
+    ) -> tuple[Solution, Any, jax.Array]:
+        """Solve with the least λ for which ‖D^½ x‖ ≤ `radius`, to a tenth; also returns that λ.
 
-        def residual_of(x):
-            return b - factor.T @ (factor @ x)
-
-        x = semi_normal(b)
-        x = x + semi_normal(residual_of(x))
-        x = jnp.where(jnp.all(b == 0), jnp.zeros_like(b), x)
-        b_norm = jnp.linalg.norm(b)
-        relative = jnp.where(b_norm > 0, jnp.linalg.norm(residual_of(x)) / jnp.where(b_norm > 0, b_norm, 1), 0)
-        step = tree.unflatten(x * unit, rhs)
-        sound = tree.all_finite(step) & jnp.isfinite(relative)
-        step = tree.select(sound, step, tree.zeros_like(step))
-        return Solution(step, _stats(jnp.where(sound, relative, 1.0), sound)), carry
+        The damping of `system` is not looked at. λ stays above ε‖D^-½ G D^-½‖, the resolution of the right-hand side:
+        below it rounding errors in b would be amplified to the size of the step.
+        """
+        dtype = tree.accumulation_dtype(rhs)
+        b, unit = _to_unit_size(rhs, dtype)
+        curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)
+        root = jnp.where(diagonal > 0, jnp.sqrt(diagonal), 1)
+        _, singular_values, rows = jnp.linalg.svd(curvature / root[None, :], full_matrices=False)
+        damping = _damping_within(singular_values, rows @ (b / root), jnp.asarray(radius, dtype) / unit)
+        return _solve(curvature, diagonal, damping, b, unit, rhs), carry, damping
 
 
-def _augmented_factor(system: System, like: Params, dtype) -> jax.Array:
-    """[F; √(λD)], (k + P) × P with k = min(M, P)."""
+def _to_unit_size(rhs: Params, dtype) -> tuple[jax.Array, jax.Array]:
+    """``(b, unit)`` with rhs = unit · b and the entries of b at most 1."""
+    size = tree.max_abs(rhs)
+    unit = jnp.where(size > 0, size, jnp.ones_like(size))
+    return tree.flatten(rhs, dtype) / unit, unit
+
+
+def _diagonal(system: System, like: Params, dtype) -> jax.Array:
+    return jnp.ones([tree.size(like)], dtype) if system.scaling is None else tree.flatten(system.scaling, dtype)
+
+
+def _curvature_factor(system: System, like: Params, dtype) -> jax.Array:
+    """F, k × P with k = min(M, P)."""
     jacobian = materialise(system.jvp, like, dtype)
     q, r = jnp.linalg.qr(jacobian.T)
     outputs_like = jax.eval_shape(system.jvp, like)
@@ -75,10 +87,57 @@ def _augmented_factor(system: System, like: Params, dtype) -> jax.Array:
     projected = hq @ q
     eigenvalues, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
     # Convexity of the loss makes H positive semi-definite; what is below zero is rounding.
-    curvature = jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None] * (vectors.T @ r)
-    ones = jnp.ones([curvature.shape[1]], dtype)
-    scaling = ones if system.scaling is None else tree.flatten(system.scaling, dtype)
-    return jnp.concatenate([curvature, jnp.diag(jnp.sqrt(jnp.asarray(system.damping, dtype) * scaling))])
+    return jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None] * (vectors.T @ r)
+
+
+def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
+    factor = jnp.concatenate([curvature, jnp.diag(jnp.sqrt(jnp.asarray(damping, b.dtype) * diagonal))])
+    upper = jnp.linalg.qr(factor, mode="r")
+
+    def semi_normal(vector):
+        inner = jax.scipy.linalg.solve_triangular(upper, vector, trans=1)
+        return jax.scipy.linalg.solve_triangular(upper, inner)
+
+    def residual_of(x):
+        return b - factor.T @ (factor @ x)
+
+    x = semi_normal(b)
+    x = x + semi_normal(residual_of(x))
+    x = jnp.where(jnp.all(b == 0), jnp.zeros_like(b), x)
+    b_norm = jnp.linalg.norm(b)
+    relative = jnp.where(b_norm > 0, jnp.linalg.norm(residual_of(x)) / jnp.where(b_norm > 0, b_norm, 1), 0)
+    step = tree.unflatten(x * unit, like)
+    sound = tree.all_finite(step) & jnp.isfinite(relative)
+    step = tree.select(sound, step, tree.zeros_like(step))
+    return Solution(step, _stats(jnp.where(sound, relative, 1.0), sound))
+
+
+def _damping_within(singular_values: jax.Array, coefficients: jax.Array, radius: jax.Array) -> jax.Array:
+    """The λ with ‖c / (s² + λ)‖ = Δ to within a tenth, or the floor where the norm is already less there.
+
+    Newton's iteration on the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0, which is nearly linear in λ and is
+    approached from the left. Reference: Moré 1978, section 5.
+    """
+    squares = singular_values**2
+    info = jnp.finfo(squares.dtype)
+    floor = jnp.maximum(info.eps * jnp.max(squares, initial=0), info.tiny)
+
+    def length_and_next(damping):
+        terms = coefficients / (squares + damping)
+        length = jnp.linalg.norm(terms)
+        decay = jnp.sum(terms**2 / (squares + damping)) / length  # −d length / dλ
+        return length, damping + (length / radius - 1) * length / decay
+
+    def outside(now):
+        _, length, following, count = now
+        # A NaN ends it, too.
+        return (jnp.abs(length - radius) > 0.1 * radius) & (count < 30) & (following > floor)
+
+    def step(now):
+        _, _, following, count = now
+        return following, *length_and_next(following), count + 1
+
+    return jax.lax.while_loop(outside, step, (floor, *length_and_next(floor), 0))[0]
 
 
 def materialise(function, like: Params, dtype) -> jax.Array:
