@@ -96,7 +96,7 @@ class TrustRegion:
 
     .. math:: \|D^{1/2}\delta(\lambda)\| \le \Delta, \qquad (G + \lambda D)\,\delta = -\nabla\ell,
 
-    to within a tenth of Δ. Where the curvature changes by orders of magnitude from one point to the next, as it does in
+    Where the curvature changes by orders of magnitude from one point to the next, as it does in
     curve fits from poor starting values, a length stays meaningful and the last λ does not. With the gain
     ratio ρ and the decrease d of the loss,
 
@@ -139,16 +139,17 @@ class TrustRegion:
         return jnp.where(state.radius > 0, state.radius, first)
 
     def update(self, state: RadiusState, trial: Trial) -> RadiusState:
+        trial = tree.cast(trial, state.radius.dtype)
         uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
         factor = jnp.maximum(0.5 * trial.slope / (trial.slope + uphill), 0.1)
         factor = jnp.where(jnp.isfinite(factor), factor, 0.1)
         # Without this a first radius far beyond the reach of the model would take many rejections to come down.
         radius = jnp.where(state.radius > 0, trial.radius, jnp.minimum(trial.radius, trial.length))
         smaller = factor * jnp.minimum(radius, 10 * trial.length)
-        inside = trial.length < 0.9 * trial.radius
+        inside = trial.length < 0.99 * trial.radius
         radius = jnp.where((trial.gain_ratio >= 0.75) | inside, 2 * trial.length, radius)
         radius = jnp.where(trial.gain_ratio > 0.25, radius, smaller)  # also where the ratio is NaN
-        return RadiusState(radius.astype(state.radius.dtype))
+        return RadiusState(radius)
 
 
 Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]

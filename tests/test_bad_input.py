@@ -213,12 +213,21 @@ def test_initial_damping_out_of_range(damping):
         gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=damping)
     with pytest.raises(ValueError, match="`initial` must be"):
         gnlin.GainRatio(damping)
+    with pytest.raises(ValueError, match="`radius` must be"):
+        gnlin.TrustRegion(damping)
 
 
 @given(accept=st.floats(max_value=-1e-9) | st.floats(min_value=1.0) | st.just(float("nan")))
 def test_acceptance_out_of_range(accept):
     with pytest.raises(ValueError, match=r"`accept` must lie in \[0, 1\); got"):
         gnlin.GainRatio(1.0, accept=accept)
+    with pytest.raises(ValueError, match=r"`accept` must lie in \[0, 1\); got"):
+        gnlin.TrustRegion(accept=accept)
+
+
+def test_trust_region_needs_a_solver_that_finds_the_damping():
+    with pytest.raises(TypeError, match=r"`initial_damping=TrustRegion.*gnlin.Dense\(\).*got CG"):
+        gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=gnlin.TrustRegion())
 
 
 def test_limits_of_damping():
@@ -351,6 +360,7 @@ def test_preconditioner_that_is_no_function():
         (gnlin.CG, (), "maxiter"),
         (gnlin.Dense, (), "jitter"),
         (gnlin.GainRatio, (1.0,), "acceptance"),
+        (gnlin.TrustRegion, (), "size"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -199,20 +199,21 @@ def descending(name, damping, hyperparameters, metrics=frozenset()):
     )
 
 
-def accepting(name, stats, key, **options):
+def accepting(name, stats, key, *, initial_damping=1.0, **options):
     """`levenberg_marquardt`, damped enough from the start to accept steps on small batches."""
 
     def build(objective):
-        return gnlin.levenberg_marquardt(objective, initial_damping=1.0, **options)
+        return gnlin.levenberg_marquardt(objective, initial_damping=initial_damping, **options)
 
     def inject(objective):
-        return optax.inject_hyperparams(gnlin.levenberg_marquardt)(objective, initial_damping=1.0, **options)
+        factory = optax.inject_hyperparams(gnlin.levenberg_marquardt)
+        return factory(objective, initial_damping=initial_damping, **options)
 
     return Case(
         f"levenberg_marquardt-{name}",
         build,
         inject,
-        frozenset({"initial_damping"}),
+        frozenset({"initial_damping"} if isinstance(initial_damping, float) else ()),
         LM_STATS | stats,
         notices_nan=lambda metrics: not metrics["accepted"] and not metrics[key],
         convex_steps=12,
@@ -246,7 +247,14 @@ CASES = [
     descending("gain-ratio", gnlin.GainRatio(0.2), frozenset({"learning_rate"}), frozenset({"gain_ratio", "loss"})),
     accepting("cg", CG_STATS, "cg/converged"),
     accepting("dense", DENSE_STATS, "dense/converged", solver=gnlin.Dense()),
-    accepting("marquardt", DENSE_STATS, "dense/converged", solver=gnlin.Dense(), scaling="marquardt"),
+    accepting(
+        "trust-region",
+        DENSE_STATS | {"radius"},
+        "dense/converged",
+        initial_damping=gnlin.TrustRegion(0.1),
+        solver=gnlin.Dense(),
+        scaling="marquardt",
+    ),
     accepting("geodesic", CG_STATS | {"acceleration"}, "cg/converged", geodesic_acceleration=0.75),
 ]
 
@@ -479,40 +487,60 @@ def test_masked_without_the_whole_tree_is_named(subject):
 
 # Precision and convergence, on linear models: the arithmetic of a transform does not depend on the model.
 
-PRECISIONS = {
+# What is only traced takes no time to compile: dtypes are known by then.
+RUN = {
     "bfloat16": Dtypes(jnp.bfloat16, jnp.bfloat16, wide_loss=False),
-    "mixed": Dtypes(jnp.bfloat16, jnp.float32),
     "float64": Dtypes(jnp.float64, jnp.float64, x64=True),
+}
+TRACED = {
+    "mixed": Dtypes(jnp.bfloat16, jnp.float32),
     "float32-among-float64": Dtypes(jnp.float32, jnp.float32, x64=True),
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
-def test_keeps_dtypes_and_descends(subject, precision):
-    """Updates and parameters have the dtypes they came with, no step recompiles, and the loss goes down."""
+def precise_step(subject, precision):
+    """``(step, problem, tx)``; the step also returns updates and loss."""
+    problem = logistic_regression(precision)
+    objective = problem.objective
+    tx = subject.case.build(objective)
+
+    def step(params, opt_state):
+        batch = problem.batches[0]
+        value, grads = objective.value_and_grad(params, batch)
+        extras = subject.case.extras(value, grads, params, batch, objective)
+        updates, opt_state = tx.update(grads, opt_state, params, **extras)
+        return optax.apply_updates(params, updates), opt_state, updates, value
+
+    return step, problem, tx
+
+
+@pytest.mark.parametrize("precision", RUN.values(), ids=RUN.keys())
+def test_descends_in_every_precision(subject, precision):
+    """The loss goes down, and no step recompiles."""
     with enable_x64(precision.x64):
-        problem = logistic_regression(precision)
-        objective = problem.objective
-        tx = subject.case.build(objective)
-        params, batch = problem.params, problem.batches[0]
-        opt_state = tx.init(params)
-
-        @jax.jit
-        def step(params, opt_state):
-            value, grads = objective.value_and_grad(params, batch)
-            extras = subject.case.extras(value, grads, params, batch, objective)
-            updates, opt_state = tx.update(grads, opt_state, params, **extras)
-            return optax.apply_updates(params, updates), opt_state, updates, value
-
-        losses = []
+        step, problem, tx = precise_step(subject, precision)
+        params, opt_state = problem.params, tx.init(problem.params)
+        compiled, losses = jax.jit(step), []
         for _ in range(4):
-            params, opt_state, updates, value = step(params, opt_state)
+            params, opt_state, updates, value = compiled(params, opt_state)
             losses.append(float(value))
-        assert step._cache_size() == 1
+        assert compiled._cache_size() == 1
         chex.assert_trees_all_equal_shapes_and_dtypes(problem.params, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(problem.params, updates)
         assert np.all(np.isfinite(losses))
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("precision", TRACED.values(), ids=TRACED.keys())
+def test_keeps_dtypes(subject, precision):
+    """Updates, parameters and state have the dtypes they came with."""
+    with enable_x64(precision.x64):
+        step, problem, tx = precise_step(subject, precision)
+        before = tx.init(problem.params)
+        params, after, updates, _ = jax.eval_shape(step, problem.params, before)
+        chex.assert_trees_all_equal_shapes_and_dtypes(problem.params, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(problem.params, updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
 
 
 def test_solves_linear_regression_and_jit_changes_nothing(subject):

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import gnlin
+from gnlin.damping import RadiusState, Trial
 
 RUNS = [(name, start) for name in nist.MODELS for start in (0, 1)]
 
@@ -28,8 +29,63 @@ def test_certified_fits_to_six_digits(x64, name, start):
     tx = gnlin.levenberg_marquardt(objective, scaling="marquardt", solver=gnlin.Dense())
     batch = {"x": jnp.asarray(fit.x), "y": jnp.asarray(fit.y)}
     with jax.numpy_rank_promotion("allow"):
-        (params, _), _ = _train(objective, tx, jnp.asarray(fit.starts[start]), batch, 1500)
+        (params, _), _ = _train(objective, tx, jnp.asarray(fit.starts[start]), batch, 800)
     assert nist.correct_digits(params, fit.certified) >= 6
+
+
+def test_damping_within_a_radius_agrees_with_a_dense_search(x64):
+    """λ by bisection on ‖D^½ (JᵀJ + λD)⁻¹ b‖, from NumPy's solve."""
+    rng = np.random.default_rng(0)
+    jacobian, b = rng.normal(size=(9, 4)) * [1e3, 1.0, 1.0, 1e-2], rng.normal(size=4)
+    scaling = np.array([1e6, 2.0, 0.5, 1e-4])
+    system = gnlin.System(lambda v: jacobian @ v, lambda u: jacobian.T @ u, lambda u: u, 0.0, jnp.asarray(scaling))
+
+    def length(damping):
+        x = np.linalg.solve(jacobian.T @ jacobian + damping * np.diag(scaling), b)
+        return np.linalg.norm(np.sqrt(scaling) * x)
+
+    for radius in (1e-4 * length(0.0), 0.1 * length(0.0), 0.999 * length(0.0)):
+        low, high = 0.0, 1e12
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if length(middle) > radius else (low, middle)
+        solution, _, damping = gnlin.Dense().solve_within(system, jnp.asarray(b), (), radius)
+        np.testing.assert_allclose(damping, middle, rtol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(np.sqrt(scaling) * solution.step), radius, rtol=1e-5)
+
+    # A radius that does not bind leaves the undamped step.
+    solution, _, damping = gnlin.Dense().solve_within(system, jnp.asarray(b), (), 2 * length(0.0))
+    assert damping < 1e-12
+    np.testing.assert_allclose(solution.step, np.linalg.solve(jacobian.T @ jacobian, b), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "decrease", "length", "expected"),
+    [
+        (0.9, 1.0, 4.0, 8.0),  # well predicted: twice the step
+        (0.5, 1.0, 4.0, 4.0),  # fairly: as it is
+        (0.5, 1.0, 1.0, 2.0),  # fairly, but the radius did not bind
+        (0.1, 1.0, 4.0, 2.0),  # poorly, downhill: half
+        (-1.0, -2.0, 4.0, 1.0),  # uphill: −2α + 4α² through the two losses, its minimum at α = ¼
+        (-99.0, -100.0, 4.0, 0.4),  # steeply uphill: a tenth
+        (-np.inf, np.nan, 4.0, 0.4),  # not finite
+    ],
+)
+def test_the_radius_follows_the_gain_ratio(ratio, decrease, length, expected):
+    policy = gnlin.TrustRegion()
+    state = RadiusState(jnp.asarray(4.0))
+    slope = -2.0
+    trial = Trial(*(jnp.asarray(value) for value in (ratio, decrease, slope, length, 4.0)))
+    np.testing.assert_allclose(policy.update(state, trial).radius, expected, rtol=1e-6)
+
+
+def test_the_first_radius_is_the_size_of_the_parameters_and_no_longer_than_the_step(x64):
+    objective = gnlin.Objective.least_squares(lambda p: p - jnp.asarray([3.5, 4.0]))
+    tx = gnlin.levenberg_marquardt(objective, solver=gnlin.Dense())
+    params = jnp.asarray([3.0, 4.0])
+    _, state = tx.update(None, tx.init(params), params)
+    np.testing.assert_allclose(gnlin.metrics(state)["radius"], 5.0)
+    np.testing.assert_allclose(state.damping.radius, 1.0)  # twice the step of ½
 
 
 def test_a_rejected_step_moves_nothing_and_raises_the_damping():

@@ -53,7 +53,7 @@ class Dense:
     def solve_within(
         self, system: System, rhs: Params, carry: Any, radius: chex.Numeric
     ) -> tuple[Solution, Any, jax.Array]:
-        """Solve with the least λ for which ‖D^½ x‖ ≤ `radius`, to a tenth; also returns that λ.
+        """Solve with the least λ for which ‖D^½ x‖ ≤ `radius`; also returns that λ.
 
         The damping of `system` is not looked at. λ stays above ε‖D^-½ G D^-½‖, the resolution of the right-hand side:
         below it rounding errors in b would be amplified to the size of the step.
@@ -113,7 +113,7 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
 
 
 def _damping_within(singular_values: jax.Array, coefficients: jax.Array, radius: jax.Array) -> jax.Array:
-    """The λ with ‖c / (s² + λ)‖ = Δ to within a tenth, or the floor where the norm is already less there.
+    """The λ with ‖c / (s² + λ)‖ = Δ, or a floor where the norm is less even there.
 
     Newton's iteration on the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0, which is nearly linear in λ and is
     approached from the left. Reference: Moré 1978, section 5.
@@ -131,7 +131,7 @@ def _damping_within(singular_values: jax.Array, coefficients: jax.Array, radius:
     def outside(now):
         _, length, following, count = now
         # A NaN ends it, too.
-        return (jnp.abs(length - radius) > 0.1 * radius) & (count < 30) & (following > floor)
+        return (jnp.abs(length - radius) > 1e-5 * radius) & (count < 30) & (following > floor)
 
     def step(now):
         _, _, following, count = now
