@@ -161,6 +161,8 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
             "evaluated. Pass the whole tree: tx.update(grads, opt_state, params, batch=batch, all_params=params)."
         )
     for path, leaf in jax.tree.leaves_with_path(params):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"params{jax.tree_util.keystr(path)} is {leaf!r}; make it an array, jnp.asarray({leaf!r}).")
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -207,6 +209,11 @@ def visible_objective(objective: Objective, params: Params, all_params: Params |
     """
     if params is None or all_params is None or not tree.has_holes(params):
         return objective
+    if tree.has_holes(all_params):
+        raise ValueError(
+            "`all_params` has optax.MaskedNode holes, so the model cannot be evaluated. Leave "
+            "mask_compatible_extra_args=False in optax.masked, which otherwise masks `all_params` too."
+        )
     check_params(all_params)
     return dataclasses.replace(objective, model=_Filled(objective.model, all_params))
 

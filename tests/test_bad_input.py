@@ -79,8 +79,13 @@ def test_whole_tree_with_holes_of_its_own(build):
     params = {"w": jnp.ones(3), "b": jnp.zeros([])}
     objective = gnlin.Objective(lambda p, batch: batch["x"] @ p["w"] + p["b"][None], OBJECTIVE.loss)
     tx = optax.masked(build(objective), {"w": True, "b": False}, mask_compatible_extra_args=True)
-    with pytest.raises(ValueError, match="MaskedNode holes"):
+    with pytest.raises(ValueError, match=r"`all_params` has .*holes.*mask_compatible_extra_args=False"):
         tx.update(params, tx.init(params), params, batch=BATCH, all_params=params)
+
+
+def test_a_parameter_that_is_no_array():
+    with pytest.raises(TypeError, match=r"params\['w'\] is 1.0; make it an array, jnp.asarray\(1.0\)"):
+        gnlin.gauss_newton(1.0, OBJECTIVE, 0.1).init({"w": 1.0})
 
 
 @pytest.mark.parametrize(
