@@ -20,7 +20,7 @@ from gnlin.damping import (
 )
 from gnlin.gauss_newton import check_solver, solve_damped
 from gnlin.objective import Objective, check_objective, check_params, visible_objective
-from gnlin.solve import CG, Solver, System
+from gnlin.solve import CG, RadiusSolver, Solver, System
 from gnlin.tree import Batch, Params
 
 
@@ -123,7 +123,7 @@ def levenberg_marquardt(
 
         rhs = model.gradient()
         extra_metrics = {}
-        if isinstance(policy, TrustRegion):
+        if isinstance(policy, TrustRegion) and isinstance(solver, RadiusSolver):
             radius = policy.bound(state.damping, _length(params, diagonal))
             system = System(model.linear.jvp, model.linear.vjp, model.hessian, 0.0, diagonal)
             solution, carry, strength = solver.solve_within(system, rhs, state.solver, radius)
@@ -132,7 +132,6 @@ def levenberg_marquardt(
             strength = state.damping.damping
             solution, carry = solve_damped(model, solver, strength, rhs, state.solver, diagonal)
         step = tree.scale(-1, solution.step)
-        length = _length(step, diagonal)  # of the part that the radius bounds
         if geodesic_acceleration is not None:
             correction, size = _acceleration(problem, model, batch, step, solver, strength, diagonal)
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
@@ -141,7 +140,9 @@ def levenberg_marquardt(
         new_value = problem.value(tree.add(params, step), batch)
         ratio = gain_ratio(model.value, new_value, -model.change(step))
         if isinstance(policy, TrustRegion):
-            trial = Trial(ratio, model.value - new_value, tree.inner(rhs, step), length, radius)
+            trial = Trial(
+                ratio, model.value - new_value, tree.inner(rhs, step), _length(solution.step, diagonal), radius
+            )
             adapted = policy.update(state.damping, trial)
         else:
             adapted = policy.update(state.damping, ratio)
@@ -167,8 +168,8 @@ def levenberg_marquardt(
 
 def _policy(initial_damping, solver: Solver) -> GainRatio | TrustRegion:
     if initial_damping is None:
-        return TrustRegion() if hasattr(solver, "solve_within") else GainRatio(1e-3)
-    if isinstance(initial_damping, TrustRegion) and not hasattr(solver, "solve_within"):
+        return TrustRegion() if isinstance(solver, RadiusSolver) else GainRatio(1e-3)
+    if isinstance(initial_damping, TrustRegion) and not isinstance(solver, RadiusSolver):
         raise TypeError(
             f"`initial_damping=TrustRegion(...)` needs a solver that finds λ from a radius, such as gnlin.Dense(); "
             f"got {solver!r}. Take `Dense`, or a number for `initial_damping`"

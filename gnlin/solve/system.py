@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -65,3 +65,15 @@ class Solver(Protocol):
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]: ...
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]: ...
+
+
+@runtime_checkable
+class RadiusSolver(Solver, Protocol):
+    """A `Solver` that can also find the least λ at which the step stays within a radius, ‖D^½ x‖ ≤ Δ.
+
+    ``solve_within`` returns that λ beside what ``solve`` does; the damping of the system is not looked at.
+    """
+
+    def solve_within(
+        self, system: System, rhs: Params, carry: Any, radius: chex.Numeric
+    ) -> tuple[Solution, Any, jax.Array]: ...
