@@ -2,18 +2,19 @@
 
 Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model
 expanded at an anchor), `curvature` (Gauss-Newton products), `solve` (one linear system, several solvers), then the
-transforms `iterative_linearisation`, `damping`, `gauss_newton` and `levenberg_marquardt`, then `minimise` (a driver)
-and `telemetry` (what the state says). `compare`, the command line, is never imported from here.
+transforms `iterative_linearisation`, `prox_linear`, `damping`, `gauss_newton` and `levenberg_marquardt`, then
+`minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported from here.
 """
 
 from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model
 from gnlin.damping import GainRatio, TrustRegion
 from gnlin.gauss_newton import gauss_newton, scale_by_gauss_newton
-from gnlin.iterative_linearisation import iterative_linearisation, linearise_gradients, prox_linear
+from gnlin.iterative_linearisation import iterative_linearisation, linearise_gradients
 from gnlin.levenberg_marquardt import levenberg_marquardt
 from gnlin.linearise import Linearisation, linearise, linearised_value_and_grad
 from gnlin.minimise import MinimiseInfo, minimise
 from gnlin.objective import Objective
+from gnlin.prox_linear import prox_linear
 from gnlin.solve import CG, Dense, Solution, System
 from gnlin.telemetry import anchor, metrics, predict
 

@@ -7,6 +7,7 @@ linearised model. Every product is a push-forward, a product with H in output sp
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 
@@ -88,12 +89,23 @@ def quadratic_loss(objective: Objective, outputs: Outputs, batch: Batch = None) 
     return value_and_grad
 
 
+LossModel = Literal["exact", "quadratic"]
 LOSS_MODELS = {"exact": exact_loss, "quadratic": quadratic_loss}
 
 
 def check_loss_model(loss_model: str) -> None:
     if loss_model not in LOSS_MODELS:
         raise ValueError(f"`loss_model` must be one of {sorted(LOSS_MODELS)}; got {loss_model!r}")
+
+
+def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., jax.Array]:
+    """Q as a function of the parameters, ``(params, batch=None) -> scalar``, with the loss modelled by `loss`."""
+
+    def value_fn(params, batch=None):
+        del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
+        return loss(linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)))[0]
+
+    return value_fn
 
 
 def ggn_vector_product(objective: Objective, params: Params, batch: Batch = None) -> Callable[[Params], Params]:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
+from gnlin.curvature import QuadraticModel
+from gnlin.tree import Params
 
 
 class DampingState(NamedTuple):
@@ -71,9 +73,12 @@ class GainRatio:
         for name in ("initial", "minimum", "maximum"):
             check_positive(name, getattr(self, name))
         check_acceptance(self.accept)
-        known = not isinstance(self.minimum, Tracer) and not isinstance(self.maximum, Tracer)
-        if known and not self.minimum <= self.maximum:
-            raise ValueError(f"`minimum` must not exceed `maximum`; got {self.minimum!r} and {self.maximum!r}")
+        known = not any(isinstance(limit, Tracer) for limit in (self.minimum, self.initial, self.maximum))
+        if known and not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(
+                f"`initial` must lie between `minimum` and `maximum`; got {self.initial!r}, {self.minimum!r} and "
+                f"{self.maximum!r}"
+            )
 
     def init(self) -> DampingState:
         return DampingState(jnp.asarray(self.initial, float), jnp.asarray(2.0, float))
@@ -170,7 +175,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_acceptance(accept: float) -> None:
-    if not 0 <= accept < 1:
+    if not isinstance(accept, Tracer) and not 0 <= accept < 1:
         raise ValueError(f"`accept` must lie in [0, 1); got {accept!r}")
 
 
@@ -179,19 +184,21 @@ def damping_at(damping: Damping, count: jax.Array) -> jax.Array:
     return jnp.asarray(damping(count) if callable(damping) else damping, float)
 
 
-def gain_ratio(value: jax.Array, new_value: jax.Array, predicted: jax.Array) -> jax.Array:
+def gain_ratio(model: QuadraticModel, new_value: jax.Array, step: Params, rhs: Params) -> jax.Array:
     """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was predicted.
 
     Near a minimum both decreases drop below the resolution of the loss itself, and their quotient is noise. The loss
-    then cannot speak against the step and the gradient, which is still accurate, speaks for it: ρ is 1.
+    then cannot speak against the step and the gradient, which is still accurate, speaks for it: ρ is 1. No step
+    although there was a right-hand side, a solve that failed, is no such case.
     """
-    dtype = tree.accumulation_dtype(value)
-    eps = float(jnp.finfo(value.dtype).eps)
-    value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (value, new_value, predicted))
+    dtype = tree.accumulation_dtype(model.value)
+    eps = float(jnp.finfo(model.value.dtype).eps)
+    value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (model.value, new_value, -model.change(step)))
     # 8 units in the last place: a sum over examples is rounded a few times.
     resolution = 8 * eps * jnp.abs(value)
     actual = value - new_value
     indistinguishable = (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
+    indistinguishable &= (tree.max_abs(step) > 0) | (tree.max_abs(rhs) == 0)
     sound = jnp.isfinite(actual) & (predicted > 0)
     ratio = jnp.where(sound, actual / jnp.where(sound, predicted, 1).astype(actual.dtype), -jnp.inf)
     return jnp.where(indistinguishable, 1.0, ratio)

@@ -87,7 +87,7 @@ def scale_by_gauss_newton(
         problem = visible_objective(objective, params, all_params)
         strength = damping_at(damping, state.count)
         batches = (batch, curvature_batch)
-        solution, carry, _ = _direction(problem, solver, strength, updates, params, batches, state.solver)
+        solution, carry, *_ = _direction(problem, solver, strength, updates, params, batches, state.solver)
         metrics = {"damping": strength, **solution.stats}
         return solution.step, ScaleByGaussNewtonState(optax.safe_increment(state.count), carry, metrics)
 
@@ -157,10 +157,10 @@ def gauss_newton(
         problem = visible_objective(objective, params, all_params)
         batches = (batch, curvature_batch)
         strength = state.damping.damping
-        solution, carry, model = _direction(problem, solver, strength, updates, params, batches, state.solver)
+        solution, carry, model, rhs = _direction(problem, solver, strength, updates, params, batches, state.solver)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         step = tree.scale(-1 * jnp.asarray(rate, float), solution.step)
-        ratio = gain_ratio(model.value, problem.value(tree.add(params, step), batch), -model.change(step))
+        ratio = gain_ratio(model, problem.value(tree.add(params, step), batch), step, rhs)
         metrics = {
             "damping": strength,
             "gain_ratio": ratio.astype(float),
@@ -185,13 +185,13 @@ def solve_damped(
 
 
 def _direction(objective, solver, damping, updates, params, batches, carry):
-    """``(solution, carry, model)``; `batches` is (the gradient's batch, the curvature's or `None` for the same)."""
+    """``(solution, carry, model, rhs)``; `batches`: the gradient's, and the curvature's or `None` for the same."""
     batch, curvature_batch = batches
     model = quadratic_model(objective, params, batch)
     curvature = model if curvature_batch is None else quadratic_model(objective, params, curvature_batch)
     # The one linearisation serves gradient and products; what is not used is never computed under jit.
     rhs = model.gradient() if updates is None else updates
-    return *solve_damped(curvature, solver, damping, rhs, carry), model
+    return *solve_damped(curvature, solver, damping, rhs, carry), model, rhs
 
 
 def check_solver(solver: Any) -> None:

@@ -22,7 +22,7 @@ update will start from the true model at θ, and `predict` then evaluates the tr
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.curvature import LOSS_MODELS, OutputLoss, check_loss_model
+from gnlin.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss
 from gnlin.linearise import Linearisation, linearise, primitive_names
 from gnlin.objective import (
     Objective,
@@ -45,7 +45,6 @@ from gnlin.objective import (
 from gnlin.tree import Batch, Params
 
 Period = int | None | Callable[[Any], chex.Numeric]
-LossModel = Literal["exact", "quadratic"]
 
 _FOREVER = -1  # value of `remaining` for an anchor that never moves
 # A cycle of K steps saves one push-forward, a fraction 2/(5K) of its work; beyond this K that is not worth a branch.
@@ -62,11 +61,6 @@ class LinearisedGradientsState(NamedTuple):
 class IterativeLinearisationState(NamedTuple):
     linearised: LinearisedGradientsState
     inner: optax.OptState
-    metrics: dict[str, jax.Array]
-
-
-class ProxLinearState(NamedTuple):
-    count: jax.typing.ArrayLike
     metrics: dict[str, jax.Array]
 
 
@@ -116,7 +110,7 @@ def linearise_gradients(
         Array([1.414], dtype=float32)
     """
     check_objective(objective)
-    check_period(period)
+    period = check_period(period)
     check_loss_model(loss_model)
 
     def init_fn(params):
@@ -157,7 +151,8 @@ def iterative_linearisation(
 
     .. math:: \phi + \alpha\,(\theta - \phi), \qquad \alpha \in \{0\} \cup \text{line\_search},
 
-    on the true loss of the last batch, so never worse on it than not having moved.
+    on the true loss of the last batch, so never worse on it than not having moved, as far as θ can still resolve φ:
+    an update is added to θ, and is lost where θ has become too large. With a line search stand last in a chain.
 
     The inner optimiser also receives ``value``, ``grad`` and ``value_fn`` of the linearised problem (and
     ``batch``), so that ``optax.lbfgs()`` works.
@@ -231,92 +226,6 @@ def iterative_linearisation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def prox_linear(
-    inner: optax.GradientTransformation, objective: Objective, steps: int, *, loss_model: LossModel = "exact"
-) -> optax.GradientTransformationExtraArgs:
-    r"""All inner steps inside one update, on one batch, with one linearisation.
-
-    Minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps` steps of `inner`, started
-    afresh, and returns θ − φ: full Gauss-Newton (``loss_model="quadratic"``) or prox-linear. Beside the one
-    linearisation a step costs 4/3 of a gradient. The same as `iterative_linearisation` with ``period=steps`` and
-    ``reset_inner=True``, fed one batch for a whole cycle. Follow it by a line search on the true loss to be safe:
-    ``optax.chain(prox_linear(...), optax.scale_by_backtracking_linesearch(...))``.
-
-    The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ) and ``prox/linearised_loss`` (Q before the last
-    step).
-
-    Args:
-        inner: optimiser of the linearised problem, its learning rate included; it receives ``value``, ``grad`` and
-            ``value_fn`` of Q.
-        objective: the problem.
-        steps: inner steps, at least 1.
-        loss_model: as in `linearise_gradients`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
-
-    Raises:
-        ValueError, TypeError: `steps` is below 1 or no integer, `loss_model` is unknown; at update: `params` or
-            `batch` is missing.
-
-    References: Abreu et al., arXiv 2510.09378; Drusvyatskiy & Paquette, Efficiency of minimizing compositions of
-    convex functions and smooth maps, 2019 (prox-linear).
-
-    Example:
-        >>> import gnlin, jax.numpy as jnp, optax
-        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
-        >>> tx = gnlin.prox_linear(optax.sgd(0.1), objective, steps=20)
-        >>> params = jnp.ones(1); state = tx.init(params)
-        >>> for _ in range(5):
-        ...     updates, state = tx.update(None, state, params)
-        ...     params = optax.apply_updates(params, updates)
-        >>> params.round(3)
-        Array([1.414], dtype=float32)
-    """
-    check_transformation("inner", inner)
-    check_objective(objective)
-    check_loss_model(loss_model)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"`steps` must be an integer of at least 1; got {steps!r}")
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params):
-        check_params(params, allow_holes=True)
-        zero = jnp.asarray(0.0, float)
-        return ProxLinearState(jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)})
-
-    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
-        del updates
-        extra_args = without_loss(extra_args)
-        problem = visible_objective(objective, params, all_params)
-        linear = linearise(problem, params, batch)
-        loss = LOSS_MODELS[loss_model](problem, linear.outputs, batch)
-
-        def inner_step(carry, _):
-            offset, inner_state = carry
-            value, cotangent = loss(linear.jvp(offset))
-            grads = linear.vjp(cotangent)
-            now = tree.add(params, offset)
-            updates, inner_state = inner.update(
-                grads,
-                inner_state,
-                now,
-                value=value,
-                grad=grads,
-                value_fn=_value_fn(linear, loss),
-                batch=batch,
-                **extra_args,
-            )
-            return (tree.add_scaled(offset, 1.0, updates), inner_state), value
-
-        start = (tree.zeros_like(params), inner.init(params))
-        (offset, _), values = jax.lax.scan(inner_step, start, length=steps)
-        metrics = {"prox/loss": values[0].astype(float), "prox/linearised_loss": values[-1].astype(float)}
-        return offset, ProxLinearState(optax.safe_increment(state.count), metrics)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 # The head of the flattened loops.
 
 
@@ -353,7 +262,7 @@ def _linearised_step(
             "linearise/age": jnp.where(fresh, 0, optax.safe_increment(state.metrics["linearise/age"])),
         },
     )
-    return value, linear.vjp(cotangent), _value_fn(linear, loss), after
+    return value, linear.vjp(cotangent), linearised_loss(linear, loss), after
 
 
 def _displacement(linear: Linearisation, params: Params, fresh: jax.Array, period: Period) -> Any:
@@ -379,21 +288,21 @@ def _cycle_length(period: Period, count: jax.typing.ArrayLike) -> jax.Array:
     return jnp.maximum(jnp.round(jnp.asarray(length, float)), 1).astype(jnp.int32)
 
 
-def _value_fn(linear: Linearisation, loss: OutputLoss) -> Callable:
-    def value_fn(params, batch=None):
-        del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
-        return loss(linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)))[0]
-
-    return value_fn
-
-
 def _best_along(
     objective: Objective, anchor: Params, params: Params, updates: Params, alphas: Sequence[float], batch: Batch
 ) -> tuple[Params, jax.Array]:
-    """Updates that lead to the best φ + α(θ' − φ), θ' = params + updates, on the true loss; and its α."""
+    """Updates that lead to the best φ + α(θ' − φ), θ' = params + updates, on the true loss; and its α.
+
+    The losses are those where the updates, rounded, lead. α = 0 is φ itself and no product with what may be infinite.
+    """
     direction = tree.subtract(tree.add(params, updates), anchor)
-    candidates = [0.0, *alphas]
-    losses = jnp.stack([objective.value(tree.add_scaled(anchor, alpha, direction), batch) for alpha in candidates])
-    # NaN compares as infinite; the first of equals is α = 0, and the user's order breaks other ties.
-    best = jnp.asarray(candidates, float)[jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))]
-    return tree.subtract(tree.add_scaled(anchor, best, direction), params), best
+    best, best_alpha = tree.subtract(anchor, params), jnp.asarray(0.0, float)
+    lowest = objective.value(tree.add(params, best), batch)
+    for alpha in alphas:
+        candidate = tree.subtract(tree.add_scaled(anchor, alpha, direction), params)
+        loss = objective.value(tree.add(params, candidate), batch)
+        better = loss < lowest  # false for NaN; of equals the first stays
+        best, best_alpha, lowest = tree.select(
+            better, (candidate, jnp.asarray(alpha, float), loss), (best, best_alpha, lowest)
+        )
+    return best, best_alpha

@@ -19,6 +19,7 @@ from gnlin.damping import (
     gain_ratio,
 )
 from gnlin.gauss_newton import check_solver, solve_damped
+from gnlin.linearise import primitive_names
 from gnlin.objective import Objective, check_objective, check_params, visible_objective
 from gnlin.solve import CG, RadiusSolver, Solver, System
 from gnlin.tree import Batch, Params
@@ -138,7 +139,7 @@ def levenberg_marquardt(
             extra_metrics["acceleration"] = size.astype(float)
 
         new_value = problem.value(tree.add(params, step), batch)
-        ratio = gain_ratio(model.value, new_value, -model.change(step))
+        ratio = gain_ratio(model, new_value, step, rhs)
         if isinstance(policy, TrustRegion):
             trial = Trial(
                 ratio, model.value - new_value, tree.inner(rhs, step), _length(solution.step, diagonal), radius
@@ -208,6 +209,11 @@ def _acceleration(
 
     def outputs(params):
         return objective.outputs_and_aux(params, batch)[0]
+
+    if any(name.startswith("custom_vjp_call") for name in primitive_names(jax.make_jaxpr(outputs)(anchor).jaxpr)):
+        raise TypeError(
+            "`geodesic_acceleration` needs forward-mode derivatives, and `model` has a custom_vjp; use None"
+        )
 
     def push_forward(params):
         return jax.jvp(outputs, (params,), (velocity,))[1]

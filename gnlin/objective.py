@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ class Objective:
 
         Args:
             residuals: ``residuals(params, batch) -> pytree``; with the one argument ``residuals(params)``
-                the objective is already bound to its data.
+                the objective is already bound to its data. Arguments with a default are data, unless named ``batch``.
 
         Example:
             >>> import gnlin, jax.numpy as jnp
@@ -99,6 +99,8 @@ class Objective:
         Bound objectives serve drivers that pass nothing but parameters (`jaxopt.OptaxSolver`, `optax.lookahead`).
         Bind inside the compiled function where the data is a traced argument.
         """
+        if self.is_bound:
+            raise ValueError("`bind`: this objective is bound to its data already; bind the one without data instead.")
         return dataclasses.replace(self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True)
 
     # What the rest of the package calls: the user's functions, checked.
@@ -176,21 +178,25 @@ def check_transformation(name: str, tx: Any) -> None:
         raise TypeError(f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}")
 
 
-def check_period(period: Any) -> None:
+def check_period(period: Any) -> Any:
+    """The period, with whole numbers as `int`."""
     if period is None or callable(period) or isinstance(period, Tracer):
-        return
+        return period
     whole = isinstance(period, (int, np.integer)) and not isinstance(period, bool)
     # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
     whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
     if not whole:
         raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
-    if period < 1:
+    if not period >= 1:  # true for NaN
         raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
+    return int(period) if isinstance(period, (int, np.integer)) else period
 
 
 def check_line_search(line_search: Any) -> tuple[float, ...] | None:
     if line_search is None:
         return None
+    if not isinstance(line_search, Iterable):
+        raise TypeError(f"`line_search` must be a sequence of step fractions such as (1.0, 0.5); got {line_search!r}")
     alphas = tuple(float(alpha) for alpha in line_search)
     if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
         raise ValueError(f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}")
@@ -215,6 +221,10 @@ def visible_objective(objective: Objective, params: Params, all_params: Params |
             "mask_compatible_extra_args=False in optax.masked, which otherwise masks `all_params` too."
         )
     check_params(all_params)
+    try:
+        tree.fill_holes(params, all_params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`all_params` must be the whole tree of parameters that was masked: {error}") from error
     return dataclasses.replace(objective, model=_Filled(objective.model, all_params))
 
 
@@ -247,13 +257,13 @@ class _Filled:
 
 
 def _positional_count(function: Callable[..., Any]) -> int | None:
-    """Number of positional parameters without a default; `None` where the signature is hidden."""
+    """Number of positional parameters without a default or named batch; `None` where the signature is hidden."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    return sum(p.kind in kinds and (p.default is p.empty or p.name == "batch") for p in parameters)
 
 
 def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) -> Any:

@@ -8,10 +8,11 @@ import jax
 
 from gnlin import tree
 from gnlin.gauss_newton import GaussNewtonState, ScaleByGaussNewtonState
-from gnlin.iterative_linearisation import IterativeLinearisationState, LinearisedGradientsState, ProxLinearState
+from gnlin.iterative_linearisation import IterativeLinearisationState, LinearisedGradientsState
 from gnlin.levenberg_marquardt import LevenbergMarquardtState
 from gnlin.linearise import linearise
 from gnlin.objective import Objective
+from gnlin.prox_linear import ProxLinearState
 from gnlin.tree import Batch, Outputs, Params
 
 _STATES = (

@@ -236,8 +236,9 @@ def test_trust_region_needs_a_solver_that_finds_the_damping():
 
 
 def test_limits_of_damping():
-    with pytest.raises(ValueError, match="`minimum` must not exceed `maximum`"):
-        gnlin.GainRatio(1.0, minimum=2.0, maximum=1.0)
+    for limits in ({"minimum": 2.0, "maximum": 1.0}, {"minimum": 2.0}, {"maximum": 0.5}):
+        with pytest.raises(ValueError, match="`initial` must lie between `minimum` and `maximum`"):
+            gnlin.GainRatio(1.0, **limits)
     with pytest.raises(ValueError, match="`maximum` must be positive"):
         gnlin.GainRatio(1.0, maximum=0.0)
 
@@ -281,6 +282,40 @@ def test_steps_out_of_range(steps):
 def test_unknown_loss_model(build):
     with pytest.raises(ValueError, match=r"`loss_model` must be one of .*exact.*quadratic.*; got 'cubic'"):
         build(loss_model="cubic")
+
+
+def test_line_search_that_is_no_sequence():
+    with pytest.raises(TypeError, match=r"`line_search` must be a sequence.*such as \(1.0, 0.5\); got 0.5"):
+        gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, 2, line_search=0.5)
+
+
+def test_an_objective_is_bound_once():
+    with pytest.raises(ValueError, match="`bind`: this objective is bound"):
+        OBJECTIVE.bind(BATCH).bind(BATCH)
+
+
+def test_residuals_with_an_optional_batch_need_one():
+    objective = gnlin.Objective.least_squares(lambda p, batch=None: p if batch is None else p - batch)
+    with pytest.raises(ValueError, match="`batch` is missing"):
+        objective.value(jnp.ones(2))
+    assert objective.value(jnp.ones(2), 3 * jnp.ones(2)) == 4
+    captured = gnlin.Objective.least_squares(lambda p, y=2.0: p - y)
+    assert captured.value(jnp.ones(2)) == 1
+
+
+def test_all_params_of_another_form():
+    tx = optax.masked(gnlin.scale_by_gauss_newton(OBJECTIVE, 0.1), {"w": True, "b": False})
+    params = {"w": jnp.ones(3), "b": jnp.zeros([])}
+    with pytest.raises(ValueError, match="`all_params` must be the whole tree of parameters"):
+        tx.update(params, tx.init(params), params, batch=BATCH, all_params={"w": jnp.ones(3)})
+
+
+def test_acceleration_of_a_model_without_forward_mode():
+    square = jax.custom_vjp(lambda p: p**2)
+    square.defvjp(lambda p: (p**2, p), lambda p, u: (2 * p * u,))
+    tx = gnlin.levenberg_marquardt(gnlin.Objective.least_squares(square), geodesic_acceleration=0.75)
+    with pytest.raises(TypeError, match="`geodesic_acceleration` needs forward-mode derivatives"):
+        tx.update(None, tx.init(jnp.ones(2)), jnp.ones(2))
 
 
 @pytest.mark.parametrize("line_search", [(), (0.0,), (1.0, -0.5), (float("nan"),), (float("inf"),)], ids=str)

@@ -70,7 +70,7 @@ class Case:
         metrics: names that `gnlin.metrics` must show, among others.
         extras: ``(value, grads, params, batch, objective) -> dict``, the extra arguments of update.
         guard: subject ↦ ``(compiled step, init)`` that meets a NaN batch.
-        notices_nan: metrics after a NaN batch ↦ whether they say so.
+        notices_nan: (state, its metrics) after a NaN batch ↦ whether they say so.
         convex_steps: updates in which linear regression is solved ...
         convex_accuracy: ... to this fraction of the distance from the start.
     """
@@ -82,7 +82,7 @@ class Case:
     metrics: frozenset[str]
     extras: Callable[..., dict[str, Any]] = for_everyone
     guard: Callable[..., Any] = unguarded
-    notices_nan: Callable[[dict], bool] = lambda metrics: True
+    notices_nan: Callable[[Any, dict], bool] = lambda opt_state, metrics: opt_state["ours"].total_notfinite == 1
     convex_steps: int = 1
     convex_accuracy: float = 1e-3
 
@@ -150,7 +150,7 @@ def prox(name, inner, convex_steps, *, extras=for_everyone, convex_accuracy=1e-3
         frozenset(),
         frozenset({"prox/loss", "prox/linearised_loss"}),
         extras,
-        guard=guarded,
+        notices_nan=lambda _, metrics: np.isnan(metrics["prox/loss"]),
         convex_steps=convex_steps,
         convex_accuracy=convex_accuracy,
     )
@@ -174,7 +174,7 @@ def preconditioned(name, solver, stats, key):
         inject,
         frozenset({"damping"}),
         stats | {"damping"},
-        notices_nan=lambda metrics: not metrics[key],
+        notices_nan=lambda _, metrics: not metrics[key],
         convex_steps=12,
     )
 
@@ -194,7 +194,7 @@ def descending(name, damping, hyperparameters, metrics=frozenset()):
         inject,
         hyperparameters,
         CG_STATS | metrics | {"damping"},
-        notices_nan=lambda metrics: not metrics["cg/converged"],
+        notices_nan=lambda _, metrics: not metrics["cg/converged"],
         convex_steps=20,
     )
 
@@ -215,7 +215,7 @@ def accepting(name, stats, key, *, initial_damping=1.0, **options):
         inject,
         frozenset({"initial_damping"} if isinstance(initial_damping, float) else ()),
         LM_STATS | stats,
-        notices_nan=lambda metrics: not metrics["accepted"] and not metrics[key],
+        notices_nan=lambda _, metrics: not metrics["accepted"] and not metrics[key],
         convex_steps=12,
     )
 
@@ -438,7 +438,7 @@ def test_recovers_from_a_nan_batch(subject):
     poisoned = {**clean[1], "x": clean[1]["x"].at[0, 0].set(jnp.nan)}
     visited = subject.run(compiled, init, (clean[0], poisoned, *clean[2:]))
     chex.assert_trees_all_equal(visited[2][0], visited[1][0])
-    assert subject.case.notices_nan(gnlin.metrics(visited[2][1]))
+    assert subject.case.notices_nan(visited[2][1], gnlin.metrics(visited[2][1]))
     chex.assert_tree_all_finite(visited[3:])
     assert subject.loss(visited[-1][0]) < subject.loss(visited[2][0])
 

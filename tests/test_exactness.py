@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import nist
 import numpy as np
 import optax
 import oracles
@@ -201,7 +202,7 @@ def test_trajectories_equal_the_two_nested_loops(x64, period, quadratic):
             np.testing.assert_allclose(_flat(now), iterate, rtol=1e-9, atol=1e-10)
 
 
-def test_period_one_is_the_inner_optimiser_to_the_last_bit():
+def test_period_one_is_the_inner_optimiser():
     case = _cases()[1]
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (_params(), case.batch))
     params, batch = cast
@@ -322,6 +323,69 @@ def test_value_and_grad_with_auxiliary_data():
     np.testing.assert_allclose(grads, [1.0, 2.0])
     (linear, aux), _ = gnlin.linearised_value_and_grad(objective)(jnp.zeros(2), jnp.ones(2), jnp.ones(2))
     assert (float(linear), aux["size"]) == (0.0, 2)
+
+
+def test_line_search_comes_back_from_where_nothing_is_finite():
+    objective = gnlin.Objective.least_squares(lambda p: p**2 - 2.0)
+    tx = gnlin.iterative_linearisation(optax.sgd(1e38), objective, 1, line_search=(1.0, 0.5))
+    params = jnp.asarray([3.0])
+    updates, state = tx.update(None, tx.init(params), params)
+    np.testing.assert_array_equal(updates, [0.0])
+    assert gnlin.metrics(state)["line_search/alpha"] == 0
+
+
+def test_line_search_judges_where_the_rounded_update_leads():
+    """Steps this long leave too few digits to come back to the anchor; α = 0 must not be chosen as if they did."""
+    objective = gnlin.Objective.least_squares(lambda p: p**2 - jnp.asarray([1.7, 2.2]))
+    tx = gnlin.iterative_linearisation(optax.sgd(30.0), objective, 8, line_search=(1.0, 1e-3))
+    params = jnp.asarray([1.3, 1.5])
+    state = tx.init(params)
+    for _ in range(8):
+        updates, state = tx.update(None, state, params)
+        back = optax.apply_updates(params, state.linearised.anchor - params)
+        params = optax.apply_updates(params, updates)
+    assert jnp.any(back != state.linearised.anchor)  # else this test shows nothing
+    assert objective.value(params) <= objective.value(back)
+
+
+@pytest.mark.parametrize("name", ["Chwirut1", "MGH17", "Misra1a"])
+def test_derivatives_of_fits_whose_parameters_differ_by_orders_of_magnitude(x64, name):
+    fit = nist.load(name)
+    objective = gnlin.Objective.least_squares(nist.residuals(name))
+    tx = gnlin.levenberg_marquardt(objective, scaling="marquardt", solver=gnlin.Dense())
+    x, y, start = (jnp.asarray(data) for data in (fit.x, fit.y, fit.starts[1]))
+
+    @jax.jit
+    def solve(y):
+        return gnlin.minimise(objective, start, tx, batch={"x": x, "y": y}, max_steps=100, tol=1e-9)[0]
+
+    with jax.numpy_rank_promotion("allow"):
+        params = solve(y)
+        weights = jnp.asarray(1 / fit.certified)
+        ours = jax.grad(lambda y: weights @ solve(y))(y)
+        hessian = np.asarray(jax.hessian(objective.value)(params, {"x": x, "y": y}))
+        mixed = np.asarray(jax.jacrev(lambda y: jax.grad(objective.value)(params, {"x": x, "y": y}))(y))
+    unit = np.abs(fit.certified)
+    expected = -(np.sign(fit.certified) @ np.linalg.solve(hessian * unit * unit[:, None], mixed * unit[:, None]))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_singular_system_is_not_called_converged(x64):
+    """Rank 3 of 5 and no damping; for a right-hand side in the range of Jᵀ a solution exists, for others none."""
+    rng = np.random.default_rng(0)
+    jacobian = rng.normal(size=(8, 3)) @ rng.normal(size=(3, 5))
+    system = gnlin.System(lambda v: jacobian @ v, lambda u: jacobian.T @ u, lambda u: u, 0.0)
+    solution, _ = gnlin.Dense().solve(system, jnp.asarray(rng.normal(size=5)), ())
+    assert not solution.stats["dense/converged"]
+    assert np.linalg.norm(solution.step) < 1e3
+
+
+def test_progress_rule_is_off_by_default():
+    """In float32 this system loses progress to rounding long before the tolerance; that is not convergence."""
+    scales = jnp.logspace(0, 6, 40)
+    system = gnlin.System(lambda v: v, lambda u: u, lambda u: scales * u, 0.0)
+    solution, _ = gnlin.CG(max_steps=60, rtol=1e-12).solve(system, jnp.ones(40), ())
+    assert not solution.stats["cg/converged"]
 
 
 def test_a_fit_is_differentiable_with_respect_to_its_data(x64):

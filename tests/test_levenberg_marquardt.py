@@ -53,6 +53,17 @@ def test_damping_within_a_radius_agrees_with_a_dense_search(x64):
         np.testing.assert_allclose(damping, middle, rtol=1e-4)
         np.testing.assert_allclose(np.linalg.norm(np.sqrt(scaling) * solution.step), radius, rtol=1e-5)
 
+    # Outside the range of a singular H nothing but damping bounds the step.
+    singular = gnlin.System(
+        lambda v: jacobian @ v,
+        lambda u: jacobian.T @ u,
+        lambda u: u * (jnp.arange(9) == 0).astype(u.dtype),
+        0.0,
+        jnp.asarray(scaling),
+    )
+    solution, _, _ = gnlin.Dense().solve_within(singular, jnp.asarray(b), (), 0.7)
+    np.testing.assert_allclose(np.linalg.norm(np.sqrt(scaling) * solution.step), 0.7, rtol=1e-5)
+
     # A radius that does not bind leaves the undamped step.
     solution, _, damping = gnlin.Dense().solve_within(system, jnp.asarray(b), (), 2 * length(0.0))
     assert damping < 1e-12
@@ -95,12 +106,13 @@ def test_a_rejected_step_moves_nothing_and_raises_the_damping():
     params = jnp.asarray([-12.0])
     state, seen, update = tx.init(params), [], jax.jit(tx.update)
     for _ in range(40):
-        before = gnlin.metrics(state)["damping"]
+        before = state.damping.damping
         updates, state = update(None, state, params)
         found = gnlin.metrics(state)
         if not found["accepted"]:
             np.testing.assert_array_equal(updates, np.zeros(1))
             assert found["rejections"] > 0
+            assert state.damping.damping > before
         else:
             assert objective.value(optax.apply_updates(params, updates)) <= objective.value(params)
             assert found["rejections"] == 0
@@ -108,6 +120,30 @@ def test_a_rejected_step_moves_nothing_and_raises_the_damping():
         params = optax.apply_updates(params, updates)
     assert {accepted for accepted, _ in seen} == {True, False}
     np.testing.assert_allclose(params, np.log(1e-3), rtol=1e-4)
+
+
+def test_a_loss_without_curvature_is_descended():
+    """Huber's loss with every residual in its linear part: G = 0, and the gradient is not."""
+    x = jnp.arange(1.0, 21.0)
+    objective = gnlin.Objective(
+        lambda p, batch: p[0] * x + p[1] - (3.0 * x + 50.0),
+        lambda r, batch: jnp.sum(optax.huber_loss(r)),
+        is_bound=True,
+    )
+    tx = gnlin.levenberg_marquardt(objective, scaling="marquardt", solver=gnlin.Dense())
+    with jax.numpy_rank_promotion("allow"):
+        (params, _), found = _train(objective, tx, jnp.zeros(2), None, 60)
+    assert found["loss"][0] > 100
+    np.testing.assert_allclose(params, [3.0, 50.0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-7, 1.0, 1e7])
+def test_float32_fits_do_not_depend_on_the_units_of_the_residuals(factor):
+    x = jnp.linspace(0.0, 3.0, 20)
+    objective = gnlin.Objective.least_squares(lambda p: factor * (p[0] * jnp.exp(-p[1] * x) - 2 * jnp.exp(-0.7 * x)))
+    tx = gnlin.levenberg_marquardt(objective, solver=gnlin.Dense())
+    (params, _), _ = _train(objective, tx, jnp.asarray([5.0, 1.0]), None, 60)
+    np.testing.assert_allclose(params, [2.0, 0.7], rtol=1e-4)
 
 
 def test_rejections_do_not_look_like_convergence():

@@ -33,6 +33,7 @@ LAYERS = [
     "gnlin.solve",
     "gnlin.damping",
     "gnlin.iterative_linearisation",
+    "gnlin.prox_linear",
     "gnlin.gauss_newton",
     "gnlin.levenberg_marquardt",
     "gnlin.minimise",

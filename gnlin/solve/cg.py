@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.solve.system import Solution, System
@@ -32,7 +33,8 @@ class CG:
     The right-hand side is brought to unit size first, so every tolerance is relative to the problem. Vectors and
     scalars of the iteration are held in at least float32.
 
-    Statistics: ``cg/steps``, ``cg/residual`` (relative), ``cg/converged`` (by either tolerance).
+    Statistics: ``cg/steps``, ``cg/residual`` (relative), ``cg/converged`` (by either tolerance). The residual is
+    that of the recurrence, which costs nothing; on an ill-conditioned system the true one ends at about ε·cond(A).
 
     Args:
         max_steps: most products spent on one solve, warm start aside.
@@ -63,9 +65,11 @@ class CG:
         if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
             raise ValueError(f"`max_steps` must be an integer of at least 1; got {self.max_steps!r}")
         for name in ("rtol", "progress_tol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}")
-        if not 0 <= self.warm_start <= 1:
+            value = getattr(self, name)
+            if not isinstance(value, Tracer) and not value >= 0:
+                raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
+        # Whether anything is carried is part of the form of the state: a traced number cannot say.
+        if isinstance(self.warm_start, Tracer) or not 0 <= self.warm_start <= 1:
             raise ValueError(f"`warm_start` must be between 0 and 1; got {self.warm_start!r}")
         if self.preconditioner is not None and not callable(self.preconditioner):
             raise TypeError(f"`preconditioner` must be a function of the System; got {self.preconditioner!r}")
@@ -148,6 +152,7 @@ class CG:
             window = jnp.maximum(10, steps // 10)
             gained = (objective - objectives[jnp.maximum(steps - window, 0)]) / objective
             stalled = (steps > window) & (objective < 0) & (gained < window.astype(dtype) * self.progress_tol)
+            stalled &= self.progress_tol > 0
             after = _Iteration(
                 steps=steps,
                 x=x,

@@ -24,9 +24,9 @@ class Dense:
 
     Then :math:`R'^\top R' x = b` by two triangular solves and one step of refinement (the corrected semi-normal
     equations), good for any right-hand side. Memory: M·P numbers, time O(M P²). A system that is singular
-    to working precision gives a zero step and ``converged`` false.
+    to working precision gives ``converged`` false, and a zero step where the residual is not even halved.
 
-    Statistics: ``dense/residual`` (relative), ``dense/converged``.
+    Statistics: ``dense/residual`` (relative), ``dense/converged`` (residual at most √ε).
 
     Reference: Björck, Numerical Methods for Least Squares Problems, 1996, section 6.6.
 
@@ -62,8 +62,14 @@ class Dense:
         b, unit = _to_unit_size(rhs, dtype)
         curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)
         root = jnp.where(diagonal > 0, jnp.sqrt(diagonal), 1)
+        scaled = b / root
         _, singular_values, rows = jnp.linalg.svd(curvature / root[None, :], full_matrices=False)
-        damping = _damping_within(singular_values, rows @ (b / root), jnp.asarray(radius, dtype) / unit)
+        coefficients = rows @ scaled
+        # What of b has no curvature belongs to a singular value of zero.
+        flat = jnp.linalg.norm(scaled - rows.T @ coefficients)
+        damping = _damping_within(
+            jnp.append(singular_values, 0), jnp.append(coefficients, flat), jnp.asarray(radius, dtype) / unit
+        )
         return _solve(curvature, diagonal, damping, b, unit, rhs), carry, damping
 
 
@@ -107,9 +113,11 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     b_norm = jnp.linalg.norm(b)
     relative = jnp.where(b_norm > 0, jnp.linalg.norm(residual_of(x)) / jnp.where(b_norm > 0, b_norm, 1), 0)
     step = tree.unflatten(x * unit, like)
-    sound = tree.all_finite(step) & jnp.isfinite(relative)
-    step = tree.select(sound, step, tree.zeros_like(step))
-    return Solution(step, _stats(jnp.where(sound, relative, 1.0), sound))
+    # A step that leaves half of b unexplained is rounding errors, not a solution.
+    usable = tree.all_finite(step) & (relative < 0.5)
+    step = tree.select(usable, step, tree.zeros_like(step))
+    converged = usable & (relative <= jnp.finfo(b.dtype).eps ** 0.5)
+    return Solution(step, _stats(jnp.where(usable, relative, 1.0), converged))
 
 
 def _damping_within(singular_values: jax.Array, coefficients: jax.Array, radius: jax.Array) -> jax.Array:
@@ -118,26 +126,33 @@ def _damping_within(singular_values: jax.Array, coefficients: jax.Array, radius:
     Newton's iteration on the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0, which is nearly linear in λ and is
     approached from the left. Reference: Moré 1978, section 5.
     """
-    squares = singular_values**2
-    info = jnp.finfo(squares.dtype)
-    floor = jnp.maximum(info.eps * jnp.max(squares, initial=0), info.tiny)
+    eps = jnp.finfo(coefficients.dtype).eps
+    # In units in which the largest s² and ‖c‖ are 1 nothing overflows. Without curvature λ = ‖c‖/Δ is the answer.
+    size = jnp.linalg.norm(coefficients)
+    coefficients = coefficients / jnp.where(size > 0, size, 1)
+    largest = jnp.max(singular_values, initial=0)
+    scale = jnp.where(largest > 0, largest**2, size / radius)
+    squares = (singular_values / jnp.where(largest > 0, largest, 1)) ** 2
+    radius = jnp.maximum(radius * scale / jnp.where(size > 0, size, 1), jnp.finfo(squares.dtype).tiny / eps)
 
     def length_and_next(damping):
         terms = coefficients / (squares + damping)
         length = jnp.linalg.norm(terms)
         decay = jnp.sum(terms**2 / (squares + damping)) / length  # −d length / dλ
-        return length, damping + (length / radius - 1) * length / decay
+        return length, damping + (length / radius - 1) * length / jnp.where(decay > 0, decay, 1)
 
     def outside(now):
         _, length, following, count = now
         # A NaN ends it, too.
-        return (jnp.abs(length - radius) > 1e-5 * radius) & (count < 30) & (following > floor)
+        return (jnp.abs(length - radius) > 1e-5 * radius) & (count < 30) & (following > eps)
 
     def step(now):
         _, _, following, count = now
         return following, *length_and_next(following), count + 1
 
-    return jax.lax.while_loop(outside, step, (floor, *length_and_next(floor), 0))[0]
+    floor = jnp.asarray(eps, squares.dtype)
+    _, _, following, _ = jax.lax.while_loop(outside, step, (floor, *length_and_next(floor), 0))
+    return scale * jnp.maximum(following, floor)
 
 
 def materialise(function, like: Params, dtype) -> jax.Array:

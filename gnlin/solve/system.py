@@ -31,12 +31,12 @@ class System:
     scaling: Params | None = None
 
     def matvec(self, vector: Params) -> Params:
-        """V ↦ (JᵀHJ + λD) v, in the dtypes of the parameters."""
+        """The product (JᵀHJ + λD) v, in the dtypes of the parameters."""
         curved = self.vjp(self.output_hessian(self.jvp(vector)))
         return tree.add_scaled(curved, self.damping, self.damp_direction(vector))
 
     def damp_direction(self, vector: Params) -> Params:
-        """V ↦ Dv."""
+        """The product Dv."""
         if self.scaling is None:
             return vector
         return jax.tree.map(lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector)
