@@ -316,11 +316,7 @@ class Subject:
         return np.mean([float(self.problem.objective.value(params, batch)) for batch in self.problem.batches])
 
 
-# One worker for all checks of a case: they share what it has compiled.
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in CASES],
-)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def subject(request):
     return Subject(request.param)
 
