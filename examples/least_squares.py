@@ -36,14 +36,15 @@ def main():
     starts, certified, batch = load(DATA)
     objective = gnlin.Objective.least_squares(residuals)
     tx = gnlin.levenberg_marquardt(objective, scaling="marquardt", solver=gnlin.Dense())
-    params, info = gnlin.minimise(objective, jnp.asarray(starts[0]), tx, batch=batch, max_steps=200, tol=0.0)
+    # Rounding alone leaves this gradient at about 6e-4: it is a sum over powers of x up to 6e8.
+    params, info = gnlin.minimise(objective, jnp.asarray(starts[0]), tx, batch=batch, max_steps=200, tol=1e-2)
 
     # Number of digits that agree, up to the eleven that NIST certifies.
     digits = np.minimum(-np.log10(np.maximum(np.abs(params / certified - 1), 1e-11)), 11)
     print(f"{'':<4}{'certified':>18}{'fitted':>18}{'digits':>9}")
     for i, row in enumerate(zip(certified, params, digits, strict=True), start=1):
         print("b{:<3}{:>18.10e}{:>18.10e}{:>9.1f}".format(i, *row))
-    print(f"residual sum of squares {2 * info.value:.10e} after {info.steps} steps")
+    print(f"residual sum of squares {2 * info.value:.10e} after {info.steps} steps, converged: {info.converged}")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,8 @@ def iterative_linearisation(
     def init_fn(params):
         metrics = {} if alphas is None else {"line_search/alpha": jnp.asarray(0.0, float)}
         state: Any = linearised.init(params)
-        return IterativeLinearisationState(state, inner.init(params), metrics)
+        # L-BFGS holds one array twice, and a buffer can be donated only once.
+        return IterativeLinearisationState(state, tree.copy(inner.init(params)), metrics)
 
     def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
         del updates

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.core import Tracer
 
 from gnlin import tree
+from gnlin.damping import check_number
 from gnlin.objective import Objective, check_objective, check_params, check_transformation
 from gnlin.solve.dense import materialise
 from gnlin.tree import Batch, Params
@@ -92,13 +93,12 @@ def minimise(
         [0.2, 0.4]
     """
     check_objective(objective)
+    check_transformation("tx", tx)
     check_params(params)
     objective.check_batch(batch)
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+    if isinstance(max_steps, bool) or not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
         raise ValueError(f"`max_steps` must be an integer of at least 1; got {max_steps!r}")
-    if not isinstance(tol, Tracer) and not tol >= 0:
-        raise ValueError(f"`tol` must be a number of at least 0; got {tol!r}")
-    check_transformation("tx", tx)
+    check_number("tol", tol)
     tx = optax.with_extra_args_support(tx)
 
     def run(init, batch):
@@ -113,7 +113,7 @@ def minimise(
         solver = jaxopt.OptaxSolver(
             fun=lambda params: objective.value(params, batch),
             opt=optax.GradientTransformation(tx.init, update),
-            maxiter=max_steps,
+            maxiter=int(max_steps),
             tol=tol,
             implicit_diff=False,
             unroll=False,

@@ -195,7 +195,7 @@ def check_period(period: Any) -> Any:
 def check_line_search(line_search: Any) -> tuple[float, ...] | None:
     if line_search is None:
         return None
-    if not isinstance(line_search, Iterable):
+    if isinstance(line_search, str) or not isinstance(line_search, Iterable):
         raise TypeError(f"`line_search` must be a sequence of step fractions such as (1.0, 0.5); got {line_search!r}")
     alphas = tuple(float(alpha) for alpha in line_search)
     if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
@@ -270,13 +270,14 @@ def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) 
     """Call the user's `model` or `loss`; a shape or type error inside it then names the shapes it met."""
     try:
         return function(argument, batch)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, jax.errors.JAXTypeError):  # a traced value used as a Python one: speaks for itself
             raise
         first = "params" if name == "model" else "outputs"
         raise ValueError(
-            f"`{name}({first}, batch)` failed: {error}\n  {first}: {_shapes(argument)}\n  batch: {_shapes(batch)}\n"
-            f"Make the shapes in `batch` agree with each other and with what `{name}` expects."
+            f"`{name}({first}, batch)` failed: {type(error).__name__}: {error}\n"
+            f"  {first}: {_shapes(argument)}\n  batch: {_shapes(batch)}\n"
+            f"Make the names and shapes in `batch` agree with each other and with what `{name}` expects."
         ) from error
 
 

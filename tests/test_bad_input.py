@@ -284,9 +284,17 @@ def test_unknown_loss_model(build):
         build(loss_model="cubic")
 
 
-def test_line_search_that_is_no_sequence():
-    with pytest.raises(TypeError, match=r"`line_search` must be a sequence.*such as \(1.0, 0.5\); got 0.5"):
-        gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, 2, line_search=0.5)
+@pytest.mark.parametrize("line_search", [0.5, "backtracking"])
+def test_line_search_that_is_no_sequence(line_search):
+    with pytest.raises(
+        TypeError, match=rf"`line_search` must be a sequence.*such as \(1.0, 0.5\); got {line_search!r}"
+    ):
+        gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, 2, line_search=line_search)
+
+
+def test_a_name_that_the_batch_lacks():
+    with pytest.raises(ValueError, match=r"(?s)`model\(params, batch\)` failed: KeyError: 'x'.*batch: \['z'\]"):
+        OBJECTIVE.value(PROBLEM.params, {"z": jnp.ones(3)})
 
 
 def test_an_objective_is_bound_once():
@@ -417,8 +425,9 @@ def test_misspelt_option(factory, arguments, option):
     [
         ({"max_steps": 0}, ValueError, "`max_steps` must be an integer of at least 1; got 0"),
         ({"max_steps": 2.5}, ValueError, "`max_steps` must be an integer of at least 1; got 2.5"),
-        ({"tol": -1e-3}, ValueError, "`tol` must be a number of at least 0; got -0.001"),
-        ({"tol": float("nan")}, ValueError, "`tol` must be a number of at least 0; got nan"),
+        ({"tol": -1e-3}, ValueError, "`tol` must be finite and at least 0; got -0.001"),
+        ({"tol": float("nan")}, ValueError, "`tol` must be finite and at least 0; got nan"),
+        ({"tol": "small"}, TypeError, "`tol` must be a number; got 'small'"),
         ({"batch": None}, ValueError, "`batch` is missing"),
         ({"objective": OBJECTIVE.value}, TypeError, "`objective` must be"),
         ({"params": {"w": jnp.arange(3)}}, TypeError, r"params\['w'\] has dtype int32"),

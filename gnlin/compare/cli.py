@@ -2,7 +2,9 @@
 
 import datetime
 import shlex
+import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +27,7 @@ INTERRUPTED = 128 + signal.SIGINT
 _TASK_NAMES = ", ".join(TASKS)
 _CONTESTANT_NAMES = ", ".join(contestant.name for contestant in CONTESTANTS)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.callback(invoke_without_command=True)
@@ -59,7 +61,10 @@ def compare(
     chosen = _contestants(only or [])
     problem = _task(task)
     directory = _directory(task, out, resume)
-    records = Records(directory)
+    try:
+        records = Records(directory)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {directory}: {error}", param_hint="--out") from None
     console = _console()
     try:
         _run(problem, chosen, seeds, records, console)
@@ -136,7 +141,10 @@ def _console() -> Console:
 
 
 def _command(task: str, seeds: int, only: Sequence[str], directory: Path) -> str:
-    """The command line that resumes."""
+    """The command line that resumes, beginning as this one did."""
+    program = "gnlin" if shutil.which("gnlin") else shlex.quote(sys.argv[0])
+    if Path(sys.argv[0]).name == "__main__.py":
+        program = f"{shlex.quote(sys.executable)} -m gnlin"
     options = [f"--seeds {seeds}"] if seeds != DEFAULT_SEEDS else []
     options += [f"--only {name}" for name in only]
-    return " ".join(["gnlin compare", task, *options, "--resume", shlex.quote(str(directory))])
+    return " ".join([program, "compare", task, *options, "--resume", shlex.quote(str(directory))])

@@ -36,7 +36,8 @@ class Records:
     def __init__(self, directory: Path):
         self.path = directory / RECORDS
         directory.mkdir(parents=True, exist_ok=True)
-        self.finished: list[Record] = list(_read(self.path)) if self.path.exists() else []
+        self.path.touch()  # what shows, from the first second on, that a study can be resumed here
+        self.finished: list[Record] = list(_read(self.path))
 
     def find(self, task: Task, contestant: Contestant, setting: Setting, seed: int) -> Record | None:
         """The finished run of these, if it took as many steps as it would take now."""
@@ -49,7 +50,7 @@ class Records:
     def add(self, record: Record) -> None:
         """Keep a run, on disk before anything else happens."""
         line = json.dumps(_without_nan({**record, **environment()}), allow_nan=False)
-        cut_short = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+        cut_short = not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if cut_short else "") + line + "\n")
             file.flush()

@@ -92,7 +92,7 @@ class CG:
         start, residual = self._start(matvec, b, unit, carry)
 
         final = self._iterate(matvec, precondition, start, residual, b, b_norm)
-        relative = jnp.where(b_norm > 0, final.residual_norm / jnp.where(b_norm > 0, b_norm, 1), 0)
+        relative = jnp.where(b_norm == 0, 0, final.residual_norm / jnp.where(b_norm == 0, 1, b_norm))
         solution = jax.tree.map(lambda leaf: leaf * unit, final.x)
         # b of the order of the smallest or largest floats may take the product out of range.
         in_range = tree.all_finite(tree.cast_like(solution, rhs))
