@@ -134,7 +134,8 @@ def test_import_brings_nothing_but_its_dependencies():
 
 
 def test_import_is_fast():
-    code = f"{PEERS}; import time; start = time.perf_counter(); import gnlin; print(time.perf_counter() - start)"
+    # Time of the process, not of the wall: other workers are at work.
+    code = f"{PEERS}; import time; start = time.process_time(); import gnlin; print(time.process_time() - start)"
     seconds = []
     while len(seconds) < 8 and min(seconds, default=1.0) >= 0.1:  # a busy machine gets several tries
         seconds.append(float(run(code)))
