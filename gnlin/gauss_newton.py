@@ -10,7 +10,7 @@ import optax
 from gnlin import tree
 from gnlin.curvature import QuadraticModel, quadratic_model
 from gnlin.damping import Damping, DampingState, GainRatio, check_number, damping_at, gain_ratio
-from gnlin.objective import Objective, check_objective, check_params, visible_objective
+from gnlin.objective import Objective, check_like_params, check_objective, check_params, visible_objective
 from gnlin.solve import CG, Solution, Solver, System
 from gnlin.tree import Params
 
@@ -186,6 +186,9 @@ def solve_damped(
 
 def _direction(objective, solver, damping, updates, params, batches, carry):
     """``(solution, carry, model, rhs)``; `batches`: the gradient's, and the curvature's or `None` for the same."""
+    check_params(params, allow_holes=True)
+    if updates is not None:
+        check_like_params("updates", updates, params, "pass the gradient at `params`")
     batch, curvature_batch = batches
     model = quadratic_model(objective, params, batch)
     curvature = model if curvature_batch is None else quadratic_model(objective, params, curvature_batch)

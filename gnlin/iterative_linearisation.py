@@ -34,6 +34,7 @@ from gnlin.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised
 from gnlin.linearise import Linearisation, linearise, primitive_names
 from gnlin.objective import (
     Objective,
+    check_like_params,
     check_line_search,
     check_objective,
     check_params,
@@ -240,6 +241,7 @@ def _linearised_step(
 ) -> tuple[jax.Array, Params, Callable, LinearisedGradientsState]:
     """``(Q(θ), ∇Q(θ), Q, state)`` of one update."""
     check_params(params, allow_holes=True)
+    check_like_params("opt_state", state.anchor, params, "call tx.init(params) for these parameters")
     fresh = state.remaining == 0
     always = isinstance(period, int) and period == 1
     anchor = params if always else tree.select(fresh, params, state.anchor)

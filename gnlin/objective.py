@@ -173,6 +173,16 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
             )
 
 
+def check_like_params(name: str, value: Any, params: Params, remedy: str) -> None:
+    """Raise unless `value` has the tree structure and the shapes of `params`."""
+    same = jax.tree.structure(value) == jax.tree.structure(params)
+    if same and jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, params):
+        return
+    raise ValueError(
+        f"`{name}` does not match `params`; {remedy}.\n  {name}: {_shapes(value)}\n  params: {_shapes(params)}"
+    )
+
+
 def check_transformation(name: str, tx: Any) -> None:
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}")

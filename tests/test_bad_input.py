@@ -56,6 +56,24 @@ def test_missing_params(build, wrap):
         wrap(lambda opt_state: tx.update(PROBLEM.params, opt_state, batch=BATCH))(tx.init(PROBLEM.params))
 
 
+@with_and_without_jit
+@pytest.mark.parametrize("name", ["scale_by_gauss_newton", "gauss_newton"])
+@pytest.mark.parametrize("grads", [{"w": jnp.zeros(7)}, {"v": jnp.zeros(3)}], ids=["shape", "name"])
+def test_gradients_of_other_parameters(name, grads, wrap):
+    tx = TRANSFORMS[name](OBJECTIVE)
+    message = r"`updates` does not match `params`; pass the gradient at `params`\.\n  updates: \['[wv]'\] float32"
+    with pytest.raises(ValueError, match=message):
+        wrap(lambda grads: tx.update(grads, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH))(grads)
+
+
+@with_and_without_jit
+@pytest.mark.parametrize("name", ["linearise_gradients", "iterative_linearisation"])
+@pytest.mark.parametrize("others", [{"w": jnp.zeros(7)}, {"v": jnp.zeros(3)}], ids=["shape", "name"])
+def test_state_of_other_parameters(name, others, wrap):
+    with pytest.raises(ValueError, match=r"`opt_state` does not match `params`; call tx\.init\(params\)"):
+        update(TRANSFORMS[name], OBJECTIVE, PROBLEM.params, wrap=wrap, state_of=others, batch=BATCH)
+
+
 @each_transform
 def test_init_without_params(build):
     with pytest.raises(ValueError, match="`params` is missing"):
@@ -380,8 +398,9 @@ def test_solver_that_is_none(build):
         ({"rtol": -1}, "`rtol` must be a number of at least 0; got -1"),
         ({"rtol": float("nan")}, "`rtol` must be a number of at least 0; got nan"),
         ({"progress_tol": -1e-3}, "`progress_tol` must be a number of at least 0"),
-        ({"warm_start": 2}, "`warm_start` must be between 0 and 1; got 2"),
-        ({"warm_start": float("nan")}, "`warm_start` must be between 0 and 1; got nan"),
+        ({"warm_start": 2}, "`warm_start` must be a fraction between 0 and 1; got 2"),
+        ({"warm_start": True}, "`warm_start` must be a fraction between 0 and 1; got True"),
+        ({"warm_start": float("nan")}, "`warm_start` must be a fraction between 0 and 1; got nan"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )

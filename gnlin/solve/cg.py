@@ -69,8 +69,8 @@ class CG:
             if not isinstance(value, Tracer) and not value >= 0:
                 raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
         # Whether anything is carried is part of the form of the state: a traced number cannot say.
-        if isinstance(self.warm_start, Tracer) or not 0 <= self.warm_start <= 1:
-            raise ValueError(f"`warm_start` must be between 0 and 1; got {self.warm_start!r}")
+        if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:
+            raise ValueError(f"`warm_start` must be a fraction between 0 and 1; got {self.warm_start!r}")
         if self.preconditioner is not None and not callable(self.preconditioner):
             raise TypeError(f"`preconditioner` must be a function of the System; got {self.preconditioner!r}")
 
