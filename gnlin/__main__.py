@@ -5,7 +5,7 @@ import signal
 import sys
 
 # What the extra `compare` brings; the core needs none of it.
-_EXTRA = {"matplotlib", "numpy", "rich", "sklearn", "typer"}
+_EXTRA = {"filelock", "jinja2", "loky", "matplotlib", "numpy", "rich", "sklearn", "typer"}
 
 
 def main() -> None:

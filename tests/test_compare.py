@@ -1,29 +1,31 @@
+import concurrent.futures
 import dataclasses
-import io
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
-from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import gnlin
-from gnlin.compare import cli, report
-from gnlin.compare.contestants import CONTESTANTS, grid
-from gnlin.compare.cost import StepCost, flops, gradient_flops, product_flops
-from gnlin.compare.run import Program
-from gnlin.compare.study import Records, Study
-from gnlin.compare.summary import Spread, choose, reached, summarise
-from gnlin.compare.tasks import TASKS, digits
+from gnlin.compare import CONTESTANTS, TASKS, Contestant, Method, cli, entries_of, optax_contestant, run
+from gnlin.compare.contestants import DEFAULT
+from gnlin.compare.cost import flops, gradient_flops, product_flops
+from gnlin.compare.entry import parse
+from gnlin.compare.records import SCHEMA, Records, RecordsError, read
+from gnlin.compare.study import Study, make
+from gnlin.compare.tasks.digits import digits
+from gnlin.compare.trial import Program, step_cost
 
-BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
+RUNNABLE = [name for name, contestant in CONTESTANTS.items() if contestant.family != "peers"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,79 +48,119 @@ def tiny(task):
         return jax.tree.map(lambda leaf: leaf[:size], batch)
 
     return dataclasses.replace(
-        task,
-        train=part(task.train, 40),
-        held_out=part(task.held_out, 20),
-        batch_size=16,
-        steps=20,
-        full_batch_steps=20,
-        target=0.5,
+        task, train=part(task.train, 40), held_out=part(task.held_out, 20), batch_size=16, work=40.0, target=0.5
     )
 
 
-def record(losses, *, contestant="sgd", setting=None, seed=0):
-    steps = list(range(len(losses)))
-    curve = {"step": steps, "cost": [2.0 * step for step in steps], "loss": losses, "accuracy": [0.9] * len(losses)}
-    return {
-        "task": "digits",
-        "contestant": contestant,
-        "setting": setting or {"lr": 0.1},
-        "seed": seed,
-        "steps": steps[-1],
-        "diverged": not math.isfinite(losses[-1]),
-        "seconds": 1.0,
-        "compile_seconds": 2.0,
-        "curve": curve,
-    }
+def program(task, word, unit=None):
+    return Program(task, parse(word), task.work, unit or gradient_flops(task))
 
 
-# Tasks.
+# Words to entries.
 
 
-def test_split_of_digits_is_the_one_defined(task):
-    data = load_digits()
-    pixels = data.data / 16
-    order = np.random.default_rng(0).permutation(1797)
-    expected = ((pixels - pixels.mean()) / pixels.std())[order]
-    np.testing.assert_allclose(task.train["x"], expected[:1437], rtol=1e-6)
-    np.testing.assert_allclose(task.held_out["x"], expected[1437:], rtol=1e-6)
-    np.testing.assert_array_equal(jnp.concatenate([task.train["y"], task.held_out["y"]]), data.target[order])
-    assert task.train["x"].shape == (1437, 64)
-    assert task.held_out["x"].shape == (360, 64)
-    assert task.train["x"].dtype == jnp.float32
+def test_options_are_said_in_words():
+    entry = parse("il:period=never,inner=sgd,line_search=yes")
+    assert entry.options["period"] is None
+    assert entry.options["inner"] == "sgd"
+    assert entry.options["line_search"] is True
+    assert entry.options["batch"] == "mini"
+    assert entry.label == "il:period=never,inner=sgd,line_search=yes"
+    assert entry.grid == CONTESTANTS["il"].grid
+    assert parse(entry.label) == entry
+    assert parse("adam:learning_rate=0.01").grid == (0.01,)
+    assert parse("adam:learning_rate=0.01").label == "adam:learning_rate=0.01"
 
 
-def test_digits_network_is_the_one_defined(task):
-    params = task.init(jax.random.key(1))
-    keys = jax.random.split(jax.random.key(1), 3)
-    for layer, key, shape in zip(params, keys, [(64, 128), (128, 64), (64, 10)], strict=True):
-        np.testing.assert_allclose(layer["w"], jax.random.normal(key, shape) / np.sqrt(shape[0]), rtol=1e-6)
-        np.testing.assert_array_equal(layer["b"], np.zeros(shape[1]))
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("adm", "unknown contestant 'adm'; did you mean 'adam'?"),
+        ("zzz", "unknown contestant 'zzz'; known: sgd, adam"),
+        ("il:perid=3", "il has no option 'perid'; did you mean 'period'?"),
+        ("il:period=0", "il:period must be a whole number of at least 1, or never; got '0'"),
+        ("il:period=2.5", "il:period must be a whole number"),
+        ("il:inner=adm", "il:inner must be one of adam, sgd, adamw, muon; got 'adm'"),
+        ("il:period", "il:period: write option=value"),
+        ("il:reset=maybe", "il:reset must be yes or no; got 'maybe'"),
+        ("sgd:batch=0", "sgd:batch must be mini .the task's., full, or a number of examples; got '0'"),
+        ("gn:damping=small", "gn:damping must be a number; got 'small'"),
+        ("gn:rtol=nan", "gn:rtol must be a number; got 'nan'"),
+    ],
+)
+def test_what_is_not_known_is_an_error_that_suggests(word, message):
+    with pytest.raises(ValueError, match=message):
+        entries_of([word])
 
 
-def test_batches_are_a_permutation_each_epoch(task):
-    batches = task.batches(seed=3, steps=30)
-    assert batches.shape == (30, 128)
-    assert len(np.unique(batches[:11])) == 11 * 128
-    assert not np.array_equal(batches[:11], batches[11:22])
-    np.testing.assert_array_equal(batches[:5], task.batches(seed=3, steps=5))
-    assert not np.array_equal(batches, task.batches(seed=4, steps=30))
+def test_sweeps_are_crossed_for_those_that_have_the_option():
+    labels = [entry.label for entry in entries_of(["adam", "il"], {"period": ["1", "never"], "inner": ["sgd", "adam"]})]
+    assert labels == [
+        "adam",
+        "il:period=1,inner=sgd",
+        "il:period=1",
+        "il:period=never,inner=sgd",
+        "il:period=never",
+    ]
+    assert [entry.label for entry in entries_of([], {"period": ["1", "4"]})] == ["il:period=1", "il:period=4"]
+    assert [entry.contestant.name for entry in entries_of([], {"damping": ["1"]})] == ["gn", "lm"]
+    assert [entry.grid for entry in entries_of(["gn"], {"damping": ["1", "2"]})] == [(1.0,), (2.0,)]
+    with pytest.raises(
+        ValueError, match="none of the contestants has an option 'periods' to sweep; did you mean 'period'"
+    ):
+        entries_of(["il"], {"periods": ["1"]})
+
+
+def test_families_stand_for_their_members():
+    assert {entry.contestant.name for entry in entries_of(["gnlin"])} == {"il", "prox-linear", "gn", "lm"}
+    assert [entry.label for entry in entries_of([])] == list(DEFAULT)
+    assert len(entries_of(["adam", "adam"])) == 1
+
+
+def test_everyone_is_tuned_over_five_values():
+    assert {len(contestant.grid) for contestant in CONTESTANTS.values()} == {5}
 
 
 # Cost.
 
 
+def test_loops_of_known_length_and_factorisations_are_counted():
+    matrix = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    product = 2 * 64**3
+
+    def repeated(length, **how):
+        return lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=length, **how)[0]
+
+    def nested(a):
+        return jax.lax.fori_loop(0, 3, lambda _, c: repeated(4)(c), a)
+
+    assert flops(repeated(1), matrix) == pytest.approx(product, rel=0.01)
+    assert flops(repeated(7), matrix) == pytest.approx(7 * product, rel=0.01)
+    assert flops(repeated(7, unroll=2), matrix) == pytest.approx(7 * product, rel=0.01)
+    assert flops(repeated(7, unroll=True), matrix) == pytest.approx(7 * product, rel=0.01)
+    assert flops(nested, matrix) == pytest.approx(12 * product, rel=0.01)
+    tall = jax.ShapeDtypeStruct((300, 100), jnp.float32)
+    assert flops(lambda a: jnp.linalg.qr(a, mode="r"), tall) == pytest.approx(4 * 100**2 * (300 - 100 / 3), rel=0.05)
+    square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    assert flops(jnp.linalg.cholesky, square) == pytest.approx(512**3 / 3, rel=0.05)
+
+
 def test_an_adam_step_costs_one_gradient_and_a_linearised_one_five_thirds(task):
     unit = gradient_flops(task)
-    adam = Program(task, BY_NAME["adam"], unit).cost
+    adam = step_cost(task, parse("adam"), unit)
     # Adam's own arithmetic is 15 operations for each parameter against 6 × 128 for the gradient.
     assert adam.step == pytest.approx(1.0, abs=0.025)
-    assert adam.product == 0.0
-    linearised = Program(task, BY_NAME["linearise-16"], unit).cost
+    assert adam.turn == 0.0
     # The first layer passes no gradient on to the data, which saves a little of the linearised step as of the gradient.
-    assert linearised.step == pytest.approx(5 / 3, rel=0.04)
-    full = Program(task, BY_NAME["sgd-full"], unit).cost
-    assert full.step == pytest.approx(1437 / 128, rel=0.01)
+    assert step_cost(task, parse("il:period=16"), unit).step == pytest.approx(5 / 3, rel=0.04)
+    assert step_cost(task, parse("sgd:batch=full"), unit).step == pytest.approx(1437 / 128, rel=0.01)
+    assert step_cost(task, parse("sgd:batch=256"), unit).step == pytest.approx(2, rel=0.01)
+
+
+def test_inner_steps_of_prox_linear_are_all_counted(task):
+    unit = gradient_flops(task)
+    few, many = (step_cost(task, parse(f"prox-linear:steps={steps}"), unit).step for steps in (4, 24))
+    assert (many - few) / 20 == pytest.approx(product_flops(task, 128) / unit, rel=0.1)
 
 
 def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
@@ -141,15 +183,8 @@ def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
         return jax.tree.map(jnp.subtract, params, x)
 
     batch = jax.tree.map(lambda leaf: leaf[:128], task.train)
-    unrolled = flops(jax.jit(step).lower(task.init(jax.random.key(0)), batch).compile()) / unit
-    cost = Program(task, BY_NAME["gauss-newton"], unit).cost
-    assert cost.of(1, iterations) == pytest.approx(unrolled, rel=0.03)
-
-
-def test_step_costs_add_up():
-    cost = StepCost(step=2.0, product=1.5)
-    assert cost.of(1, 1) == 2.0
-    assert cost.of(3, 3 + 4) == 3 * 2.0 + 4 * 1.5
+    unrolled = flops(step, task.init(jax.random.key(0)), batch) / unit
+    assert step_cost(task, parse("gn"), unit).of(1, iterations) == pytest.approx(unrolled, rel=0.03)
 
 
 def test_a_product_costs_four_thirds_of_a_gradient_without_its_first_layer(task):
@@ -162,29 +197,32 @@ def test_a_product_costs_four_thirds_of_a_gradient_without_its_first_layer(task)
 # Runs.
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_every_contestant_trains(tiny, name):
-    contestant = dataclasses.replace(BY_NAME[name], budget=1.0)
-    program = Program(tiny, contestant, 1e6)
-    first = program.run(contestant.grid[1], seed=0)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_contestant_trains_within_its_budget(tiny, name):
+    trained = program(dataclasses.replace(tiny, work=200.0), name)
+    number = CONTESTANTS[name].grid[1]
+    first = trained.run(number, seed=0)
     curve = first["curve"]
-    assert curve["step"][0] == 0
-    assert curve["step"][-1] == first["steps"] == 20
-    assert curve["cost"][0] == 0
+    assert first["status"] == "finished"
+    assert curve["step"][0] == curve["cost"][0] == curve["seconds"][0] == 0
+    assert curve["step"][-1] == first["steps"]
     assert all(np.diff(curve["cost"]) > 0)
+    longest = first["cost_per_step"] + 25 * first["cost_per_turn"]
+    assert 200 <= curve["cost"][-1] <= 200 + longest * max(1, trained.chunk_length)
     assert curve["loss"][-1] < curve["loss"][0]
-    assert all(0 <= accuracy <= 1 for accuracy in curve["accuracy"])
-    assert not first["diverged"]
-    again = program.run(contestant.grid[1], seed=0)
-    assert again["curve"] == curve
-    assert program.run(contestant.grid[1], seed=1)["curve"]["loss"] != curve["loss"]
+    assert all(0 <= accuracy <= 100 for accuracy in curve["quality"])
+    if name != "il":
+        assert curve["loss"] == curve["network_loss"]
+    again = trained.run(number, seed=0)
+    assert {**again["curve"], "seconds": []} == {**curve, "seconds": []}
+    assert trained.run(number, seed=1)["curve"]["loss"] != curve["loss"]
 
 
 def test_the_model_being_trained_is_the_linearised_one(tiny):
-    contestant = BY_NAME["linearise-never"]
-    setting = contestant.grid[0]
-    adam = optax.adam(setting["lr"])
+    rate = 0.016
+    adam = optax.adam(rate)
     start = tiny.init(jax.random.key(0))
+    record = program(tiny, "il:period=never").run(rate, seed=0)
 
     @jax.jit
     def step(params, state, batch):
@@ -193,154 +231,355 @@ def test_the_model_being_trained_is_the_linearised_one(tiny):
         return optax.apply_updates(params, updates), state
 
     params, state = start, adam.init(start)
-    for indices in tiny.batches(0, 20):
+    for indices in tiny.batches(0, record["steps"], 16):
         params, state = step(params, state, jax.tree.map(lambda leaf, indices=indices: leaf[indices], tiny.train))
     outputs = gnlin.linearise(tiny.objective, start, tiny.train).predict(params)
-    final = Program(tiny, contestant, 1e6).run(setting, seed=0)["curve"]["loss"][-1]
-    np.testing.assert_allclose(final, tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3)
+    curve = record["curve"]
+    np.testing.assert_allclose(curve["loss"][-1], tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3)
+    np.testing.assert_allclose(curve["network_loss"][-1], tiny.objective.value(params, tiny.train), rtol=1e-3)
+    held_out = gnlin.linearise(tiny.objective, start, tiny.held_out).predict(params)
+    np.testing.assert_allclose(
+        curve["quality"][-1], 100 * (held_out.argmax(-1) == tiny.held_out["y"]).mean(), rtol=1e-6
+    )
 
 
-def test_a_diverged_run_is_reported_and_not_dropped(tiny, tmp_path):
-    contestant = dataclasses.replace(BY_NAME["sgd"], grid=grid("lr", 1e38, 2e38, 3e38, 3.4e38))
-    records = Records(tmp_path)
-    for _ in Study(tiny, [contestant], 2, records).carry_out():
-        pass
-    assert len(records.finished) == 5
-    assert all(run["diverged"] for run in records.finished)
-    text = (tmp_path / "records.jsonl").read_text()
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]  # no NaN in JSON
-    assert lines[0]["curve"]["loss"][-1] is None
-    assert lines[0]["jax"] == jax.__version__
-    assert math.isnan(Records(tmp_path).finished[0]["curve"]["loss"][-1])
-    (row,) = summarise(records.finished, [contestant], tiny.target)
-    assert row.loss.count == row.steps.count == 0
-    report.picture([row], tiny, tmp_path / "curves.png")
-    shown = as_text(report.table([row], tiny, seeds=2))
-    assert "diverged" in shown
-    assert "0 of 2" in shown
+def test_batches_are_a_permutation_each_epoch(task):
+    batches = task.batches(3, 30, 128)
+    assert batches.shape == (30, 128)
+    assert len(np.unique(batches[:11])) == 11 * 128
+    assert not np.array_equal(batches[:11], batches[11:22])
+    np.testing.assert_array_equal(batches[:5], task.batches(3, 5, 128))
+    assert not np.array_equal(batches, task.batches(4, 30, 128))
 
 
-# Summary.
+def test_a_diverged_run_is_a_record_and_json_has_no_nan(tiny, tmp_path):
+    runs = run(tiny, [optax_contestant("sgd", optax.sgd, (1e38, 3e38))], seeds=2, out=tmp_path)
+    assert [record["status"] for record in runs] == ["diverged"] * 3
+    assert "not finite after" in runs[0]["reason"]
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert parsed[0]["curve"]["loss"][-1] is None
+    assert parsed[0]["environment"]["jax"] == jax.__version__
+    assert math.isnan(read(tmp_path)[0]["curve"]["loss"][-1])
 
 
-def test_target_counts_only_when_it_holds():
-    assert reached(record([1.0, 0.1, 0.5, 0.1, 0.05]), 0.1) == 3
-    assert reached(record([1.0, 0.1, 0.5]), 0.1) is None
-    assert reached(record([1.0, 0.1, math.nan]), 0.1) is None
-    assert reached(record([0.1, 0.1]), 0.1) == 0
+def test_what_fails_is_a_record_with_its_reason_and_the_others_go_on(tiny):
+    def explode(rate):
+        raise RuntimeError("out of\nluck")
+
+    absent = dataclasses.replace(
+        CONTESTANTS["adam"], name="absent", reason_absent=lambda: "not installed; pip install it"
+    )
+    unfit = dataclasses.replace(CONTESTANTS["adam"], name="unfit", reason_unfit=lambda task: f"not for {task.name}")
+    runs = run(tiny, [optax_contestant("bad", explode, (1.0, 2.0)), absent, unfit, "adam:learning_rate=0.01"], seeds=1)
+    assert [(record["label"], record["status"], record["reason"]) for record in runs] == [
+        ("bad", "failed", "RuntimeError: out of luck"),
+        ("bad", "failed", "RuntimeError: out of luck"),
+        ("absent", "failed", "not installed; pip install it"),
+        ("unfit", "failed", "not for digits"),
+        ("adam:learning_rate=0.01", "finished", ""),
+    ]
 
 
-def test_choice_prefers_work_to_target_then_final_loss():
-    slow, fast = record([1.0, 1.0, 0.1, 0.01]), record([1.0, 0.1, 0.1, 0.1])
-    assert choose([slow, fast], 0.1) is fast
-    assert choose([slow, fast], 0.001) is slow
-    assert choose([record([1.0, math.nan]), fast], 0.001) is fast
+def test_an_untraced_method_runs_as_a_traced_one(tiny):
+    def build(task, options):
+        traced = CONTESTANTS["adam"].build(task, options)
+        step = jax.jit(traced.step)
+        return traced._replace(step=step, traced=False, hidden_flops=2 * gradient_flops(task))
+
+    adam = CONTESTANTS["adam"]
+    untraced = Contestant("untraced", "", build, grid=(0.004,), options=adam.options)
+    (own,), (other,) = run(tiny, [untraced], seeds=1), run(tiny, ["adam:learning_rate=0.004"], seeds=1)
+    assert own["cost_per_step"] == 2.0
+    assert own["steps"] == 20
+    losses = dict(zip(other["curve"]["step"], other["curve"]["loss"], strict=True))
+    np.testing.assert_allclose(own["curve"]["loss"][-1], losses[20], rtol=1e-4)
 
 
-def test_spread_is_the_sample_deviation_of_those_that_have_a_value():
-    spread = Spread.over([1.0, 2.0, None, 3.0])
-    assert (spread.mean, spread.deviation, spread.count, spread.total) == (2.0, 1.0, 3, 4)
-    assert math.isnan(Spread.over([1.0]).deviation)
+# Records.
 
 
-def as_text(table, width=80):
-    console = Console(width=width, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
+@pytest.fixture
+def kept(tiny, tmp_path):
+    """A directory with three runs."""
+    run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=tmp_path)
+    return tmp_path
 
 
-def test_table_and_picture_from_records(task, tmp_path):
-    contestants = [BY_NAME["sgd"], BY_NAME["linearise-256"]]
-    records = []
-    for contestant in contestants:
-        for number, setting in enumerate(contestant.grid):
-            losses = [1.0, 0.5, 0.01 / (1 + number)]
-            records.append(record(losses, contestant=contestant.name, setting=dict(setting)))
-        best = dict(contestant.grid[-1])
-        records += [
-            record([1.0, 0.4, 0.0002], contestant=contestant.name, setting=best, seed=1),
-            record([1.0, 0.4, 0.3], contestant=contestant.name, setting=best, seed=2),
-        ]
-    rows = summarise(records, contestants, task.target)
-    assert [row.contestant for row in rows] == contestants
-    assert all(row.at_edge for row in rows)
-    shown = as_text(report.table(rows, task, seeds=3))
-    assert max(map(len, shown.splitlines())) <= 80
-    for expected in ("linearise-256", "lr 0.008 *", "1 of 3", "90.0", "steps"):
-        assert expected in shown
-    report.picture(rows, task, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_runs_that_are_there_are_not_repeated(tiny, kept):
+    before = (kept / "records.jsonl").read_text()
+    run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=kept)
+    assert (kept / "records.jsonl").read_text() == before
+    run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=3, out=kept)
+    after = (kept / "records.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 4
+    with pytest.raises(RecordsError, match=r"budget of 40 gradient-equivalents, not 20; take another --out"):
+        run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], out=kept, work=0.5)
 
 
-def test_incomplete_tuning_gives_no_row(task):
-    assert summarise([record([1.0, 0.5])], [BY_NAME["sgd"]], task.target) == []
+@pytest.mark.parametrize("left", [1, 5, 9, 40, -1])
+def test_a_line_that_was_cut_short_is_removed_and_its_run_repeated(tiny, kept, left):
+    lines = (kept / "records.jsonl").read_text().splitlines()
+    (kept / "records.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:left])
+    assert len(read(kept)) == 2
+    records = Records(kept)
+    assert records.cut_short
+    records.close()
+    runs = run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=kept)
+    assert len(runs) == 3
+    after = (kept / "records.jsonl").read_text().splitlines()
+    assert after[:2] == lines[:2]
+    assert [json.loads(line)["seed"] for line in after] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("loss,accuracy\n0.1,0.9\n", "line 1 is no record of gnlin compare: it is not JSON"),
+        ('{"loss": 3}\n', "line 1 is no record of gnlin compare. Take another --out"),
+        ("a note", "line 1 is no record of gnlin compare"),
+        (f'{{"schema": {SCHEMA + 1}}}\n', f"line 1 has schema {SCHEMA + 1}, and this version of gnlin reads {SCHEMA}"),
+        (f'{{"schema": {SCHEMA}, "task": "digits"}}\n', "line 1 lacks contestant, curve"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, content, message):
+    (tmp_path / "records.jsonl").write_text(content)
+    for reader in (read, Records):
+        with pytest.raises(RecordsError, match=message):
+            reader(tmp_path)
+    assert (tmp_path / "records.jsonl").read_text() == content
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path, kept):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordsError, match=r"cannot write to .*file/results: .*; take another --out"):
+        Records(tmp_path / "file" / "results")
+    with pytest.raises(RecordsError, match=r"no records\.jsonl in"):
+        read(tmp_path / "nothing")
+    records = Records(kept)
+    with pytest.raises(RecordsError, match="is in use by another comparison"):
+        Records(kept)
+    records.close()
+
+
+def test_a_full_disk_is_named_and_what_was_written_stays(kept, monkeypatch):
+    records = Records(kept)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecordsError, match="No space left on device; make room and run the same command"):
+        records.add({**records.runs[0], "seed": 7})
+    records.close()
+    assert len(read(kept)) >= 3
+
+
+# Executors.
+
+
+def test_any_executor_gives_the_same_runs(tiny):
+    words = ["adam", "il:period=4"]
+    alone = run(tiny, words, seeds=2)
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        shared = run(tiny, words, seeds=2, executor=executor)
+
+    def outcome(runs):
+        return {(run["label"], run["seed"], *run["setting"].values()): run["curve"]["loss"] for run in runs}
+
+    assert outcome(shared).keys() == outcome(alone).keys()
+    for key, losses in outcome(alone).items():
+        # XLA divides a product among threads that are free, and a sum in another order is rounded otherwise.
+        np.testing.assert_allclose(outcome(shared)[key], losses, rtol=1e-3)
+    assert len(alone) == 2 * 6
+
+
+def test_a_dask_cluster_makes_the_runs(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        runs = run("diabetes", ["adam"], seeds=2, work=0.002, executor=client.get_executor(pure=False))
+    assert [record["status"] for record in runs] == ["finished"] * 6
+
+
+def test_a_worker_that_dies_is_a_reason(tiny):
+    class Dying(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            return super().submit(lambda: os.strerror("no number"))
+
+    study = Study(tiny, entries_of(["adam:learning_rate=0.1"]), 1, Records(), 20.0)
+    ((_, (record,)),) = study.carry_out(executor=Dying(1))
+    assert record["status"] == "failed"
+    assert record["reason"].startswith("TypeError: ")
+
+
+def test_a_job_travels(tiny):
+    import cloudpickle
+
+    study = Study(digits(), entries_of(["il:period=never"]), 1, Records(), 20.0, by_name=True)
+    (job, *_) = next(study._plan(study.entries[0]))
+    assert job.task == "digits"
+    record = make(cloudpickle.loads(cloudpickle.dumps(dataclasses.replace(job, work=4.0))))
+    assert record["status"] == "finished", record["reason"]
+
+
+# From Python.
+
+
+def test_a_task_and_an_optimiser_from_outside():
+    objective = gnlin.Objective(
+        lambda params, batch: batch["x"] @ params["w"],
+        lambda outputs, batch: 0.5 * jnp.mean((outputs - batch["y"]) ** 2),
+    )
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    data = {"x": x, "y": x @ np.array([1.0, -2.0, 0.5], np.float32)}
+    task = gnlin.compare.Task(
+        name="line",
+        objective=objective,
+        init=lambda key: {"w": jax.random.normal(key, (3,))},
+        train=data,
+        held_out=data,
+        quality=gnlin.compare.Quality("mean square", objective, 1e-6, higher_is_better=False),
+        batch_size=16,
+        work=300.0,
+        target=1e-3,
+    )
+    lion = optax_contestant("lion", lambda rate: optax.lion(rate, weight_decay=0.0), (0.001, 0.01, 0.1))
+    runs = run(task, [lion, "gn:control=constant"], seeds=2)
+    assert {record["label"] for record in runs} == {"lion", "gn:control=constant"}
+    assert min(record["curve"]["quality"][-1] for record in runs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "digts"}, "`task` must be one of digits"),
+        ({"seeds": 0}, "must be positive"),
+        ({"work": 0.0}, "must be positive"),
+        ({"contestants": ["adm"]}, "did you mean 'adam'"),
+    ],
+)
+def test_python_interface_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**{"task": "digits", **options})
 
 
 # The command line.
 
 
 @pytest.fixture
-def command(tiny, monkeypatch):
+def command(tiny, monkeypatch, tmp_path):
     monkeypatch.setitem(TASKS, "digits", lambda: tiny)
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
-        return CliRunner().invoke(cli.app, ["compare", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    def invoke(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gnlin", *map(str, arguments)])
+        return CliRunner().invoke(cli.app, [*map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
 
-    return run
+    return invoke
 
 
-def test_interrupted_study_keeps_its_runs_and_resumes(command, tmp_path, monkeypatch):
+def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
     calls = []
-    run = Program.run
+    original = Program.run
 
-    def interrupted(self, setting, seed, *rest):
-        calls.append((self.contestant.name, setting["lr"], seed))
+    def interrupted(self, number, seed, *rest):
+        calls.append((self.entry.label, number, seed))
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return run(self, setting, seed, *rest)
+        return original(self, number, seed, *rest)
 
     monkeypatch.setattr(Program, "run", interrupted)
-    where = tmp_path / "results"
-    options = ("digits", "--only", "sgd", "--only", "adam", "--seeds", 2)
-    result = command(*options, "--out", where)
+    options = ("compare", "digits", "sgd", "adam", "--seeds", 2)
+    result = command(*options)
     assert result.exit_code == 130, result.output
-    assert "7 finished runs" in result.output
-    assert f"--only sgd --only adam --resume {where}" in result.output
-    assert "lr " in result.output  # the table of what is complete
-    lines = (where / "records.jsonl").read_text().splitlines()
-    assert len(lines) == 7
-
-    # A line cut short, as by a crash, is that run's only loss.
-    (where / "records.jsonl").write_text("\n".join(lines)[:-100])
-    result = command(*options, "--resume", where)
+    assert "To go on: " in result.output
+    assert "gnlin compare digits sgd adam --seeds 2" in result.output
+    records = tmp_path / "gnlin-results" / "digits" / "records.jsonl"
+    assert len(records.read_text().splitlines()) == 7
+    result = command(*options)
     assert result.exit_code == 0, result.output
-    assert calls[6:8] == calls[8:10]
-    assert len(calls) == 8 + 4  # two trials of Adam that were missing, one that was cut, one seed
-    assert len(Records(where).finished) == 2 * 5
-    assert (where / "curves.png").exists()
-
-    result = command(*options, "--resume", where)
+    assert len(calls) == 8 + 5
+    assert calls[7] == calls[8]
+    assert (records.parent / "report.html").exists()
+    result = command(*options)
     assert result.exit_code == 0, result.output
-    assert len(calls) == 12
+    assert len(calls) == 13
+    assert command("report", records.parent).exit_code == 0
 
 
-def test_unknown_names_are_errors_that_list_the_known(command, tmp_path):
-    result = command("digts")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "digts"], "unknown task 'digts'; did you mean 'digits'?"),
+        (["compare", "digits", "sdg"], "unknown contestant 'sdg'; did you mean 'sgd'?"),
+        (["compare", "digits", "il:perod=3"], "did you mean 'period'?"),
+        (["compare", "digits", "--sweep", "period"], "--sweep period: write option=value,value,..."),
+        (["compare", "digits", "--sweep", "perod=3,4"], "has an option 'perod' to sweep"),
+        (["compare", "digits", "--work", "0"], "--work must be positive"),
+        (["report", "nowhere"], "no records.jsonl in nowhere"),
+        (["compare", "digits", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
+        (["compare", "mnist"], "mnist"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_2(command, arguments, message):
+    result = command(*arguments)
     assert result.exit_code == 2
-    assert "unknown task 'digts'; known: digits" in result.output
-    result = command("digits", "--only", "sdg")
-    assert result.exit_code == 2
-    assert "unknown contestant 'sdg'" in result.output
-    assert "known: sgd, adam" in result.output
-    assert command("digits", "--resume", tmp_path).exit_code == 2
-    (tmp_path / "records.jsonl").touch()
-    assert "--resume" in command("digits", "--out", tmp_path).output
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
 
 
-def test_help_names_tasks_and_contestants(command):
-    shown = command("--help").output
-    for expected in ("digits", "linearise-256", "--resume", "--seeds"):
-        assert expected in shown
+def test_lists_name_everything(command):
+    shown = command("tasks").output
+    assert all(name in shown for name in TASKS)
+    shown = command("contestants").output
+    assert all(name in shown for name in CONTESTANTS)
+    assert "period=16" in shown
+    for expected in ("--sweep", "--seeds", "--workers", "--out"):
+        assert expected in command("compare", "--help").output
+
+
+def test_processes_share_the_runs(tmp_path):
+    arguments = [
+        "compare",
+        "diabetes",
+        "adam",
+        "--seeds",
+        "2",
+        "--work",
+        "0.002",
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    result = python(["-m", "gnlin"], *arguments)
+    assert result.returncode == 0, result.stderr
+    assert [record["status"] for record in read(tmp_path)] == ["finished"] * 6
+
+
+def test_nothing_that_finished_is_lost_or_repeated_after_kill_9(tmp_path):
+    arguments = ["compare", "diabetes", "sgd", "adam", "--seeds", "2", "--work", "0.01", "--out", str(tmp_path)]
+    path = tmp_path / "records.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "gnlin", *arguments], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_text()
+    assert python(["-m", "gnlin"], *arguments).returncode == 0
+    after = path.read_text()
+    assert after.startswith(before[: before.rfind("\n") + 1])
+    runs = [json.loads(line) for line in after.splitlines()]
+    keys = [(record["label"], *record["setting"].values(), record["seed"]) for record in runs]
+    assert len(set(keys)) == len(keys) == 12
 
 
 def python(code_or_module, *arguments):
@@ -363,3 +602,21 @@ def test_missing_extra_is_named_in_one_line():
 def test_core_import_leaves_the_command_line_alone():
     code = "import sys, gnlin; print([m for m in ('typer', 'rich', 'matplotlib', 'sklearn') if m in sys.modules])"
     assert python(["-c", code]).stdout.strip() == "[]"
+
+
+def test_a_method_is_what_an_optimiser_from_another_library_becomes(tiny):
+    """Sign descent, with a state of its own and randomness from the key."""
+
+    def build(task, options):
+        def step(params, state, batch, key):
+            grads = jax.grad(task.objective.value)(params, batch)
+            noise = jax.random.uniform(key, ())
+            rate = options["learning_rate"] * noise
+            return jax.tree.map(lambda p, g: p - rate * jnp.sign(g), params, grads), state + 1
+
+        return Method(init=lambda params, batch, key: jnp.zeros([], jnp.int32), step=step)
+
+    contestant = Contestant("sign", "Sign descent.", build, grid=(0.01,))
+    first, second = (run(tiny, [contestant], seeds=1)[0]["curve"]["loss"] for _ in range(2))
+    assert first == second
+    assert first[-1] < first[0]

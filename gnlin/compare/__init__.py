@@ -1,8 +1,30 @@
-"""Optimisers side by side on real data: ``gnlin compare TASK``.
+"""Optimisers side by side on real data: ``gnlin compare TASK``, or `run` from Python.
 
-Reading order, which is also the direction in which data flows: `tasks` (what is trained), `contestants` (by what),
-`cost` (the unit of work), `run` (one contestant, setting and seed to one record), `summary` (records to rows), `study`
-(which runs, and which of them are done), `report` (rows to a table and a picture), `cli`.
-
-A new task is one entry in `tasks.TASKS`, a new contestant one in `contestants.CONTESTANTS`.
+Reading order, which is also the direction in which data flows: `task` and `tasks` (what is trained), `method` (how an
+optimiser is driven), `cost` (the unit of work), `contestants` and `peers` (by what), `entry` (with which options),
+`trial` (one entry, setting and seed to one record), `summary` (records to rows), `records` (where they are kept),
+`study` (which runs, and by whom), `figures` and `report` (rows to pictures, tables and a page), `cli`.
 """
+
+from gnlin.compare.api import run
+from gnlin.compare.contestants import CONTESTANTS, Contestant, Option, optax_contestant
+from gnlin.compare.entry import Entry, entries_of
+from gnlin.compare.method import Method, from_optax
+from gnlin.compare.task import DataError, Quality, Task
+from gnlin.compare.tasks import TASKS
+
+__all__ = [
+    "CONTESTANTS",
+    "TASKS",
+    "Contestant",
+    "DataError",
+    "Entry",
+    "Method",
+    "Option",
+    "Quality",
+    "Task",
+    "entries_of",
+    "from_optax",
+    "optax_contestant",
+    "run",
+]

@@ -1,31 +1,33 @@
-"""The command line: ``gnlin compare TASK``."""
+"""The command line: ``gnlin compare TASK``, ``gnlin report DIR``, ``gnlin tasks``, ``gnlin contestants``."""
 
-import datetime
+import concurrent.futures
+import contextlib
+import difflib
+import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import loky
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 import gnlin
-from gnlin.compare import report
-from gnlin.compare.contestants import CONTESTANTS, Contestant, Setting
-from gnlin.compare.study import RECORDS, Records, Study
-from gnlin.compare.summary import summarise
-from gnlin.compare.tasks import TASKS, Task
+from gnlin.compare import report, summary
+from gnlin.compare.contestants import CONTESTANTS, DEFAULT
+from gnlin.compare.entry import Entry, UsageError, entries_of, format_value
+from gnlin.compare.records import Records, RecordsError, read, read_facts, write_facts
+from gnlin.compare.study import Job, Study, facts
+from gnlin.compare.task import DataError, Task
+from gnlin.compare.tasks import TASKS, describe
 
-PICTURE = "curves.png"
-DEFAULT_SEEDS = 3
 INTERRUPTED = 128 + signal.SIGINT
-
-_TASK_NAMES = ", ".join(TASKS)
-_CONTESTANT_NAMES = ", ".join(contestant.name for contestant in CONTESTANTS)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -40,98 +42,205 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Argument(help=f"What to train: {_TASK_NAMES}.", metavar="TASK")],
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... to run.")] = DEFAULT_SEEDS,
-    only: Annotated[
-        list[str] | None, typer.Option(help=f"Run this contestant and no other; repeatable. {_CONTESTANT_NAMES}.")
+    task: Annotated[str, typer.Argument(help="What to train; `gnlin tasks` lists them.", metavar="TASK")],
+    contestants: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Who takes part: names from `gnlin contestants`, with options as in `il:period=64,inner=sgd`, or the
+            families " f"`gnlin`, `optax`, `peers`. By default {', '.join(DEFAULT)}.",
+            metavar="[CONTESTANT]...",
+        ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the results; by default ./gnlin-results/TASK-TIME.")
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... to run.")] = 3,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`option=value,value,...`: an entry for each value; repeat it to cross options.", metavar="SWEEP"
+        ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Directory of an interrupted run: do what is missing.")] = None,
+    work: Annotated[float, typer.Option(help="Fraction of the task's budget that each run spends.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Directory for the results; by default gnlin-results/TASK.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that make runs side by side.")] = 1,
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers make the runs.")] = None,
 ) -> None:
     """Train one network with each optimiser and set them side by side.
 
-    Each contestant is tuned on seed 0 over four settings by one rule: the fewest gradient-equivalents until the
-    training loss is at the target for good, or, where no setting gets there, the lowest final training loss. The
-    chosen setting then runs on the other seeds.
+    Each contestant is tuned on seed 0 over five values of one number by one rule: the fewest gradient-equivalents
+    until the training loss is at the target for good, or, where no value gets there, the lowest final training loss.
+    The chosen value then runs on the other seeds.
 
-    Prints a table and writes every run (records.jsonl) and the curves (curves.png). Ctrl-C keeps the finished runs.
+    Every run is kept as soon as it ends. After Ctrl-C, or anything worse, the same command goes on where it was.
     """
-    chosen = _contestants(only or [])
-    problem = _task(task)
-    directory = _directory(task, out, resume)
-    try:
+    with _in_one_line():
+        if not work > 0:
+            raise UsageError(f"--work must be positive; got {work:g}")
+        entries = entries_of(contestants or [], _sweeps(sweep or []))
+        problem = _task(task)
+        directory = out or Path("gnlin-results") / task
         records = Records(directory)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write to {directory}: {error}", param_hint="--out") from None
-    console = _console()
-    try:
-        _run(problem, chosen, seeds, records, console)
-    except KeyboardInterrupt:
-        _show(problem, chosen, seeds, records, console)
-        console.print(f"\nInterrupted. {len(records.finished)} finished runs are in {records.path}.", soft_wrap=True)
-        console.print(f"To go on: {_command(task, seeds, only or [], directory)}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    _show(problem, chosen, seeds, records, console)
+        console = _console()
+        study = Study(problem, entries, seeds, records, work * problem.work, _command(), by_name=True)
+        write_facts(directory, facts(problem))
+        if records.cut_short:
+            console.print(f"The last line of {records.path} was cut short and is removed; its run is made again.")
+        try:
+            with _executor(workers, dask) as executor:
+                _run(study, executor, console)
+        except KeyboardInterrupt:
+            _show(study, directory, console)
+            console.print(f"\nInterrupted. The finished runs are in {records.path}.", soft_wrap=True, highlight=False)
+            console.print(f"To go on: {_command()}", soft_wrap=True, highlight=False)
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            records.close()
+        _show(study, directory, console)
+        page = report.write(directory, read(directory), read_facts(directory))
+        console.print(f"\nReport: {page}\nRecords: {records.path}", soft_wrap=True, highlight=False)
 
 
-def _run(task: Task, contestants: Sequence[Contestant], seeds: int, records: Records, console: Console) -> None:
-    """Do all runs under a progress bar; say so when a contestant is complete."""
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+@app.command("report")
+def make_report(
+    directory: Annotated[Path, typer.Argument(help="Directory with the results of `gnlin compare`.", metavar="DIR")],
+) -> None:
+    """Make DIR/report.html, figures and CSV files from the runs in DIR, and print the tables."""
+    with _in_one_line():
+        records, known = read(directory), read_facts(directory)
+        console = _console()
+        for name in known:
+            rows = summary.summarise([record for record in records if record["task"] == name], known)
+            if rows:
+                console.print(report.terminal(rows, known[name]))
+        page = report.write(directory, records, known)
+        console.print(f"\nReport: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def tasks() -> None:
+    """List what can be trained."""
+    _list([(name, describe(name)) for name in TASKS])
+
+
+@app.command("contestants")
+def list_contestants() -> None:
+    """List who can take part, with their options and what is tuned."""
+    rows = []
+    for name, contestant in CONTESTANTS.items():
+        options = [f"{option}={format_value(form.default)}" for option, form in contestant.options.items()]
+        values = ", ".join(f"{value:g}" for value in contestant.grid)
+        reason = contestant.reason_absent()
+        text = contestant.summary if reason is None else f"{contestant.summary} Absent: {reason}"
+        rows.append((name, f"{text}\ntuned: {contestant.tuned} = {values}\noptions: {', '.join(options)}"))
+    _list(rows)
+
+
+def _run(study: Study, executor: concurrent.futures.Executor | None, console: Console) -> None:
+    """Make all runs under a progress bar; say so when an entry is complete."""
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
-
-        def listen(contestant: Contestant, setting: Setting, seed: int, done: float) -> None:
-            description = f"{contestant.name}, {report.describe(setting)}, seed {seed}"
-            progress.update(bar, description=description, completed=done)
-
-        study = Study(task, contestants, seeds, records, listen)
         bar = progress.add_task("compiling", total=study.total)
-        for contestant, runs in study.carry_out():
-            losses = ", ".join(f"{run['curve']['loss'][-1]:.1e}" for run in runs)
-            setting = report.describe(runs[0]["setting"])
-            console.print(f"{contestant.name}, {setting}: final train loss {losses}", highlight=False, soft_wrap=True)
+        ended = 0
+
+        def listen(job: Job, done: float) -> None:
+            nonlocal ended
+            ended += done == 1.0
+            description = f"{job.entry.label}, {job.entry.contestant.tuned} {job.number:g}, seed {job.seed}"
+            progress.update(bar, description=description, completed=ended + (done if done < 1.0 else 0.0))
+
+        for entry, runs in study.carry_out(listen, executor):
+            console.print(_line(entry, runs), highlight=False, soft_wrap=True, markup=False)
 
 
-def _show(task: Task, contestants: Sequence[Contestant], seeds: int, records: Records, console: Console) -> None:
-    """Table and picture of what is finished."""
-    runs = [record for record in records.finished if record["task"] == task.name and record["seed"] < seeds]
-    rows = summarise(runs, contestants, task.target)
+def _line(entry: Entry, runs: Sequence[dict]) -> str:
+    if runs[0]["status"] == "failed":
+        return f"{entry.label}: {runs[0]['reason']}"
+    losses = ", ".join(
+        f"{run['curve']['loss'][-1]:.1e}" if run["status"] != "failed" else run["reason"] for run in runs
+    )
+    name, value = next(iter(runs[0]["setting"].items()))
+    return f"{entry.label}, {name} {value:g}: final train loss {losses}"
+
+
+def _show(study: Study, directory: Path, console: Console) -> None:
+    """The table of what is complete."""
+    labels = {entry.label for entry in study.entries}
+    runs = [run for run in study.records.runs if run["task"] == study.task.name and run["label"] in labels]
+    rows = summary.summarise(runs, {study.task.name: facts(study.task)})
     if not rows:
         console.print("No contestant is complete yet.")
         return
     console.print()
-    console.print(report.table(rows, task, seeds))
-    picture = records.path.with_name(PICTURE)
-    report.picture(rows, task, picture)
-    console.print(f"\nCurves: {picture}\nRecords: {records.path}", soft_wrap=True, highlight=False)
+    console.print(report.terminal(rows, facts(study.task)))
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Mistakes and missing things end the command with one line and the exit code 2."""
+    try:
+        yield
+    except (UsageError, DataError, RecordsError, OSError) as error:
+        typer.echo(f"gnlin: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Executor | None]:
+    if dask is not None:
+        try:
+            from distributed import Client
+        except ModuleNotFoundError:
+            raise UsageError('--dask needs the package distributed: pip install "gnlin[cluster]"') from None
+        with Client(dask) as client:
+            yield client.get_executor(pure=False)
+    elif workers > 1:
+        # Workers of several threads each would get in each other's way.
+        threads = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()}
+        executor = loky.ProcessPoolExecutor(workers, initializer=_quiet, env=threads)
+        try:
+            yield executor
+        finally:
+            executor.shutdown(kill_workers=True)
+    else:
+        yield None
+
+
+def _quiet() -> None:
+    """Ctrl-C is for the process that keeps the records."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _task(name: str) -> Task:
     if name not in TASKS:
-        raise typer.BadParameter(f"unknown task {name!r}; known: {_TASK_NAMES}", param_hint="TASK")
+        near = difflib.get_close_matches(name, TASKS, 1, 0.5)
+        raise UsageError(
+            f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(TASKS)}")
+        )
     return TASKS[name]()
 
 
-def _contestants(only: Sequence[str]) -> list[Contestant]:
-    known = {contestant.name: contestant for contestant in CONTESTANTS}
-    for name in only:
-        if name not in known:
-            raise typer.BadParameter(f"unknown contestant {name!r}; known: {_CONTESTANT_NAMES}", param_hint="--only")
-    return [contestant for contestant in CONTESTANTS if not only or contestant.name in only]
+def _sweeps(items: Sequence[str]) -> dict[str, list[str]]:
+    sweeps = {}
+    for item in items:
+        name, equals, values = item.partition("=")
+        if not equals or not all(values.split(",")):
+            raise UsageError(f"--sweep {item}: write option=value,value,...")
+        sweeps[name] = values.split(",")
+    return sweeps
 
 
-def _directory(task: str, out: Path | None, resume: Path | None) -> Path:
-    if resume is not None:
-        if out is not None:
-            raise typer.BadParameter("give either --out or --resume", param_hint="--out")
-        if not (resume / RECORDS).exists():
-            raise typer.BadParameter(f"no {RECORDS} in {resume}", param_hint="--resume")
-        return resume
-    directory = out or Path("gnlin-results") / f"{task}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if (directory / RECORDS).exists():
-        raise typer.BadParameter(f"{directory} holds records already; use --resume {directory}", param_hint="--out")
-    return directory
+def _list(rows: Sequence[tuple[str, str]]) -> None:
+    view = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    view.add_column(no_wrap=True)
+    view.add_column(overflow="fold")
+    for row in rows:
+        view.add_row(*row)
+    _console().print(view)
 
 
 def _console() -> Console:
@@ -140,11 +249,9 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=80)
 
 
-def _command(task: str, seeds: int, only: Sequence[str], directory: Path) -> str:
-    """The command line that resumes, beginning as this one did."""
+def _command() -> str:
+    """The command line, as it can be typed again."""
     program = "gnlin" if shutil.which("gnlin") else shlex.quote(sys.argv[0])
     if Path(sys.argv[0]).name == "__main__.py":
         program = f"{shlex.quote(sys.executable)} -m gnlin"
-    options = [f"--seeds {seeds}"] if seeds != DEFAULT_SEEDS else []
-    options += [f"--only {name}" for name in only]
-    return " ".join([program, "compare", task, *options, "--resume", shlex.quote(str(directory))])
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])

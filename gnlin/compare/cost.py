@@ -1,19 +1,24 @@
 """Work, in gradient-equivalents counted from compiled FLOPs.
 
 The unit is the task's value-and-gradient on one mini-batch; a full-batch step costs in proportion. Clocks are noisy and
-differ between machines; the count does not. XLA counts the body of a loop once, whatever the number of turns, which has
-two consequences: the count of a `scan` over training steps is that of one step; and of the products inside a step's
-conjugate gradients it holds one, so the others are added from the number of iterations that ran.
+differ between machines; the count does not. Two kinds of work are missing from what XLA counts, and are added:
+
+* of a loop it counts the body once. Loops of a known length (`jax.lax.scan`, and `fori_loop` between constants) are
+  found in the jaxpr and their other turns added; for loops whose length depends on the data the method tells how often
+  they turned;
+* of factorisations, which LAPACK does, it counts nothing. The textbook's leading terms are added.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 
 from gnlin import quadratic_model
-from gnlin.compare.tasks import Task
+from gnlin.compare.task import Task
 from gnlin.tree import Batch, Params
 
 
@@ -22,28 +27,36 @@ class StepCost:
     """Work of an optimiser's steps.
 
     Attributes:
-        step: gradient-equivalents of a step that runs one CG iteration, or of one without a solve.
-        product: gradient-equivalents of one more CG iteration; 0 where there is no solve.
+        step: gradient-equivalents of a step whose inner loop turns once, or of one without such a loop.
+        turn: gradient-equivalents of one more turn, such as a CG iteration; 0 where there is no such loop.
     """
 
     step: float
-    product: float = 0.0
+    turn: float = 0.0
 
-    def of(self, steps: int, iterations: int) -> float:
-        """Gradient-equivalents of `steps` steps with `iterations` CG iterations among them."""
-        return steps * self.step + self.product * (iterations - steps)
+    def of(self, steps: int, turns: int) -> float:
+        """Gradient-equivalents of `steps` steps with `turns` turns among them."""
+        return steps * self.step + self.turn * (turns - steps)
 
 
-def flops(compiled: Any) -> float:
-    """Floating-point operations of a compiled function, a loop's body counted once."""
+def flops(function: Callable[..., Any], *shapes: Any) -> float:
+    """Floating-point operations of a function; a loop whose length depends on the data is counted as one turn."""
+    jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
+    return compiled_flops(jax.jit(function).lower(*shapes).compile()) + _unseen(jaxpr)
+
+
+def compiled_flops(compiled: Any) -> float:
+    """What XLA counts of a compiled function."""
     analysis = compiled.cost_analysis()
     # Older versions of JAX return one dictionary for each computation.
-    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return max((analysis or {}).get("flops", 0.0), 0.0)  # below zero: not known, of a lone call of LAPACK
 
 
-def gradient_flops(task: Task) -> float:
-    """The unit: FLOPs of one value-and-gradient on one mini-batch."""
-    return _flops(task.objective.value_and_grad, _params(task), _batch(task, task.batch_size))
+def gradient_flops(task: Task, examples: int | None = None) -> float:
+    """FLOPs of one value-and-gradient; on one mini-batch of the task, which is the unit, unless `examples` says
+    otherwise.""" size = examples or task.batch_size or task.train_size
+    return flops(task.objective.value_and_grad, params_shapes(task), batch_shapes(task, size))
 
 
 def product_flops(task: Task, examples: int) -> float:
@@ -58,17 +71,82 @@ def product_flops(task: Task, examples: int) -> float:
 
         return apply
 
-    params, batch = _params(task), _batch(task, examples)
-    return _flops(products(2), params, params, batch) - _flops(products(1), params, params, batch)
+    params, batch = params_shapes(task), batch_shapes(task, examples)
+    return flops(products(2), params, params, batch) - flops(products(1), params, params, batch)
 
 
-def _flops(function: Callable[..., Any], *shapes: Any) -> float:
-    return flops(jax.jit(function).lower(*shapes).compile())
-
-
-def _params(task: Task) -> Params:
+def params_shapes(task: Task) -> Params:
     return jax.eval_shape(task.init, jax.random.key(0))
 
 
-def _batch(task: Task, examples: int) -> Batch:
+def batch_shapes(task: Task, examples: int) -> Batch:
+    if task.batch_size is None:  # all of it, and its leaves may be of different lengths
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), task.train)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((examples, *leaf.shape[1:]), leaf.dtype), task.train)
+
+
+# What XLA does not see.
+
+
+def _unseen(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in _LAPACK:
+            total += _LAPACK[name](equation)
+        elif name == "scan":
+            body = equation.params["jaxpr"]
+            shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in body.in_avals]
+            turn = compiled_flops(jax.jit(jaxpr_as_fun(body)).lower(*shapes).compile())
+            length, unrolled = equation.params["length"], int(equation.params["unroll"])
+            seen = length if unrolled >= length else unrolled + length % unrolled
+            total += (length - seen) * turn + length * _unseen(body.jaxpr)
+        elif name == "cond":
+            total += max(_unseen(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            total += sum(_unseen(inner) for inner in _inner_jaxprs(equation))
+    return total
+
+
+def _inner_jaxprs(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def _matrix(equation: Any) -> tuple[int, int, int]:
+    """(number of matrices, longer side, shorter side) of the first operand."""
+    *batch, rows, columns = equation.invars[0].aval.shape
+    return math.prod(batch), max(rows, columns), min(rows, columns)
+
+
+def _householder(equation: Any) -> float:
+    count, m, n = _matrix(equation)
+    return count * 2 * n**2 * (m - n / 3)
+
+
+def _svd(equation: Any) -> float:
+    count, m, n = _matrix(equation)
+    vectors = equation.params.get("compute_uv", True)
+    return count * (6 * m * n**2 + 20 * n**3 if vectors else 2 * m * n**2 + 2 * n**3)
+
+
+def _triangular_solve(equation: Any) -> float:
+    count, n, _ = _matrix(equation)
+    return count * n * math.prod(equation.invars[1].aval.shape[-2:])
+
+
+# Leading terms as Golub and Van Loan give them (Matrix Computations, 4th edition). `qr` makes the factor Q as well.
+_LAPACK: dict[str, Callable[[Any], float]] = {
+    "geqrf": _householder,
+    "geqp3": _householder,
+    "householder_product": _householder,
+    "qr": lambda equation: 2 * _householder(equation),
+    "svd": _svd,
+    "eigh": lambda equation: _matrix(equation)[0] * 9 * _matrix(equation)[2] ** 3,
+    "cholesky": lambda equation: _matrix(equation)[0] * _matrix(equation)[2] ** 3 / 3,
+    "lu": lambda equation: _matrix(equation)[0] * 2 * _matrix(equation)[2] ** 3 / 3,
+    "triangular_solve": _triangular_solve,
+}

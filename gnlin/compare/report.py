@@ -1,135 +1,319 @@
-"""Rows to a table and a picture."""
+"""Rows to a table on the terminal, to CSV files, and to one page with everything."""
 
+import base64
+import csv
+import io
+import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+import jinja2
+import matplotlib
+from markupsafe import Markup, escape
 from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from gnlin.compare.contestants import CONTESTANTS, Setting
-from gnlin.compare.summary import Row, Spread
-from gnlin.compare.tasks import Task
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart; grey for its yellow, too pale for a line on white.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#999999", "#CC79A7")
-_LEGEND = (
-    "To loss {target:g}: until the full training loss stays at or below it; '2 of 3' seeds where not all get there. "
-    "Gradients: work in units of one mini-batch gradient, by compiled FLOPs. Seconds: training steps alone. "
-    "Loss and accuracy are those of the model being trained. * best setting at the edge of its grid."
+from gnlin.compare.figures import Picture, pictures, words
+from gnlin.compare.summary import (
+    Record,
+    Row,
+    Spread,
+    TaskFacts,
+    final,
+    finished,
+    incomplete,
+    reached,
+    summarise,
+    tuned,
 )
-# A loss below this is zero as far as float32 logits can tell.
-_SMALLEST_LOSS = 1e-8
+
+PAGE = "report.html"
+_LEGEND = (
+    "To loss {target:g}: until the training loss stays at or below it; '2 of 3' runs where not all get there. "
+    "Work: in units of one mini-batch gradient, by compiled FLOPs. Seconds: training steps alone, and compilation. "
+    "Loss and held-out {quality} are those of the model being trained, and beside it of the network at the same "
+    "parameters. Solved: runs that end {direction} {solved:g}. * best setting at the edge of its grid."
+)
+_CURVES = ("step", "cost", "seconds", "loss", "quality", "network_loss", "network_quality")
+_ENDS = ("loss", "quality", "network_loss", "network_quality")
+_RUN = ("task", "contestant", "label", "options", "tuned", "value", "seed")
 
 
-def describe(setting: Setting) -> str:
-    """``lr 0.01``."""
-    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+# On the terminal.
 
 
-def table(rows: Sequence[Row], task: Task, seeds: int) -> Table:
-    """The comparison as a table of mean ± standard deviation over seeds.
+def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> RenderableType:
+    """The rows of one task as a table of mean ± standard deviation over seeds, and why runs failed.
 
     Args:
         rows: from `summary.summarise`.
         task: the task they are about.
-        seeds: number of seeds asked for.
+        seeds: number of seeds asked for; `None` for as many as there are.
 
     Returns:
-        A rich table that fits into 80 columns.
+        What rich prints, in 80 columns where labels are not too long.
     """
+    seeds = seeds or max((len(row.records) for row in rows), default=0)
+    quality, _, unit = (part.strip() for part in task.quality_name.partition(","))
     view = Table(
-        title=f"{task.name}: mean ± standard deviation over {_seeds(seeds)}",
-        caption=_LEGEND.format(target=task.target),
+        title=f"{task.name}: mean ± standard deviation over {_count(seeds, 'seed')}",
+        caption=_LEGEND.format(
+            target=task.target,
+            quality=quality,
+            direction="at or above" if task.higher_is_better else "at or below",
+            solved=task.solved,
+        ),
         caption_justify="left",
         title_justify="left",
         box=box.HORIZONTALS,
-        pad_edge=False,
+        padding=0,
     )
-    view.add_column("contestant\nsetting", no_wrap=True)
+    view.add_column("contestant\nsetting", overflow="fold")
     for heading in (
         "final\ntrain\nloss",
-        "held-out\naccuracy\n%",
+        f"held-out\n{quality}\n{unit}".rstrip(),
+        "of the\nnet-\nwork",
+        "sol-\nved",
         f"steps\nto loss\n{task.target:g}",
-        f"gradients\nto loss\n{task.target:g}",
-        "seconds\n+ compile",
+        f"work\nto loss\n{task.target:g}",
+        "seconds\n+ com-\npile",
     ):
         view.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        unfinished = f"\n{_seeds(len(row.records))} so far" if len(row.records) < seeds else ""
+        absent = "-" if row.failed == len(row.records) else "not\nreached"
+        compiling = f"\n+ {row.compile_seconds:.1f}" if math.isfinite(row.compile_seconds) else ""
+        begun = f"\n{_count(len(row.records), 'seed')} so far" if len(row.records) < seeds and not row.failed else ""
         view.add_row(
-            f"{row.contestant.name}\n{describe(row.setting)}{' *' if row.at_edge else ''}{unfinished}",
-            _cell(row.loss, "{:.1e}".format, "diverged"),
-            _cell(row.accuracy, lambda value: f"{100 * value:.1f}"),
-            _cell(row.steps, "{:.0f}".format),
-            _cell(row.cost, "{:.0f}".format),
-            f"{row.seconds.mean:.1f}{_deviation(row.seconds, '{:.1f}'.format)}\n+ {row.compile_seconds:.1f}",
+            Text(f"{_breakable(row.label)}\n{describe(row.setting)}{' *' if row.at_edge else ''}{begun}"),
+            _cell(row.loss, small, "failed" if row.failed else "diverged"),
+            _cell(row.quality, like(row.quality.mean), "-"),
+            _cell(row.network_quality, like(row.quality.mean), "-"),
+            f"{row.solved}/{len(row.records)}",
+            _cell(row.steps, "{:.0f}".format, absent),
+            _cell(row.cost, "{:.0f}".format, absent),
+            f"{_cell(row.seconds, '{:.1f}'.format, absent)}{compiling}",
             end_section=True,
         )
-    return view
+    reasons = [Text(f"{row.label}: {trouble(row)}") for row in rows if row.failed or row.diverged]
+    return Group(view, *(Padding(reason, (0, 0, 0, 2)) for reason in reasons))
 
 
-def _cell(spread: Spread, show: Callable[[float], str], otherwise: str = "not\nreached") -> str:
+def describe(setting: Mapping[str, float]) -> str:
+    """``lr 0.01``."""
+    return ", ".join(f"{'lr' if name == 'learning_rate' else words(name)} {v:g}" for name, v in setting.items())
+
+
+def trouble(row: Row) -> str:
+    """How many runs of a row diverged and failed, and why the first did."""
+    parts = [f"{count} {verb}" for count, verb in ((row.diverged, "diverged"), (row.failed, "failed")) if count]
+    counts = f"of {_count(len(row.records), 'run')} {' and '.join(parts)}"
+    return f"{counts}: {row.reason}" if row.reason else counts
+
+
+def _cell(spread: Spread, show: Callable[[float], str], otherwise: str) -> str:
     if not spread.count:
-        return f"{otherwise}\n0 of {spread.total}"
+        return otherwise
+    deviation = "" if math.isnan(spread.deviation) else f"\n± {show(spread.deviation)}"
     missing = "" if spread.count == spread.total else f"\n{spread.count} of {spread.total}"
-    return f"{show(spread.mean)}\n{_deviation(spread, show)}{missing}"
+    return f"{show(spread.mean)}{deviation}{missing}"
 
 
-def _deviation(spread: Spread, show: Callable[[float], str]) -> str:
-    return "" if math.isnan(spread.deviation) else f" ± {show(spread.deviation)}"
+def small(value: float) -> str:
+    """``5.7e-5``."""
+    return re.sub(r"e([+-])0+(?=\d)", r"e\1", f"{value:.1e}").replace("e+", "e")
 
 
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' if count != 1 else ''}"
+def like(mean: float) -> Callable[[float], str]:
+    """Shows numbers with as many places as three digits of `mean` have."""
+    if not math.isfinite(mean) or mean == 0:
+        return "{:.3g}".format
+    places = 2 - math.floor(math.log10(abs(mean)))
+    return f"{{:.{min(max(places, 1), 4)}f}}".format if -2 < places < 5 else small
 
 
-def picture(rows: Sequence[Row], task: Task, path: Path) -> None:
-    """Training loss against steps and against gradient-equivalents, written to `path` as a PNG.
+def _breakable(label: str) -> str:
+    return label if len(label) <= 24 else label.replace(":", ": ").replace(",", ", ")
 
-    Lines are medians over seeds and bands reach from the least to the greatest; all axes are logarithmic.
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+# Files.
+
+
+def save_csv(directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFacts]) -> list[Path]:
+    """``rows.csv``, a line for each row of the tables; ``runs.csv``, for each run; ``curves.csv``, for each evaluation.
+
+    ``run`` numbers the runs of the last two. What there is no number for is an empty field.
     """
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
-    against_steps, against_cost = figure.subplots(1, 2, sharey=True)
-    for row in rows:
-        _draw(against_steps, row, "step")
-        _draw(against_cost, row, "cost")
-    for axes, label in ((against_steps, "steps"), (against_cost, "gradient-equivalents (compiled FLOPs)")):
-        axes.axhline(task.target, color="black", linewidth=0.8, linestyle=":", label=f"target {task.target:g}")
-        axes.set(xscale="log", yscale="log", xlabel=label)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(top=20)
-        axes.grid(True, which="major", alpha=0.25)
-    against_steps.set_ylabel("full training loss of the model being trained")
-    handles, labels = against_steps.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    seeds = max((len(row.records) for row in rows), default=0)
-    figure.suptitle(f"{task.name}: median and range over {_seeds(seeds)}; dashed: full batch")
-    figure.savefig(path, dpi=150)
+    rows = summarise(records, tasks)
+    chosen = {id(record) for row in rows for record in row.records}
+    table = [_row_line(row) for row in rows]
+    runs = [_run_line(number, r, tasks[r["task"]].target, id(r) in chosen) for number, r in enumerate(records)]
+    curves = (
+        {"run": number, **_identity(record), **dict(zip(_CURVES, values, strict=True))}
+        for number, record in enumerate(records)
+        for values in zip(*(record["curve"][name] for name in _CURVES), strict=True)
+    )
+    files = {"rows.csv": table, "runs.csv": runs, "curves.csv": curves}
+    return [_save(directory / name, lines) for name, lines in files.items()]
 
 
-def _draw(axes: Axes, row: Row, against: str) -> None:
-    number = [contestant.name for contestant in CONTESTANTS].index(row.contestant.name)
-    steps, losses = _aligned(row, "loss")
-    across = steps if against == "step" else _aligned(row, against)[1].mean(axis=0)
-    # Divergence, an infinite loss, stands at the top of the picture; the start is off a logarithmic axis.
-    bounded = np.clip(np.nan_to_num(losses, nan=np.inf), _SMALLEST_LOSS, 1e9)[:, 1:]
-    colour = _COLOURS[number % len(_COLOURS)]
-    style = {"linestyle": "--" if row.contestant.batch == "full" else "-", "linewidth": 1.6}
-    axes.plot(across[1:], np.median(bounded, axis=0), color=colour, label=row.contestant.title, **style)
-    axes.fill_between(across[1:], bounded.min(axis=0), bounded.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+def _save(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        for number, line in enumerate(lines):
+            if number == 0:
+                writer.writerow(line)
+            writer.writerow(["" if isinstance(v, float) and not math.isfinite(v) else v for v in line.values()])
+    return path
 
 
-def _aligned(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """``(steps (E,), values (seeds, E))``; after a run has diverged its loss is NaN and its work stands still."""
-    curves = [record["curve"] for record in row.records]
-    steps = np.asarray(max((curve["step"] for curve in curves), key=len))
-    padded = []
-    for curve in curves:
-        filler = math.nan if name == "loss" else curve[name][-1]
-        padded.append(np.pad(curve[name], (0, len(steps) - len(curve[name])), constant_values=filler))
-    return steps, np.stack(padded)
+def _identity(record: Record) -> dict[str, Any]:
+    name, value = tuned(record)
+    values = [*(record[key] for key in _RUN[:3]), json.dumps(record["options"]), name, value, record["seed"]]
+    return dict(zip(_RUN, values, strict=True))
+
+
+def _row_line(row: Row) -> dict[str, Any]:
+    identity = _identity(row.records[0])
+    del identity["seed"]
+    spreads = {
+        f"{name}_{part}": getattr(getattr(row, attribute), part)
+        for name, attribute in (
+            *((name, name) for name in ("loss", "quality", "network_quality")),
+            *((f"{name}_to_target", name) for name in ("steps", "cost", "seconds")),
+        )
+        for part in ("mean", "deviation", "count")
+    }
+    counts = {"runs": len(row.records), "solved": row.solved, "diverged": row.diverged, "failed": row.failed}
+    rest = {"compile_seconds": row.compile_seconds, "reason": row.reason}
+    return {**identity, "at_edge": row.at_edge, **counts, **spreads, **rest}
+
+
+def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[str, Any]:
+    index, curve = reached(record, target), record["curve"]
+    return {
+        "run": number,
+        **_identity(record),
+        "chosen": chosen,
+        **{key: record[key] for key in ("status", "reason", "work", "steps", "seconds", "compile_seconds")},
+        **{key: record[key] for key in ("cost_per_step", "cost_per_turn")},
+        **{f"final_{name}": final(record, name) for name in _ENDS},
+        **{
+            f"{name}_to_target": math.nan if index is None else curve[name][index]
+            for name in ("step", "cost", "seconds")
+        },
+        **{key: record.get(key, "") for key in ("command", "time")},
+        "environment": json.dumps(record.get("environment", {})),
+    }
+
+
+def write(directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFacts]) -> Path:
+    """DIR/report.html, one page that needs nothing else, and beside it DIR/figures and the CSV files.
+
+    Args:
+        directory: where they go; made if need be.
+        records: runs of any number of tasks.
+        tasks: what there is to know of these tasks, by name.
+
+    Returns:
+        The page.
+    """
+    (directory / "figures").mkdir(parents=True, exist_ok=True)
+    save_csv(directory, records, tasks)
+    rows, undone = summarise(records, tasks), incomplete(records)
+    environments = _distinct(record.get("environment", {}) for record in records)
+    sections = [
+        {
+            "task": tasks[name],
+            "rows": (own := [row for row in rows if row.task == name]),
+            "pictures": [_embed(picture, directory, name) for picture in pictures(own, tasks[name])],
+            "incomplete": [group for group in undone if group.task == name],
+            "trouble": _troubles([record for record in records if record["task"] == name]),
+        }
+        for name in dict.fromkeys(record["task"] for record in records)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"describe": describe, "with_breaks": _with_breaks}
+    shows = {"small": small, "like": like, "whole": "{:.0f}".format, "tenths": "{:.1f}".format}
+    page = directory / PAGE
+    text = environment.get_template(f"{PAGE}.j2").render(
+        sections=sections,
+        commands=_distinct(record.get("command", "") for record in records),
+        environments=environments,
+        differing=_differing(environments),
+        days=sorted({record["time"][:10] for record in records if record.get("time")}),
+        parts=_parts,
+        trouble=trouble,
+        **shows,
+    )
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def _embed(picture: Picture, directory: Path, task: str) -> dict[str, Any]:
+    """Save a figure as PNG and SVG; the SVG as a data URI."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{task}-{picture.name}")
+    drawn = io.BytesIO()
+    # The same records give the same files: no date, and identifiers that depend on the contents alone.
+    with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "path"}):
+        looks = {"bbox_inches": "tight", "pad_inches": 0.05}
+        picture.figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None}, **looks)
+        picture.figure.savefig(directory / "figures" / f"{stem}.png", dpi=150, metadata={"Software": None}, **looks)
+    (directory / "figures" / f"{stem}.svg").write_bytes(drawn.getvalue())
+    source = f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+    return {"picture": picture, "source": source, "files": f"figures/{stem}"}
+
+
+def _parts(spread: Spread, show: Callable[[float], str]) -> dict[str, str]:
+    """Mean and deviation, and how many runs have a value where not all have one."""
+    return {
+        "mean": show(spread.mean) if spread.count else "",
+        "deviation": "" if math.isnan(spread.deviation) else show(spread.deviation),
+        "missing": f"{spread.count} of {spread.total}" if 0 < spread.count < spread.total else "",
+    }
+
+
+def _troubles(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Runs that did not finish, those of the same entry and reason together."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for record in records:
+        if not finished(record):
+            key = (record["label"], record["status"], record["reason"])
+            found.setdefault(key, []).append(f"{describe(record['setting'])}, seed {record['seed']}".lstrip(", "))
+    return [{"label": key[0], "status": key[1], "reason": key[2], "runs": runs} for key, runs in found.items()]
+
+
+def _with_breaks(label: str) -> Markup:
+    """Escaped; lines may break after colons and commas."""
+    return Markup(re.sub("[:,]", r"\g<0><wbr>", str(escape(label))))
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Those that are not empty, each once; they need not be hashable."""
+    seen: list[Any] = []
+    for value in values:
+        if value and value not in seen:
+            seen.append(value)
+    return seen
+
+
+def _differing(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``jax 0.10.2, 0.12.0`` for what is not the same in all of them."""
+    names = dict.fromkeys(name for environment in environments for name in environment)
+    values = {name: _distinct(str(environment.get(name, "unknown")) for environment in environments) for name in names}
+    return [f"{name} {', '.join(known)}" for name, known in values.items() if len(known) > 1]

@@ -1,60 +1,76 @@
-"""Which runs a comparison consists of, which of them are done, and where they are kept."""
+"""Which runs a comparison consists of, in what order, and by whom they are made.
 
+Each entry is tuned on seed 0, and the chosen setting then runs on the other seeds: a plan that asks for jobs, is handed
+their records and asks for more. One process carries out the plans one after another; an executor has the jobs of all
+plans at once. Any `concurrent.futures.Executor` will do, of local processes or of a cluster.
+"""
+
+import concurrent.futures
 import dataclasses
+import datetime
 import functools
-import json
-import math
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
+import loky
 import optax
 
 import gnlin
-from gnlin.compare.contestants import Contestant, Setting
 from gnlin.compare.cost import gradient_flops
-from gnlin.compare.run import Program, Record, steps_of
-from gnlin.compare.summary import choose
-from gnlin.compare.tasks import Task
-
-RECORDS = "records.jsonl"
-
-# Told as a run goes on: contestant, setting, seed, and runs done in all, the fraction of this one included.
-Listener = Callable[[Contestant, Setting, int, float], None]
+from gnlin.compare.entry import Entry
+from gnlin.compare.records import SCHEMA, Record, Records, RecordsError
+from gnlin.compare.summary import TaskFacts, choose
+from gnlin.compare.task import Task
+from gnlin.compare.tasks import TASKS, describe
+from gnlin.compare.trial import Program
 
 
-class Records:
-    """The finished runs of one directory, a JSON object on each line of ``records.jsonl``.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run that is to be made. A task of the package travels between processes as its name."""
 
-    A run is written as soon as it ends, so an interrupted study loses the run in progress and no other. A line that was
-    cut short by a crash is passed over, and its run is done again.
-    """
+    task: str | Task
+    entry: Entry
+    number: float
+    seed: int
+    work: float
+    command: str
 
-    def __init__(self, directory: Path):
-        self.path = directory / RECORDS
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path.touch()  # what shows, from the first second on, that a study can be resumed here
-        self.finished: list[Record] = list(_read(self.path))
+    @property
+    def blank(self) -> Record:
+        """The record of the run before anything is known of it."""
+        entry = self.entry
+        return {
+            "schema": SCHEMA,
+            "task": self.task if isinstance(self.task, str) else self.task.name,
+            "contestant": entry.contestant.name,
+            "label": entry.label,
+            "options": dict(entry.options),
+            "setting": {entry.contestant.tuned: self.number},
+            "grid": list(entry.grid),
+            "seed": self.seed,
+            "status": "failed",
+            "reason": "",
+            "work": self.work,
+            "steps": 0,
+            "seconds": 0.0,
+            "compile_seconds": 0.0,
+            "cost_per_step": 0.0,
+            "cost_per_turn": 0.0,
+            "curve": {name: [] for name in _CURVES},
+            "environment": environment(),
+            "command": self.command,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
 
-    def find(self, task: Task, contestant: Contestant, setting: Setting, seed: int) -> Record | None:
-        """The finished run of these, if it took as many steps as it would take now."""
-        wanted = (task.name, contestant.name, dict(setting), seed, steps_of(task, contestant))
-        for record in self.finished:
-            if tuple(record[key] for key in ("task", "contestant", "setting", "seed", "steps")) == wanted:
-                return record
-        return None
 
-    def add(self, record: Record) -> None:
-        """Keep a run, on disk before anything else happens."""
-        line = json.dumps(_without_nan({**record, **environment()}), allow_nan=False)
-        cut_short = not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut_short else "") + line + "\n")
-            file.flush()
-        self.finished.append(record)
+_CURVES = ("step", "cost", "seconds", "loss", "quality", "network_loss", "network_quality")
+
+# Told as runs end and go on: the job, and the fraction of it that is done.
+Listener = Callable[[Job, float], None]
 
 
 @dataclasses.dataclass
@@ -63,53 +79,151 @@ class Study:
 
     Attributes:
         task: what is trained.
-        contestants: who takes part.
+        entries: who takes part.
         seeds: number of seeds, from 0 on.
-        records: the finished runs; those are not repeated.
-        listener: hears of progress.
-        completed: runs done so far.
+        records: the runs made so far; those are not repeated.
+        work: budget of a run in gradient-equivalents.
+        command: what to note in the records.
+        by_name: whether workers may load the task by its name; otherwise it travels to them whole.
     """
 
     task: Task
-    contestants: Sequence[Contestant]
+    entries: Sequence[Entry]
     seeds: int
     records: Records
-    listener: Listener = lambda *_: None
-    completed: int = 0
+    work: float
+    command: str = ""
+    by_name: bool = False
 
     @property
     def total(self) -> int:
         """Number of runs that are made or found."""
-        return sum(len(contestant.grid) + self.seeds - 1 for contestant in self.contestants)
+        return sum(len(entry.grid) + self.seeds - 1 for entry in self.entries)
 
-    def carry_out(self) -> Iterator[tuple[Contestant, list[Record]]]:
-        """Tune each contestant on seed 0, run the chosen setting on the other seeds, and yield it when it is complete.
+    def carry_out(
+        self, listener: Listener = lambda job, done: None, executor: concurrent.futures.Executor | None = None
+    ) -> Iterator[tuple[Entry, list[Record]]]:
+        """Make all runs that are missing; yields each entry, and its runs at the chosen setting, when it is complete.
 
-        The trial of the chosen setting is its run on seed 0. A contestant that has all its runs is not compiled.
+        A run that fails is a record with its reason and not an exception. With an `executor` its workers make the
+        runs, and the records are still written here.
         """
-        unit_flops = functools.cache(lambda: gradient_flops(self.task))
-        for contestant in self.contestants:
-            program = functools.cache(functools.partial(_compile, self.task, contestant, unit_flops))
-            trials = [self._finish(contestant, program, setting, 0) for setting in contestant.grid]
-            best = choose(trials, self.task.target)
-            others = [self._finish(contestant, program, best["setting"], seed) for seed in range(1, self.seeds)]
-            yield contestant, [best, *others]
+        self._check_budget()
+        if executor is None:
+            yield from self._one_after_another(listener)
+        else:
+            yield from self._all_at_once(listener, executor)
 
-    def _finish(self, contestant: Contestant, program: Callable[[], Program], setting: Setting, seed: int) -> Record:
-        def report(fraction: float) -> None:
-            self.listener(contestant, setting, seed, self.completed + fraction)
+    def _plan(self, entry: Entry) -> Generator[list[Job], list[Record], list[Record]]:
+        if entry.contestant.reason_absent() or entry.contestant.reason_unfit(self.task):
+            entry = dataclasses.replace(entry, grid=entry.grid[:1])  # one record tells the reason
+        task = self.task.name if self.by_name else self.task
+        job = functools.partial(Job, task, entry, work=self.work, command=self.command)
+        trials = yield [job(number=number, seed=0) for number in entry.grid]
+        best = choose(trials, self.task.target)
+        if best["status"] == "failed":
+            return [best]
+        number = best["setting"][entry.contestant.tuned]
+        others = yield [job(number=number, seed=seed) for seed in range(1, self.seeds)]
+        return [best, *others]
 
-        report(0.0)
-        record = self.records.find(self.task, contestant, setting, seed)
+    def _one_after_another(self, listener: Listener) -> Iterator[tuple[Entry, list[Record]]]:
+        for entry in self.entries:
+            plan = self._plan(entry)
+            jobs = next(plan)
+            while True:
+                try:
+                    jobs = plan.send([self._finished(job, listener) for job in jobs])
+                except StopIteration as end:
+                    yield entry, end.value
+                    break
+
+    def _finished(self, job: Job, listener: Listener) -> Record:
+        record = self.records.find(job.blank)
         if record is None:
-            record = program().run(setting, seed, report)
+            listener(job, 0.0)
+            record = make(dataclasses.replace(job, task=self.task), functools.partial(listener, job))
             self.records.add(record)
-        self.completed += 1
+        listener(job, 1.0)
         return record
 
+    def _all_at_once(self, listener: Listener, executor) -> Iterator[tuple[Entry, list[Record]]]:
+        waiting: dict[concurrent.futures.Future, tuple[Any, Job, int]] = {}
+        state: dict[int, list[Record | None]] = {}
+        plans = [(number, entry, self._plan(entry)) for number, entry in enumerate(self.entries)]
 
-def _compile(task: Task, contestant: Contestant, unit_flops: Callable[[], float]) -> Program:
-    return Program(task, contestant, unit_flops())
+        def ask(plan, jobs):
+            """Submit what is missing of `jobs`; whether all of it was there."""
+            state[plan[0]] = [None] * len(jobs)
+            for place, job in enumerate(jobs):
+                record = self.records.find(job.blank)
+                if record is None:
+                    waiting[executor.submit(make, job)] = (plan, job, place)
+                else:
+                    take(plan, job, place, record)
+
+        def take(plan, job, place, record):
+            state[plan[0]][place] = record
+            listener(job, 1.0)
+
+        def advance(plan) -> list[Record] | None:
+            """Ask on as long as nothing is missing; the records of a plan that is complete."""
+            while all(record is not None for record in state[plan[0]]):
+                try:
+                    ask(plan, plan[2].send(state[plan[0]]))
+                except StopIteration as end:
+                    return end.value
+            return None
+
+        for plan in plans:
+            ask(plan, next(plan[2]))
+        for plan in plans:
+            if (records := advance(plan)) is not None:
+                yield plan[1], records
+        try:
+            while waiting:
+                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    plan, job, place = waiting.pop(future)
+                    record = _result(future, job)
+                    self.records.add(record)
+                    take(plan, job, place, record)
+                    if (records := advance(plan)) is not None:
+                        yield plan[1], records
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _check_budget(self) -> None:
+        other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {self.work}
+        if other:
+            raise RecordsError(
+                f"{self.records.path} holds runs of {self.task.name} with a budget of {other.pop():g} gradient-equivalents, "
+                f"not {self.work:g}; take another --out"
+            )
+
+
+def make(job: Job, on_progress: Callable[[float], None] = lambda fraction: None) -> Record:
+    """Make a run; whatever goes wrong in it is the record's reason."""
+    record = job.blank
+    try:
+        task = _load(job.task) if isinstance(job.task, str) else job.task
+        reason = job.entry.contestant.reason_absent() or job.entry.contestant.reason_unfit(task)
+        if reason:
+            return {**record, "reason": reason}
+        name = job.task if isinstance(job.task, str) else id(job.task)
+        with task.precision():
+            program = _program(_Compiled(name, job.entry.label, job.work, task, job.entry))
+            return {**record, **program.run(job.number, job.seed, on_progress)}
+    except Exception as error:  # a contestant may fail in any way; the others go on
+        return {**record, "reason": _one_line(error)}
+
+
+def facts(task: Task) -> TaskFacts:
+    """What the report says of a task."""
+    quality = task.quality
+    summary = describe(task.name) if task.name in TASKS else ""
+    return TaskFacts(task.name, summary, task.target, quality.name, quality.higher_is_better, quality.solved)
 
 
 def environment() -> dict[str, Any]:
@@ -121,24 +235,42 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{sys.platform}-{platform.machine()}",
         "device": jax.devices()[0].device_kind,
+        "cpus": loky.cpu_count(),
     }
 
 
-def _read(path: Path) -> Iterator[Record]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        for name in ("loss", "accuracy"):
-            record["curve"][name] = [math.nan if value is None else value for value in record["curve"][name]]
-        yield record
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """What a compiled program is kept under: names, and beside them what they stand for."""
+
+    task_name: str | int
+    label: str
+    work: float
+    task: Task = dataclasses.field(compare=False)
+    entry: Entry = dataclasses.field(compare=False)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@functools.lru_cache(maxsize=8)  # a worker is handed the runs of several entries in turn
+def _program(key: _Compiled) -> Program:
+    return Program(key.task, key.entry, key.work, _unit(dataclasses.replace(key, label="")))
+
+
+@functools.lru_cache(maxsize=8)
+def _unit(key: _Compiled) -> float:
+    return gradient_flops(key.task)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name: str) -> Task:
+    return TASKS[name]()
+
+
+def _result(future: concurrent.futures.Future, job: Job) -> Record:
+    try:
+        return future.result()
+    except Exception as error:  # a worker that died
+        return {**job.blank, "reason": _one_line(error)}
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

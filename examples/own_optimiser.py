@@ -1,0 +1,23 @@
+"""An optimiser from elsewhere in the comparison, beside the package's own.
+
+python examples/own_optimiser.py
+
+Whatever makes an Optax transformation from one number can take part. It is tuned, trained and counted like everyone
+else, and ``gnlin report gnlin-results/own`` turns the runs into a page.
+"""
+
+import optax
+
+from gnlin.compare import optax_contestant, run
+
+WORK = 0.1  # of the task's budget, to be quick
+
+if __name__ == "__main__":
+    lion = optax_contestant("lion", optax.lion, grid=(1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2))
+    runs = run("digits", ["adam", "il:period=16", lion], seeds=1, work=WORK, out="gnlin-results/own")
+    for row in runs:
+        (rate,) = row["setting"].values()
+        last = {name: values[-1] for name, values in row["curve"].items()}
+        print(
+            f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %  work {last['cost']:.0f}"
+        )

@@ -1,0 +1,475 @@
+"""Optimisers of other libraries, as they ship, driven through `Method`.
+
+No library is imported before it is asked for. Every step can be traced, so that one compilation serves a grid and work is
+counted from what was compiled. What these libraries do not tell is how long their iterative solves took: `counting`
+evaluates a step so that its loops say how often they turned.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import Literal, jaxpr_as_fun
+from jax.flatten_util import ravel_pytree
+
+from gnlin.compare.cost import batch_shapes, flops, params_shapes, product_flops
+from gnlin.compare.method import Method
+from gnlin.compare.task import Task
+from gnlin.tree import Batch, Params
+
+Options = Mapping[str, Any]
+
+# What is installed.
+
+
+def somax_absent() -> str | None:
+    """The distribution is python-somax. Another one, somax, is a program for music that is imported by the same name."""
+    if "python-somax" not in _installed():
+        return "python-somax is not installed: pip install python-somax"
+    if "somax" in _installed():
+        remedy = "pip uninstall somax, then pip install --force-reinstall --no-deps python-somax"
+        return f"the package somax, which is for music, is in the way of python-somax: {remedy}"
+    return _reason_broken("somax", "python-somax", "pip install --upgrade python-somax")
+
+
+def kfac_absent() -> str | None:
+    """Release 0.0.8 runs on JAX up to 0.8 and not from 0.9; its source on GitHub does, under the same version number."""
+    remedy = 'pip install --force-reinstall --no-deps "kfac-jax @ git+https://github.com/google-deepmind/kfac-jax"'
+    if "kfac-jax" not in _installed():
+        return f"kfac-jax is not installed: {remedy.replace('--force-reinstall --no-deps ', '')}"
+    return _reason_broken("kfac_jax", "kfac-jax", remedy, _trace_kfac_step)
+
+
+def optimistix_absent() -> str | None:
+    if "optimistix" not in _installed():
+        return "optimistix is not installed: pip install optimistix"
+    return _reason_broken("optimistix", "optimistix", "pip install --upgrade optimistix lineax equinox")
+
+
+def jaxopt_absent() -> str | None:
+    if "jaxopt" not in _installed():
+        return "jaxopt is not installed: pip install jaxopt"
+    return _reason_broken("jaxopt", "jaxopt", "pip install --upgrade jaxopt")
+
+
+def _installed() -> set[str]:
+    names = (distribution.metadata["Name"] for distribution in importlib.metadata.distributions())
+    return {name.lower().replace("_", "-") for name in names if name}
+
+
+@functools.cache
+def _reason_broken(module: str, distribution: str, remedy: str, attempt: Callable[[], Any] = lambda: None) -> str | None:
+    """Only the attempt tells whether a library runs on this JAX: most of them put no upper bound on its version."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+            attempt()
+    except Exception as error:
+        version = importlib.metadata.version(distribution)
+        return f"{distribution} {version} does not run on JAX {jax.__version__} ({type(error).__name__}): {remedy}"
+    return None
+
+
+# What fits a task.
+
+
+def least_squares_unfit(task: Task) -> str | None:
+    return None if task.residuals is not None else f"task {task.name!r} is not least squares"
+
+
+def jaxopt_lm_unfit(task: Task) -> str | None:
+    """Its first λ is relative to the diagonal of JᵀJ, which it gets from a product with every unit vector at once."""
+    if reason := least_squares_unfit(task):
+        return reason
+    parameters, residuals = _size(params_shapes(task)), _size(_residual_shapes(task))
+    if parameters * (parameters + residuals) <= 2**27:
+        return None
+    return f"jaxopt's initial damping needs {parameters} products of {residuals} residuals in memory at once"
+
+
+def somax_unfit(task: Task) -> str | None:
+    return least_squares_unfit(task) and softmax_unfit(task)
+
+
+def somax_egn_unfit(task: Task) -> str | None:
+    """It factorises a matrix with a row for each output of each example of a batch."""
+    if reason := somax_unfit(task):
+        return reason
+    rows = _size(_residual_shapes(task) if task.residuals is not None else _output_shapes(task))
+    return None if rows <= 4096 else f"the exact solve of EGN factorises a matrix of {rows} rows, one for each output"
+
+
+def kfac_unfit(task: Task) -> str | None:
+    """Residuals must be one array with the examples on axis 0, which is how curvature is estimated."""
+    if task.residuals is None:
+        return softmax_unfit(task)
+    shapes, examples = _residual_shapes(task), _examples(task)
+    one = len(jax.tree.leaves(shapes)) == 1 and jax.tree.leaves(shapes)[0].shape[:1] == (examples,)
+    return None if one else f"the residuals of task {task.name!r} are not one array with the examples on axis 0"
+
+
+def softmax_unfit(task: Task) -> str | None:
+    """The loss itself is tried: it must be the mean softmax cross-entropy of outputs (N, C) with labels ``batch["y"]``."""
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), task.train)
+    outputs = _output_shapes(task)
+    labels = batch.get("y") if isinstance(batch, Mapping) else None
+    if labels is not None and getattr(outputs, "ndim", 0) == 2 and jnp.issubdtype(labels.dtype, jnp.integer):
+        logits = jax.random.normal(jax.random.key(0), (len(labels), outputs.shape[1]), outputs.dtype)
+        expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        if labels.ndim == 1 and jnp.allclose(task.objective.loss_of(logits, batch), expected, rtol=1e-4):
+            return None
+    return f'the loss of task {task.name!r} is not the mean softmax cross-entropy of outputs (N, C) with labels batch["y"]'
+
+
+# Somax: https://github.com/cor3bit/somax.
+
+
+def somax_sgn(task: Task, options: Options) -> Method:
+    """Damped Gauss-Newton by conjugate gradients, warm-started, which recompute their residual every ten turns."""
+    solver = {"tol": options.get("tol", 1e-5), "maxiter": options.get("max_steps", 20)}
+    return _somax("sgn", task, options, 1.1 * _product_flops(task, options), **solver)
+
+
+def somax_egn(task: Task, options: Options) -> Method:
+    """Damped Gauss-Newton by a Cholesky factorisation over the outputs of the batch."""
+    return _somax("egn", task, options, 0.0)
+
+
+def _somax(name: str, task: Task, options: Options, turn_flops: float, **solver: Any) -> Method:
+    """All residuals r, M of them, become one regression of √M r to zero, whose loss is ½ mean over M: ½ Σ r²."""
+    somax = importlib.import_module("somax")
+    adapts = options.get("control", "constant") == "trust-region"
+
+    def predict(params, batch):
+        if task.residuals is None:
+            return task.objective.outputs_and_aux(params, batch)[0]
+        residuals = ravel_pytree(task.residuals(params, batch))[0]
+        return math.sqrt(residuals.size) * residuals
+
+    def data(params, batch):
+        targets = batch["y"] if task.residuals is None else jnp.zeros_like(jax.eval_shape(predict, params, batch))
+        return {"x": batch, "y": targets}
+
+    method = getattr(somax, f"{name}_{'ce' if task.residuals is None else 'mse'}")(
+        predict_fn=predict,
+        learning_rate=options["learning_rate"],
+        lam0=options.get("damping", 1.0),
+        lam_policy="trust_region" if adapts else "const",
+        record_rho_every_k=1 if adapts else -1,
+        **solver,
+    )
+
+    def step(params, state, batch, key):
+        return method.step(params, data(params, batch), state, key)[:2]
+
+    return counting(lambda params, batch, key: method.init(params), step, turn_flops)
+
+
+# Kfac-jax: https://github.com/google-deepmind/kfac-jax.
+
+_INVERSE_PERIOD, _DAMPING_PERIOD = 5, 5  # its defaults
+
+
+def kfac(task: Task, options: Options) -> Method:
+    """K-FAC that adapts damping, momentum and learning rate, the last two from a quadratic model; tuned: first damping.
+
+    Its own staging is no obstacle: of the count of steps, which it wants in Python, it uses only whether the damping is
+    due, so a conditional chooses between two staged steps. There is no burn-in. Counted as a step is one with all that is
+    periodic in it; turns are the refreshed inverses, so that steps without one are charged none.
+    """
+    optimizer = _kfac_optimizer(_kfac_loss(task))
+
+    def init(params, batch, key):
+        state = optimizer.init(params, key, batch)
+        state.damping = jnp.asarray(options["damping"], state.damping.dtype)
+        return state
+
+    def step(params, state, batch, key):
+        jax.eval_shape(optimizer.init, params, key, batch)  # its tags are found in `init`, perhaps another instance's
+
+        def staged(count: int, params, state):
+            return optimizer.step(params, state, key, batch=batch, global_step_int=count)[:2]
+
+        due = (state.step_counter + 1) % _DAMPING_PERIOD == 0
+        with_damping, without = (functools.partial(staged, count) for count in (_DAMPING_PERIOD - 1, _DAMPING_PERIOD))
+        return jax.lax.cond(due, with_damping, without, params, state)
+
+    def turn_flops():
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state = jax.eval_shape(init, params_shapes(task), batch_shapes(task, _examples(task, options)), key)
+        caches = jax.tree.leaves([block.cache for block in state.estimator_state.blocks_states])
+        inverse = importlib.import_module("kfac_jax").utils.psd_inv
+        return sum(flops(inverse, matrix) for matrix in caches if matrix.ndim == 2)
+
+    def turns(state):
+        return ((state.step_counter - 1) % _INVERSE_PERIOD == 0).astype(jnp.int32)
+
+    return Method(init, step, turns=turns, turn_flops=turn_flops)
+
+
+def _kfac_optimizer(loss: Callable[[Params, Batch], jax.Array]) -> Any:
+    return importlib.import_module("kfac_jax").Optimizer(
+        jax.value_and_grad(loss),
+        l2_reg=0.0,
+        use_adaptive_learning_rate=True,
+        use_adaptive_momentum=True,
+        use_adaptive_damping=True,
+        initial_damping=1.0,
+        inverse_update_period=_INVERSE_PERIOD,
+        damping_adaptation_interval=_DAMPING_PERIOD,
+        num_burnin_steps=0,
+    )
+
+
+def _kfac_loss(task: Task) -> Callable[[Params, Batch], jax.Array]:
+    """The task's loss, registered."""
+    kfac_jax = importlib.import_module("kfac_jax")
+
+    def softmax(params, batch):
+        logits = task.objective.outputs_and_aux(params, batch)[0]
+        kfac_jax.register_softmax_cross_entropy_loss(logits, batch["y"])
+        return task.objective.loss_of(logits, batch)
+
+    def squared(params, batch):
+        (residuals,) = jax.tree.leaves(task.residuals(params, batch))  # pyright: ignore[reportOptionalCall]
+        errors = math.sqrt(len(residuals)) * residuals
+        kfac_jax.register_squared_error_loss(errors, jnp.zeros_like(errors), weight=0.5)
+        return 0.5 * jnp.square(errors).sum() / len(errors)
+
+    return softmax if task.residuals is None else squared
+
+
+def _trace_kfac_step() -> None:
+    kfac_jax = importlib.import_module("kfac_jax")
+
+    def loss(params, batch):
+        kfac_jax.register_squared_error_loss(batch @ params)
+        return jnp.square(batch @ params).sum() / len(batch)
+
+    def first_step(params, batch, key):
+        optimizer = _kfac_optimizer(loss)
+        return optimizer.step(params, optimizer.init(params, key, batch), key, batch=batch, global_step_int=0)[0]
+
+    jax.eval_shape(first_step, jnp.zeros((2, 1)), jnp.zeros((3, 2)), jax.random.key(0))
+
+
+# Optimistix: https://docs.kidger.site/optimistix.
+
+
+def optimistix_gn(task: Task, options: Options) -> Method:
+    """Undamped Gauss-Newton steps of a fixed length; 1 is what it takes by itself."""
+    optimistix, equinox = importlib.import_module("optimistix"), importlib.import_module("equinox")
+    parameters, residuals = _size(params_shapes(task)), _size(_residual_shapes(task))
+    dense = min(parameters, residuals) <= 1024 and parameters * residuals <= 2**24
+    solver = optimistix.GaussNewton(0.0, 0.0, linear_solver=_linear_solver(dense, options))
+    rate = jnp.asarray(options["learning_rate"], float)
+    solver = equinox.tree_at(lambda solver: solver.search.learning_rate, solver, rate)
+    # A dense Jacobian comes from as many products as it has columns forwards, rows backwards.
+    jac = "bwd" if _dense(dense, options) and residuals < parameters else "fwd"
+    return _optimistix(task, options, solver, jac, lambda state: state)
+
+
+def optimistix_lm(task: Task, options: Options) -> Method:
+    """Levenberg-Marquardt; tuned: first λ, the inverse of what it calls the step size of its trust region.
+
+    By QR, its default, of the Jacobian on top of √λ times the identity where that is small.
+    """
+    optimistix, equinox = importlib.import_module("optimistix"), importlib.import_module("equinox")
+    linear_solver = _linear_solver(_size(params_shapes(task)) <= 512, options)
+    solver = optimistix.LevenbergMarquardt(0.0, 0.0, linear_solver=linear_solver)
+
+    def start(state):
+        step_size = state.search_state.step_size
+        first = jnp.asarray(1.0 / options["damping"], step_size.dtype)
+        return equinox.tree_at(lambda state: state.search_state.step_size, state, first)
+
+    return _optimistix(task, options, solver, "fwd", start)
+
+
+def _dense(fits: bool, options: Options) -> bool:
+    return {"auto": fits, "qr": True, "cg": False}[options.get("solver", "auto")]
+
+
+def _linear_solver(fits: bool, options: Options) -> Any:
+    """QR, or conjugate gradients on the normal equations (on JJᵀ where residuals are fewer than parameters)."""
+    lineax = importlib.import_module("lineax")
+    if _dense(fits, options):
+        return lineax.QR()
+    inner = lineax.CG(rtol=options.get("rtol", 1e-3), atol=1e-8, max_steps=options.get("max_steps", 100))
+    return lineax.Normal(inner) if hasattr(lineax, "Normal") else lineax.NormalCG(**vars(inner))
+
+
+def _optimistix(task: Task, options: Options, solver: Any, jac: str, start: Callable[[Any], Any]) -> Method:
+    """Tolerances are zero: a run ends with its budget. The first step only evaluates, and one that is refused stays put."""
+    equinox = importlib.import_module("equinox")
+    residuals: Any = task.residuals
+
+    def with_aux(params, batch):
+        return residuals(params, batch), None
+
+    def begin(params, batch):
+        shapes = jax.eval_shape(residuals, params, batch)
+        return start(solver.init(with_aux, params, batch, {"jac": jac}, shapes, None, frozenset()))
+
+    def step(params, state, batch, key):
+        # Functions in the state do not pass through a compiled loop; those of any initial state are the same.
+        shapes = equinox.filter_eval_shape(begin, params, batch)
+        functions = equinox.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+        state = equinox.combine(state, functions)
+        params, state, _ = solver.step(with_aux, params, batch, {"jac": jac}, state, frozenset())
+        return params, equinox.filter(state, equinox.is_array)
+
+    def init(params, batch, key):
+        return equinox.filter(begin(params, batch), equinox.is_array)
+
+    return counting(init, step, _product_flops(task, options))
+
+
+# Jaxopt: https://jaxopt.github.io.
+
+
+def jaxopt_gn(task: Task, options: Options) -> Method:
+    """Undamped full Gauss-Newton steps by conjugate gradients; nothing can be tuned."""
+    return _jaxopt(task, options, "GaussNewton")
+
+
+def jaxopt_lm(task: Task, options: Options) -> Method:
+    """Levenberg-Marquardt by conjugate gradients, its default; tuned: first λ, relative to the largest element of diag JᵀJ."""
+    return _jaxopt(task, options, "LevenbergMarquardt", damping_parameter=options["damping"])
+
+
+def _jaxopt(task: Task, options: Options, name: str, **settings: Any) -> Method:
+    """It wants parameters and residuals as vectors."""
+    jaxopt = importlib.import_module("jaxopt")
+    unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params_shapes(task)))[1]
+    residuals: Any = task.residuals
+    solver = getattr(jaxopt, name)(lambda flat, batch: ravel_pytree(residuals(unravel(flat), batch))[0], **settings)
+
+    def init(params, batch, key):
+        flat = ravel_pytree(params)[0]
+        state = solver.init_state(flat, batch)
+        later = jax.eval_shape(solver.update, flat, state, batch).state
+        return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), state, later)
+
+    def step(params, state, batch, key):
+        flat, state = solver.update(ravel_pytree(params)[0], state, batch)
+        return unravel(flat), state
+
+    return counting(init, step, _product_flops(task, options))
+
+
+# How often loops turn.
+
+
+class Counted(NamedTuple):
+    """A peer's state, and how often the loops of the last step turned."""
+
+    inner: Any
+    turns: jax.Array
+
+
+def counting(init: Callable[..., Any], step: Callable[..., Any], turn_flops: float) -> Method:
+    """A method that counts the turns of the step's loops whose length depends on the data."""
+
+    def begin(params, batch, key):
+        return Counted(init(params, batch, key), jnp.int32(0))
+
+    def advance(params, state, batch, key):
+        arguments = params, state.inner, batch, key
+        jaxpr, shapes = jax.make_jaxpr(step, return_shape=True)(*arguments)
+        leaves, turns = _evaluate(jaxpr, jax.tree.leaves(arguments))
+        params, inner = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        return params, Counted(inner, turns)
+
+    return Method(begin, advance, turns=lambda state: state.turns, turn_flops=lambda: turn_flops)
+
+
+def _evaluate(closed: Any, arguments: Sequence[Any]) -> tuple[list[Any], jax.Array]:
+    """Outputs of a jaxpr, and the turns of its loops."""
+    jaxpr, turns = closed.jaxpr, jnp.int32(0)
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *arguments], strict=True))
+
+    def read(variable):
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    for equation in jaxpr.eqns:
+        outputs, more = _apply(equation, [read(variable) for variable in equation.invars])
+        values.update(zip(equation.outvars, outputs, strict=True))
+        turns += more
+    return [read(variable) for variable in jaxpr.outvars], turns
+
+
+def _apply(equation: Any, inputs: list[Any]) -> tuple[Sequence[Any], Any]:
+    name, params = equation.primitive.name, equation.params
+    if name == "while":
+        return _loop(params, inputs)
+    if name == "cond":
+        branches = [functools.partial(lambda branch, *inputs: _evaluate(branch, inputs), b) for b in params["branches"]]
+        return jax.lax.switch(inputs[0], branches, *inputs[1:])
+    if name == "custom_linear_solve":  # JAX's own
+        lengths = params["const_lengths"]
+        before = lengths.matvec + lengths.vecmat
+        return _evaluate(params["jaxprs"].solve, [*inputs[before : before + lengths.solve], *inputs[sum(lengths) :]])
+    if name == "linear_solve":  # lineax's
+        inner = jax.make_jaxpr(functools.partial(equation.primitive.impl, **params))(*inputs)
+        return _evaluate(inner, inputs)
+    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    if name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call") and hasattr(inner, "consts"):
+        return _evaluate(inner, inputs)
+    bound = equation.primitive.get_bind_params(params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # from JAX 0.9 the parameters alone
+    outputs = equation.primitive.bind(*functions, *inputs, **params)
+    return (outputs if equation.primitive.multiple_results else [outputs]), 0
+
+
+def _loop(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax.Array]:
+    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    outer, inner, start = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+    condition, body = jaxpr_as_fun(params["cond_jaxpr"]), jaxpr_as_fun(params["body_jaxpr"])
+
+    def goes_on(carry):
+        return condition(*outer, *carry[1:])[0]
+
+    def turn(carry):
+        return [carry[0] + 1, *body(*inner, *carry[1:])]
+
+    turns, *outputs = jax.lax.while_loop(goes_on, turn, [jnp.int32(0), *start])
+    return outputs, turns
+
+
+# Sizes.
+
+
+def _examples(task: Task, options: Options | None = None) -> int:
+    wanted = (options or {}).get("batch", "mini")
+    if task.batch_size is None or wanted == "full":
+        return task.train_size
+    return task.batch_size if wanted == "mini" else min(wanted, task.train_size)
+
+
+def _product_flops(task: Task, options: Options) -> float:
+    return product_flops(task, _examples(task, options))
+
+
+def _output_shapes(task: Task) -> Any:
+    def outputs(params, batch):
+        return task.objective.outputs_and_aux(params, batch)[0]
+
+    return jax.eval_shape(outputs, params_shapes(task), batch_shapes(task, _examples(task)))
+
+
+def _residual_shapes(task: Task) -> Any:
+    residuals: Any = task.residuals
+    return jax.eval_shape(residuals, params_shapes(task), batch_shapes(task, _examples(task)))
+
+
+def _size(shapes: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

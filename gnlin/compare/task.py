@@ -1,0 +1,93 @@
+"""What a task is: a problem, its data, and what counts as solved."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gnlin import Objective
+from gnlin.tree import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What the held-out data is asked.
+
+    Attributes:
+        name: heading of tables and figures, with its unit: ``accuracy, %``.
+        objective: its ``model`` gives the outputs that are judged (often those of the task's own objective), its
+            ``loss`` judges them by one number.
+        solved: value from which the task counts as solved.
+        higher_is_better: whether more of it is better.
+    """
+
+    name: str
+    objective: Objective
+    solved: float
+    higher_is_better: bool = True
+
+    def is_solved(self, value: float) -> bool:
+        return value >= self.solved if self.higher_is_better else value <= self.solved
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training problem.
+
+    Attributes:
+        name: what the command line calls it.
+        objective: model and loss; the loss is a mean over examples, so that batches of any size compare.
+        init: key ↦ parameters.
+        train: training data, a pytree of arrays with the examples on axis 0.
+        held_out: data that no step sees, in the form that ``quality.objective`` takes.
+        quality: what is asked of the held-out data.
+        batch_size: examples in a mini-batch; `None` where every step sees all training data.
+        work: budget of a run, in gradients of one such batch.
+        target: training loss, over all training data, that steps and work are counted to.
+        residuals: ``residuals(params, batch)`` with objective = ½ Σ r², where the task is least squares.
+        double: whether it is computed in float64.
+    """
+
+    name: str
+    objective: Objective
+    init: Callable[[jax.Array], Params]
+    train: Batch
+    held_out: Batch
+    quality: Quality
+    batch_size: int | None
+    work: float
+    target: float
+    residuals: Callable[[Params, Batch], Any] | None = None
+    double: bool = False
+
+    @property
+    def train_size(self) -> int:
+        """Number of training examples."""
+        return len(jax.tree.leaves(self.train)[0])
+
+    def batches(self, seed: int, steps: int, size: int) -> np.ndarray:
+        """Indices of the examples in each mini-batch, (steps, size).
+
+        A fresh permutation each epoch; what is left over at its end is dropped. It depends on the seed alone, so all
+        contestants see the same batches in the same order, and a longer run begins as a shorter one.
+        """
+        generator = np.random.default_rng(seed)
+        per_epoch = self.train_size // size
+        epochs = -(-steps // per_epoch)
+        order = [generator.permutation(self.train_size)[: per_epoch * size] for _ in range(epochs)]
+        return np.concatenate(order).reshape(-1, size)[:steps].astype(np.int32)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The context in which the task is made, compiled and run: float64 enabled or not."""
+        if hasattr(jax, "enable_x64"):
+            return jax.enable_x64(self.double)
+        from jax.experimental import enable_x64  # where JAX before 0.8 has it  # pyright: ignore[reportAttributeAccessIssue]
+
+        return enable_x64(self.double)
+
+
+class DataError(Exception):
+    """Data that is not there, or not what its format says; the message names the file and the remedy."""

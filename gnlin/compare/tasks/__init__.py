@@ -1,0 +1,29 @@
+"""What can be trained: one function for each task, which loads its data and says in its docstring what it is."""
+
+import inspect
+from collections.abc import Callable
+
+from gnlin.compare.task import Task
+from gnlin.compare.tasks.chars import chars
+from gnlin.compare.tasks.diabetes import diabetes
+from gnlin.compare.tasks.digits import digits, digits_autoencoder, digits_cnn
+from gnlin.compare.tasks.image_files import cifar10, mnist
+from gnlin.compare.tasks.poisson import poisson_pinn
+from gnlin.compare.tasks.sparse_parity import sparse_parity
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "digits": digits,
+    "digits-cnn": digits_cnn,
+    "digits-autoencoder": digits_autoencoder,
+    "diabetes": diabetes,
+    "sparse-parity": sparse_parity,
+    "poisson-pinn": poisson_pinn,
+    "chars": chars,
+    "mnist": mnist,
+    "cifar10": cifar10,
+}
+
+
+def describe(name: str) -> str:
+    """One line on what a task is."""
+    return (inspect.getdoc(TASKS[name]) or "").partition("\n")[0]

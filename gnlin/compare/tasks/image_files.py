@@ -1,0 +1,212 @@
+"""Images from files that the user has downloaded: MNIST and CIFAR-10, in the binary formats they are published in."""
+
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import jax
+import numpy as np
+
+from gnlin import Objective
+from gnlin.compare.task import DataError, Quality, Task
+from gnlin.compare.tasks.networks import (
+    accuracy,
+    convolutional,
+    init_convolutional,
+    init_perceptron,
+    mean_cross_entropy,
+    perceptron,
+)
+
+_BATCH_SIZE = 256
+_CLASSES = 10
+
+_MNIST_SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_MNIST_SIDE = 28
+_MNIST_MOST = 60_000  # bounds what is read of a damaged file
+_MNIST_MEAN, _MNIST_DEVIATION = 0.1307, 0.3081
+
+_CIFAR_SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html (binary version)"
+_CIFAR_RECORD = 1 + 3 * 32 * 32  # the label, then the red, the green and the blue plane
+_CIFAR_MOST = 10_000
+_CIFAR_MEAN, _CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def mnist() -> Task:
+    """Handwritten digits of MNIST (70000 images of 28 × 28, your copy), MLP 784-256-128-10, softmax.
+
+    Data: the files ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
+    ``t10k-labels-idx1-ubyte``, with or without ``.gz``, in ``mnist/`` of the folder that the environment variable
+    GNLIN_DATA names (by default ``data/``). Pixels are divided by 255 and standardised by the mean and deviation of the
+    training images, 0.1307 and 0.3081. The 60000 images of the first two files train, the other 10000 are held out.
+    Network: tanh hidden layers; weights are normal / √fan-in, biases zero.
+    Budget: 6000 mini-batches of 256 examples, 234 to an epoch; target is a training loss of 0.01.
+    """
+    folder = _folder("mnist")
+    train, held_out = (_read_mnist(folder, part) for part in ("train", "t10k"))
+    _check_size("mnist", folder, train, _MNIST_SOURCE)
+    return _classification(
+        "mnist",
+        model=perceptron,
+        init=lambda key: init_perceptron(key, (784, 256, 128, _CLASSES)),
+        train=train,
+        held_out=held_out,
+        solved=97.5,
+        work=6000,
+        target=0.01,
+    )
+
+
+def cifar10() -> Task:
+    """Photographs of CIFAR-10 (60000 images of 32 × 32 in colour, your copy), three convolutions, softmax.
+
+    Data: the files ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin`` of the binary version, in
+    ``cifar-10-batches-bin/`` of the folder that the environment variable GNLIN_DATA names (by default ``data/``).
+    Pixels are divided by 255 and standardised by the mean and deviation of each colour over the training images. The
+    50000 images of the first five files train, the 10000 of the last are held out. No augmentation.
+    Network: 3 × 3 convolutions of 16, 32 and 64 channels with stride 2 and tanh, then 1024-64-10; 89 834 parameters,
+    weights are normal / √fan-in, biases zero.
+    Budget: 4000 mini-batches of 256 examples, 195 to an epoch; target is a training loss of 1.1.
+    """
+    folder = _folder("cifar-10-batches-bin")
+    names = [f"data_batch_{number}.bin" for number in range(1, 6)]
+    train, held_out = _read_cifar10(folder, names), _read_cifar10(folder, ["test_batch.bin"])
+    _check_size("cifar10", folder, train, _CIFAR_SOURCE)
+    return _classification(
+        "cifar10",
+        model=convolutional,
+        init=lambda key: init_convolutional(key, (3, 16, 32, 64), (1024, 64, _CLASSES)),
+        train=train,
+        held_out=held_out,
+        solved=60.0,
+        work=4000,
+        target=1.1,
+    )
+
+
+def _classification(name: str, model, init, train, held_out, *, solved: float, work: float, target: float) -> Task:
+    return Task(
+        name=name,
+        objective=Objective(model, mean_cross_entropy),
+        init=jax.jit(init),
+        train=train,
+        held_out=held_out,
+        quality=Quality("accuracy, %", Objective(model, accuracy), solved=solved),
+        batch_size=_BATCH_SIZE,
+        work=work,
+        target=target,
+    )
+
+
+# The formats.
+
+
+def _read_mnist(folder: Path, part: str) -> dict[str, np.ndarray]:
+    """Images (N, 784), standardised, and labels (N,) of the part ``train`` or ``t10k``."""
+    _, pixels = _read_idx(folder, f"{part}-images-idx3-ubyte", (_MNIST_SIDE, _MNIST_SIDE))
+    path, labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", ())
+    if len(pixels) != len(labels):
+        raise _unusable(path, f"has {len(labels)} labels for {len(pixels)} images", _MNIST_SOURCE)
+    _check_labels(path, labels, _MNIST_SOURCE)
+    return {
+        "x": _standardised(pixels.reshape(len(pixels), -1), _MNIST_MEAN, _MNIST_DEVIATION),
+        "y": labels.astype(np.int32),
+    }
+
+
+def _read_idx(folder: Path, name: str, item: tuple[int, ...]) -> tuple[Path, np.ndarray]:
+    """Which file it is, and the unsigned bytes that it holds, (N, *item).
+
+    An IDX file begins with 0, 0, 8 (for bytes) and the number of axes; then comes the length of each axis, big-endian.
+    """
+    axes = 1 + len(item)
+
+    def read(path: Path, file: BinaryIO) -> np.ndarray:
+        header = file.read(4 + 4 * axes)
+        if len(header) < 4 + 4 * axes or header[:4] != bytes([0, 0, 8, axes]):
+            raise _unusable(path, f"does not begin as an IDX file of bytes with {axes} axes", _MNIST_SOURCE)
+        count, *rest = np.frombuffer(header, ">u4", offset=4).tolist()
+        if tuple(rest) != item:
+            raise _unusable(path, f"has images of {rest[0]} × {rest[1]}, not {item[0]} × {item[1]}", _MNIST_SOURCE)
+        if not 0 < count <= _MNIST_MOST:
+            raise _unusable(path, f"claims {count} examples, not 1 to {_MNIST_MOST}", _MNIST_SOURCE)
+        expected = count * math.prod(item)
+        content = file.read(expected + 1)
+        if len(content) != expected:
+            found = "more" if len(content) > expected else len(content)
+            raise _unusable(path, f"has {found} bytes of data where its header says {expected}", _MNIST_SOURCE)
+        return np.frombuffer(content, np.uint8).reshape(count, *item)
+
+    return _read([folder / name, folder / f"{name}.gz"], read, _MNIST_SOURCE)
+
+
+def _read_cifar10(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Images (N, 32, 32, 3), standardised, and labels (N,) of all the files."""
+
+    def read(path: Path, file: BinaryIO) -> np.ndarray:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0 or size % _CIFAR_RECORD or size > _CIFAR_MOST * _CIFAR_RECORD:
+            wanted = f"1 to {_CIFAR_MOST} records of {_CIFAR_RECORD}"
+            raise _unusable(path, f"has {size} bytes, which is not {wanted}", _CIFAR_SOURCE)
+        records = np.frombuffer(file.read(size), np.uint8).reshape(-1, _CIFAR_RECORD)
+        _check_labels(path, records[:, 0], _CIFAR_SOURCE)
+        return records
+
+    records = np.concatenate([_read([folder / name], read, _CIFAR_SOURCE)[1] for name in names])
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return {"x": _standardised(images, _CIFAR_MEAN, _CIFAR_DEVIATION), "y": records[:, 0].astype(np.int32)}
+
+
+def _standardised(pixels: np.ndarray, mean, deviation) -> np.ndarray:
+    """In place where it can be: the images of a whole data set are large."""
+    images = pixels.astype(np.float32, order="C")
+    images /= np.float32(255)
+    images -= np.asarray(mean, np.float32)
+    images /= np.asarray(deviation, np.float32)
+    return images
+
+
+# What is said of files that are not there or not right.
+
+
+def _folder(name: str) -> Path:
+    return Path(os.environ.get("GNLIN_DATA") or "data").expanduser().absolute() / name
+
+
+def _read(paths: list[Path], read: Callable[[Path, BinaryIO], np.ndarray], source: str) -> tuple[Path, np.ndarray]:
+    """The first of the files that is there, and what `read` makes of it, unpacked if its name ends in ``.gz``."""
+    for path in paths:
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                return path, read(path, cast(BinaryIO, file))
+        except FileNotFoundError:
+            continue
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _unusable(path, f"cannot be unpacked ({error})", source) from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{path} cannot be read ({reason}): make it a file that you may read.") from error
+    packed = " (or .gz)" if len(paths) > 1 else ""
+    folder = paths[0].parent.name
+    raise DataError(
+        f"{paths[0]}{packed} is missing: put it there from {source}, or let GNLIN_DATA name the folder with {folder}/."
+    )
+
+
+def _check_labels(path: Path, labels: np.ndarray, source: str) -> None:
+    if labels.max() >= _CLASSES:
+        raise _unusable(path, f"has the label {labels.max()}, beyond {_CLASSES - 1}", source)
+
+
+def _check_size(name: str, folder: Path, train: dict[str, np.ndarray], source: str) -> None:
+    if len(train["y"]) < _BATCH_SIZE:
+        what = f"has {len(train['y'])} training images, fewer than the {_BATCH_SIZE} of a mini-batch of {name}"
+        raise _unusable(folder, what, source)
+
+
+def _unusable(path: Path, what: str, source: str) -> DataError:
+    return DataError(f"{path} {what}: replace it by the original from {source}.")

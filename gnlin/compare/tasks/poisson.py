@@ -1,0 +1,107 @@
+"""A boundary value problem that a network solves by itself: the test of curvature."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gnlin import Objective
+from gnlin.compare.task import Quality, Task
+
+INTERIOR, WALL, GRID, HIDDEN = 256, 64, 50, 32
+
+Layers = list[dict[str, jax.Array]]
+
+
+def poisson_pinn() -> Task:
+    """Poisson's equation on a square, −Δu = f, by a physics-informed 2-32-1 tanh network in float64, full batch.
+
+    u = sin(πx) sin(πy) on the unit square, so that f = 2π²u and u = 0 on the walls. The network is asked for f at 256
+    points and for zero at 64 points, 16 on each wall, all drawn uniformly by ``numpy.random.default_rng(0)``. The
+    residuals are −Δu − f at the first, divided by √256, and u at the second, divided by √64: half of their squares is
+    half of the two mean squares. Inputs are shifted to the square [−1, 1]²; weights are drawn as normal / √fan-in,
+    biases start at zero.
+
+    Held out is u itself, on the midpoints of 50 × 50 cells, judged by ‖u_network − u‖ / ‖u‖; 10⁻⁴ counts as solved.
+    First-order methods end above 10⁻³, for the two sets of residuals and the second derivatives make the curvature
+    range over many orders of magnitude; float64 is for the methods that get past that. The budget is 100 000 gradients.
+    """
+    generator = np.random.default_rng(0)
+    interior = generator.uniform(size=(INTERIOR, 2))
+    along = generator.uniform(size=WALL)
+    # Wall k: coordinate k // 2 is k % 2, and the other one runs.
+    which = np.arange(WALL) % 4
+    fixed = (which % 2).astype(float)
+    wall = np.where((which < 2)[:, None], np.stack([fixed, along], axis=1), np.stack([along, fixed], axis=1))
+    centres = (np.arange(GRID) + 0.5) / GRID
+    grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
+    return Task(
+        name="poisson-pinn",
+        objective=Objective.least_squares(residuals),
+        init=init,
+        train={"interior": interior, "source": 2 * np.pi**2 * solution(interior), "wall": wall},
+        held_out={"x": grid, "u": solution(grid)},
+        quality=Quality(
+            "relative L2 error", Objective(at_points, relative_error), solved=1e-4, higher_is_better=False
+        ),
+        batch_size=None,
+        work=100_000,
+        target=1e-5,
+        residuals=residuals,
+        double=True,
+    )
+
+
+def solution(points: np.ndarray) -> np.ndarray:
+    """sin(πx) sin(πy) at points (N, 2)."""
+    return np.sin(np.pi * points).prod(axis=1)
+
+
+def init(key: jax.Array) -> Layers:
+    """Weights drawn as normal / √fan-in, (fan-in, fan-out), and zero biases, in float64."""
+    shapes = [(2, HIDDEN), (HIDDEN, 1)]
+    return [
+        {"w": jax.random.normal(each, shape, jnp.float64) / math.sqrt(shape[0]), "b": jnp.zeros(shape[1], jnp.float64)}
+        for each, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
+    ]
+
+
+def network(params: Layers, points: jax.Array) -> jax.Array:
+    """u (N,) at points (N, 2) of the unit square."""
+    hidden = 2 * points - 1
+    for layer in params[:-1]:
+        hidden = jnp.tanh(jnp.dot(hidden, layer["w"]) + layer["b"][None])
+    return (jnp.dot(hidden, params[-1]["w"]) + params[-1]["b"][None])[:, 0]
+
+
+def laplacian(function, points: jax.Array) -> jax.Array:
+    """Δ of a function of points (N, D), each value of which depends on its own point alone: forward over forward."""
+
+    def second_derivative(direction):
+        tangent = jnp.broadcast_to(direction[None], points.shape)
+
+        def slope(points):
+            return jax.jvp(function, (points,), (tangent,))[1]
+
+        return jax.jvp(slope, (points,), (tangent,))[1]
+
+    return sum(second_derivative(direction) for direction in jnp.eye(points.shape[1], dtype=points.dtype))
+
+
+def residuals(params: Layers, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """−Δu − f in the interior and u on the walls, each divided by the root of its number of points."""
+    interior, source, wall = batch["interior"], batch["source"], batch["wall"]
+    equation = -laplacian(lambda points: network(params, points), interior) - source
+    return {"interior": equation / math.sqrt(len(interior)), "wall": network(params, wall) / math.sqrt(len(wall))}
+
+
+def at_points(params: Layers, batch: dict[str, Any]) -> jax.Array:
+    """The network's u at held-out points."""
+    return network(params, batch["x"])
+
+
+def relative_error(values: jax.Array, batch: dict[str, Any]) -> jax.Array:
+    """‖values − u‖ / ‖u‖."""
+    return jnp.linalg.norm(values - batch["u"]) / jnp.linalg.norm(batch["u"])
