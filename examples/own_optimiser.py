@@ -18,6 +18,4 @@ if __name__ == "__main__":
     for row in runs:
         (rate,) = row["setting"].values()
         last = {name: values[-1] for name, values in row["curve"].items()}
-        print(
-            f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %  work {last['cost']:.0f}"
-        )
+        print(f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %")

@@ -46,8 +46,8 @@ def compare(
     contestants: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Who takes part: names from `gnlin contestants`, with options as in `il:period=64,inner=sgd`, or the
-            families " f"`gnlin`, `optax`, `peers`. By default {', '.join(DEFAULT)}.",
+            help="Who takes part: names from `gnlin contestants`, with options as in `il:period=64,inner=sgd`, or the "
+            f"families `gnlin`, `optax`, `peers`. By default {', '.join(DEFAULT)}.",
             metavar="[CONTESTANT]...",
         ),
     ] = None,

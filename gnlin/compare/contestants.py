@@ -217,8 +217,8 @@ def _solver(options: Options) -> Any:
 
 
 def _gauss_newton(task: Task, options: Options) -> Method:
-    """Full steps. With ``control=decay`` λ falls from 1 to the tuned value: while outputs move far, a small λ
-    diverges.""" tuned = options["damping"]
+    """Full steps; with ``control=decay`` λ falls from 1, since a small λ diverges while the outputs still move far."""
+    tuned = options["damping"]
     damping: Any = {
         "decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned),
         "constant": tuned,

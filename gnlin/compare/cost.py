@@ -54,8 +54,8 @@ def compiled_flops(compiled: Any) -> float:
 
 
 def gradient_flops(task: Task, examples: int | None = None) -> float:
-    """FLOPs of one value-and-gradient; on one mini-batch of the task, which is the unit, unless `examples` says
-    otherwise.""" size = examples or task.batch_size or task.train_size
+    """FLOPs of one value-and-gradient, by default on one mini-batch of the task, which is the unit."""
+    size = examples or task.batch_size or task.train_size
     return flops(task.objective.value_and_grad, params_shapes(task), batch_shapes(task, size))
 
 

@@ -95,6 +95,8 @@ def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
         what = "training loss" if name == "loss" else f"held-out {facts.quality_name.partition(',')[0]}"
         points = 150 if name == "loss" else 50  # small sets of held-out data make restless curves
         bands = [(row, found) for row in drawn if (found := band(row.records, against, name, worst, points))]
+        if not bands:
+            continue
         title = f"{facts.name}: {what} against {_NAMES[against]}"
         figure, (axes,) = _panels(1, [row.label for row, _ in bands], title)
         _value_axis(axes, name, facts, [value for _, found in bands for value in found.median], rows)
@@ -107,8 +109,7 @@ def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
             axes.plot(found.across, median, markevery=every, **style)
             axes.fill_between(found.across, low, high, color=style["color"], alpha=0.1, linewidth=0)
             ends.append((row.label, found.across[-1], median[-1], style))
-        if ends:
-            _label_ends(axes, ends)
+        _label_ends(axes, ends)
         left_out = {row.label for row in rows} - {row.label for row, _ in bands}
         yield Picture(f"{name}-{against}", "curve", title, figure, against, tuple(sorted(left_out)))
 
@@ -201,8 +202,7 @@ def _sensitivity(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
         axes.set(xscale="log" if positive else "linear", xlabel=words(name))
         ends = []
         for row, line in zip(own, lines, strict=True):
-            style = _style(drawn.index(row))
-            places = [point.value for point in line.points]
+            style, places = _style(drawn.index(row)), [point.value for point in line.points]
             ends.append((row.label, *_plot_means(axes, line, places, "loss", style), style))
             _plot_runs(axes, line, places, "loss", style["color"])
             chosen = [final(trial, "loss") for trial in row.trials if trial["setting"] == row.setting]
@@ -350,13 +350,13 @@ def _plot_runs(axes: Axes, line: Line, places: Sequence[float], name: str, colou
 
 def _name_periods(axes: Axes, line: Line, name: str) -> None:
     """K beside each point of a line that stands on the axis of λ."""
-    for number, point in enumerate(line.points):
-        if values := point.finals(name):
-            place = (point.value, _within(axes, [np.mean(values)])[0])
-            # In turns to the left and to the right: neighbours may share their λ.
-            aside = {"ha": "right", "xytext": (-4, 3)} if number % 2 else {"ha": "left", "xytext": (4, 3)}
-            text = f"K={point.records[0]['options']['period']}"
-            axes.annotate(text, place, **aside, textcoords="offset points", fontsize=6, color="#333333")
+    means = [(point, *_within(axes, [np.mean(point.finals(name))])) for point in line.points if point.finals(name)]
+    for point, mean in means:
+        # Below where a point of about the same λ stands above.
+        below = any(other > mean and 0.8 < near.value / point.value < 1.25 for near, other in means)
+        aside = {"xytext": (0, -10 if below else 5), "textcoords": "offset points", "ha": "center"}
+        text = f"K={point.records[0]['options']['period']}"
+        axes.annotate(text, (point.value, mean), **aside, fontsize=6, color="#333333")
 
 
 def _break(axes: Axes, place: float) -> None:
@@ -394,8 +394,7 @@ def spread_out(wanted: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     for value in wanted - between:
         pools.append([value])
         while len(pools) > 1 and np.mean(pools[-2]) >= np.mean(pools[-1]):
-            last = pools.pop()
-            pools[-1].extend(last)
+            pools[-2:] = [pools[-2] + pools[-1]]
     free = np.concatenate([np.full(len(pool), np.mean(pool)) for pool in pools])
     lowest = sizes[0] / 2
     return np.clip(free, lowest, max(lowest, 1 - sizes[-1] / 2 - between[-1])) + between

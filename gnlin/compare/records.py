@@ -163,8 +163,8 @@ def _record(path: Path, number: int, line: str) -> Record:
         raise RecordsError(f"{where} is no record of gnlin compare. Take another --out")
     if record["schema"] != SCHEMA:
         raise RecordsError(
-            f"{where} has schema {record['schema']!r}, and this version of gnlin reads {SCHEMA}. Take another --out, or the "
-            "version of gnlin that wrote it"
+            f"{where} has schema {record['schema']!r}, and this version of gnlin reads {SCHEMA}. Take another --out, "
+            "or the version of gnlin that wrote it"
         )
     if missing := sorted(_KEYS - record.keys()):
         raise RecordsError(f"{where} lacks {', '.join(missing)}. Delete the line: its run will be done again")

@@ -198,8 +198,8 @@ class Study:
         other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {self.work}
         if other:
             raise RecordsError(
-                f"{self.records.path} holds runs of {self.task.name} with a budget of {other.pop():g} gradient-equivalents, "
-                f"not {self.work:g}; take another --out"
+                f"{self.records.path} holds runs of {self.task.name} with a budget of {other.pop():g} "
+                f"gradient-equivalents, not {self.work:g}; take another --out"
             )
 
 

@@ -43,9 +43,7 @@ def poisson_pinn() -> Task:
         init=init,
         train={"interior": interior, "source": 2 * np.pi**2 * solution(interior), "wall": wall},
         held_out={"x": grid, "u": solution(grid)},
-        quality=Quality(
-            "relative L2 error", Objective(at_points, relative_error), solved=1e-4, higher_is_better=False
-        ),
+        quality=Quality("relative L2 error", Objective(at_points, relative_error), solved=1e-4, higher_is_better=False),
         batch_size=None,
         work=100_000,
         target=1e-5,
