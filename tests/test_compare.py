@@ -243,6 +243,14 @@ def test_the_model_being_trained_is_the_linearised_one(tiny):
     )
 
 
+def test_evaluation_in_pieces_is_that_of_the_whole(tiny, monkeypatch):
+    whole = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
+    monkeypatch.setattr("gnlin.compare.trial._PIECE", 16)  # of 40 examples, so that one piece is smaller
+    pieces = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
+    for name in ("loss", "quality", "network_loss", "network_quality"):
+        np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-4)
+
+
 def test_batches_are_a_permutation_each_epoch(task):
     batches = task.batches(3, 30, 128)
     assert batches.shape == (30, 128)

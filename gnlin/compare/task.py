@@ -19,7 +19,7 @@ class Quality:
     Attributes:
         name: heading of tables and figures, with its unit: ``accuracy, %``.
         objective: its ``model`` gives the outputs that are judged (often those of the task's own objective), its
-            ``loss`` judges them by one number.
+            ``loss`` judges them by one number, where the task has mini-batches a mean over examples.
         solved: value from which the task counts as solved.
         higher_is_better: whether more of it is better.
     """

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnlin import Objective
 from gnlin.compare.contestants import batch_size
 from gnlin.compare.cost import StepCost, batch_shapes, flops, params_shapes
 from gnlin.compare.entry import Entry
@@ -16,6 +17,8 @@ from gnlin.compare.task import Task
 
 # Steps are compiled in chunks, about this many to a run.
 _CHUNKS = 256
+# Examples that are evaluated at once.
+_PIECE = 2048
 
 Record = dict[str, Any]
 _MEASURES = ("loss", "quality", "network_loss", "network_quality")
@@ -181,11 +184,25 @@ class Program:
         return (params, state), jnp.sum(turns)
 
     def _measured(self, carry, train, held_out):
+        """The `_MEASURES`."""
         params, state = carry
-        objective, judge = self.task.objective, self.task.quality.objective
-        return (
-            objective.loss_of(self.predict(objective, params, state, train), train),
-            judge.loss_of(self.predict(judge, params, state, held_out), held_out),
-            objective.value(params, train),
-            judge.value(params, held_out),
-        )
+
+        def judged(objective: Objective, data):
+            trained = objective.loss_of(self.predict(objective, params, state, data), data)
+            return jnp.stack([trained, objective.value(params, data)])
+
+        loss, network_loss = self._mean(lambda data: judged(self.task.objective, data), train)
+        quality, network_quality = self._mean(lambda data: judged(self.task.quality.objective, data), held_out)
+        return loss, quality, network_loss, network_quality
+
+    def _mean(self, function: Callable[[Any], jax.Array], data: Any) -> jax.Array:
+        """``function(data)``, a mean over examples, in pieces that fit into memory where there are mini-batches."""
+        size = len(jax.tree.leaves(data)[0])
+        whole = size - size % _PIECE
+        if self.task.batch_size is None or not whole:
+            return function(data)
+        pieces = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, _PIECE, *leaf.shape[1:]), data)
+        total = _PIECE * jax.lax.map(function, pieces).sum(axis=0)
+        if whole < size:
+            total += (size - whole) * function(jax.tree.map(lambda leaf: leaf[whole:], data))
+        return total / size
