@@ -30,52 +30,54 @@ Options = Mapping[str, Any]
 
 
 def somax_absent() -> str | None:
-    """The distribution is python-somax. Another one, somax, is a program for music that is imported by the same name."""
-    if "python-somax" not in _installed():
-        return "python-somax is not installed: pip install python-somax"
-    if "somax" in _installed():
+    """Its distribution is python-somax. The one called somax is a program for music, and is imported by the same name."""
+    if _installed("python-somax") and _installed("somax"):
         remedy = "pip uninstall somax, then pip install --force-reinstall --no-deps python-somax"
         return f"the package somax, which is for music, is in the way of python-somax: {remedy}"
-    return _reason_broken("somax", "python-somax", "pip install --upgrade python-somax")
+    return _absent("python-somax", "somax")
 
 
 def kfac_absent() -> str | None:
     """Release 0.0.8 runs on JAX up to 0.8 and not from 0.9; its source on GitHub does, under the same version number."""
-    remedy = 'pip install --force-reinstall --no-deps "kfac-jax @ git+https://github.com/google-deepmind/kfac-jax"'
-    if "kfac-jax" not in _installed():
-        return f"kfac-jax is not installed: {remedy.replace('--force-reinstall --no-deps ', '')}"
-    return _reason_broken("kfac_jax", "kfac-jax", remedy, _trace_kfac_step)
+    source = '"kfac-jax @ git+https://github.com/google-deepmind/kfac-jax"'
+    return _absent("kfac-jax", "kfac_jax", source, f"--force-reinstall --no-deps {source}", _trace_kfac_step)
 
 
 def optimistix_absent() -> str | None:
-    if "optimistix" not in _installed():
-        return "optimistix is not installed: pip install optimistix"
-    return _reason_broken("optimistix", "optimistix", "pip install --upgrade optimistix lineax equinox")
+    return _absent("optimistix", "optimistix", upgrade="--upgrade optimistix lineax equinox")
 
 
 def jaxopt_absent() -> str | None:
-    if "jaxopt" not in _installed():
-        return "jaxopt is not installed: pip install jaxopt"
-    return _reason_broken("jaxopt", "jaxopt", "pip install --upgrade jaxopt")
+    return _absent("jaxopt", "jaxopt")
 
 
-def _installed() -> set[str]:
-    names = (distribution.metadata["Name"] for distribution in importlib.metadata.distributions())
-    return {name.lower().replace("_", "-") for name in names if name}
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _absent(name: str, module: str, source: str = "", upgrade: str = "", attempt: Callable[[], Any] | None = None) -> str | None:
+    version = _installed(name)
+    if version is None:
+        return f"{name} is not installed: pip install {source or name}"
+    error = _error(module, attempt)
+    if error is None:
+        return None
+    return f"{name} {version} does not run on JAX {jax.__version__} ({error}): pip install {upgrade or f'--upgrade {name}'}"
 
 
 @functools.cache
-def _reason_broken(module: str, distribution: str, remedy: str, attempt: Callable[[], Any] = lambda: None) -> str | None:
-    """Only the attempt tells whether a library runs on this JAX: most of them put no upper bound on its version."""
+def _error(module: str, attempt: Callable[[], Any] | None) -> str | None:
+    """Only the attempt tells: most libraries put no upper bound on the version of JAX."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
-            attempt()
+            return attempt() if attempt else None
     except Exception as error:
-        version = importlib.metadata.version(distribution)
-        return f"{distribution} {version} does not run on JAX {jax.__version__} ({type(error).__name__}): {remedy}"
-    return None
+        return type(error).__name__
 
 
 # What fits a task.
