@@ -14,7 +14,8 @@ import optax
 import optax.contrib
 
 import gnlin
-from gnlin.compare.cost import gradient_flops, product_flops
+from gnlin import tree
+from gnlin.compare.cost import gradient_flops, params_shapes, product_flops
 from gnlin.compare.method import Method, from_optax
 from gnlin.compare.task import Task
 
@@ -210,8 +211,9 @@ def _prox_linear(task: Task, options: Options) -> Method:
     return from_optax(task.objective, tx)
 
 
-def _solver(options: Options) -> Any:
-    if options["solver"] == "dense":
+def _solver(task: Task, options: Options) -> Any:
+    small = tree.size(params_shapes(task)) <= _DENSE_AT_MOST
+    if options["solver"] == "dense" or (options["solver"] == "auto" and small):
         return gnlin.Dense()
     return gnlin.CG(max_steps=options["max_steps"], rtol=options["rtol"], warm_start=options["warm_start"])
 
@@ -224,7 +226,7 @@ def _gauss_newton(task: Task, options: Options) -> Method:
         "constant": tuned,
         "gain-ratio": gnlin.GainRatio(tuned),
     }[options["control"]]
-    tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(options))
+    tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(task, options))
     return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
 
 
@@ -233,7 +235,7 @@ def _levenberg_marquardt(task: Task, options: Options) -> Method:
         task.objective,
         initial_damping=options["damping"],
         scaling=options["scaling"],
-        solver=_solver(options),
+        solver=_solver(task, options),
     )
     return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
 
@@ -251,8 +253,9 @@ def batch_size(task: Task, options: Options) -> int | None:
 
 
 _RATES = (0.001, 0.004, 0.016, 0.064, 0.256)
+_DENSE_AT_MOST = 1000  # parameters up to which `solver=auto` factorises
 _SOLVER = {
-    "solver": one_of("cg", "dense"),
+    "solver": one_of("auto", "cg", "dense"),
     "max_steps": integer(10),
     "rtol": number(1e-2),
     "warm_start": number(0.0),
