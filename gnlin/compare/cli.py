@@ -125,8 +125,9 @@ def list_contestants() -> None:
     """List who can take part, with their options and what is tuned."""
     rows = []
     for name, contestant in CONTESTANTS.items():
-        options = [f"{option}={format_value(form.default)}" for option, form in contestant.options.items()]
-        values = ", ".join(f"{value:g}" for value in contestant.grid)
+        defaults = {option: form.default for option, form in contestant.options.items()}
+        options = [f"{option}={format_value(default)}" for option, default in defaults.items()]
+        values = ", ".join(f"{value:g}" for value in contestant.values(defaults))
         reason = contestant.reason_absent()
         text = contestant.summary if reason is None else f"{contestant.summary} Absent: {reason}"
         rows.append((name, f"{text}\ntuned: {contestant.tuned} = {values}\noptions: {', '.join(options)}"))

@@ -47,7 +47,7 @@ class Contestant:
         build: (task, options) ↦ method. The options hold the tuned number too, which may be a traced scalar, so that
             one compilation serves the grid.
         tuned: name of the tuned number.
-        grid: its values, one trial each.
+        grid: its values, one trial each; or options ↦ values, where they depend on them.
         options: what else can be set.
         reason_absent: one line on why it cannot run here, with the remedy; `None` where it can.
         reason_unfit: one line on why it cannot run on a task; `None` where it can.
@@ -58,11 +58,15 @@ class Contestant:
     summary: str
     build: Callable[[Task, Options], Method]
     tuned: str = "learning_rate"
-    grid: tuple[float, ...] = ()
+    grid: tuple[float, ...] | Callable[[Options], tuple[float, ...]] = ()
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     reason_absent: Callable[[], str | None] = lambda: None
     reason_unfit: Callable[[Task], str | None] = lambda task: None
     family: str = "optax"
+
+    def values(self, options: Options) -> tuple[float, ...]:
+        """Values of the tuned number among which is chosen."""
+        return self.grid(options) if callable(self.grid) else self.grid
 
 
 def optax_contestant(
@@ -240,6 +244,23 @@ def _levenberg_marquardt(task: Task, options: Options) -> Method:
     return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
 
 
+def _trust_region(task: Task, options: Options) -> Method:
+    tx = gnlin.levenberg_marquardt(
+        task.objective,
+        initial_damping=gnlin.TrustRegion(options["radius"]),
+        scaling=options["scaling"],
+        solver=gnlin.Dense(),
+    )
+    return from_optax(task.objective, tx)
+
+
+def _too_large_to_factorise(task: Task) -> str | None:
+    size = tree.size(params_shapes(task))
+    if size <= _FACTORISED_AT_MOST:
+        return None
+    return f"it factorises a matrix of {size} columns, one for each parameter, at every step; take lm"
+
+
 def _examples(task: Task, options: Options) -> int:
     return batch_size(task, options) or task.train_size
 
@@ -253,7 +274,15 @@ def batch_size(task: Task, options: Options) -> int | None:
 
 
 _RATES = (0.001, 0.004, 0.016, 0.064, 0.256)
-_DENSE_AT_MOST = 1000  # parameters up to which `solver=auto` factorises
+_SGD_RATES = (0.01, 0.04, 0.16, 0.64, 2.56)
+
+
+def _rates_of_inner(options: Options) -> tuple[float, ...]:
+    return _SGD_RATES if options["inner"] == "sgd" else _RATES
+
+
+# Parameters up to which `solver=auto` factorises, and beyond which a step costs too many gradients.
+_DENSE_AT_MOST, _FACTORISED_AT_MOST = 1000, 2000
 _SOLVER = {
     "solver": one_of("auto", "cg", "dense"),
     "max_steps": integer(10),
@@ -268,7 +297,7 @@ CONTESTANTS: dict[str, Contestant] = {
             "sgd",
             "Stochastic gradient descent with momentum (Optax).",
             _sgd,
-            grid=(0.01, 0.04, 0.16, 0.64, 2.56),
+            grid=_SGD_RATES,
             options={"momentum": number(0.9), "batch": batch()},
         ),
         Contestant(
@@ -294,7 +323,7 @@ CONTESTANTS: dict[str, Contestant] = {
             "il",
             "Iterative linearisation: the anchor moves every `period` steps of the inner optimiser.",
             _iterative_linearisation,
-            grid=_RATES,
+            grid=_rates_of_inner,
             options={
                 "period": period(16),
                 "inner": one_of("adam", "sgd", "adamw", "muon"),
@@ -310,7 +339,7 @@ CONTESTANTS: dict[str, Contestant] = {
             "prox-linear",
             "Full Gauss-Newton, prox-linear: `steps` inner steps on one batch in each update.",
             _prox_linear,
-            grid=_RATES,
+            grid=_rates_of_inner,
             options={
                 "steps": integer(16),
                 "inner": one_of("adam", "sgd", "adamw", "muon"),
@@ -348,6 +377,16 @@ CONTESTANTS: dict[str, Contestant] = {
                 "scaling": one_of("identity", "marquardt"),
                 "batch": batch("full"),
             },
+            family="gnlin",
+        ),
+        Contestant(
+            "lm-trust",
+            "Levenberg-Marquardt with Moré's trust region, full batch; tuned: first radius.",
+            _trust_region,
+            tuned="radius",
+            grid=(0.01, 0.1, 1.0, 10.0, 100.0),
+            options={"scaling": one_of("marquardt", "identity"), "batch": batch("full")},
+            reason_unfit=_too_large_to_factorise,
             family="gnlin",
         ),
     )

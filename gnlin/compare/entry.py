@@ -22,7 +22,7 @@ class Entry:
 
     Attributes:
         contestant: the optimiser.
-        options: all fixed options.
+        options: all fixed options, and the tuned number where it was said.
         grid: values of the tuned number; a single one where it was said.
         label: its name and what was said that is not the default: what tables and figures call it.
     """
@@ -65,17 +65,17 @@ def parse(word: str, more: Mapping[str, str] | None = None) -> Entry:
     contestant = _known(name)
     said = {**(more or {}), **_pairs(rest, contestant)}
     options = {option: form.default for option, form in contestant.options.items()}
-    grid = contestant.grid
     for option, text in said.items():
         if option == contestant.tuned:
-            grid = (_value(float, text, contestant, option, "a number"),)
+            options[option] = _value(float, text, contestant, option, "a number")
         elif option in contestant.options:
             form = contestant.options[option]
             options[option] = _value(form.parse, text, contestant, option, form.form)
         else:
             known = _names(contestant)
             raise UsageError(f"{contestant.name} has no option {option!r}{_nearest(option, known)}")
-    return Entry(contestant, options, grid, _label(contestant, options, grid))
+    grid = (options[contestant.tuned],) if contestant.tuned in options else contestant.values(options)
+    return Entry(contestant, options, grid, _label(contestant, options))
 
 
 def format_value(value: Any) -> str:
@@ -87,14 +87,15 @@ def format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _label(contestant: Contestant, options: Mapping[str, Any], grid: tuple[float, ...]) -> str:
+def _label(contestant: Contestant, options: Mapping[str, Any]) -> str:
+    defaults = {name: form.default for name, form in contestant.options.items()}
     said = [
-        f"{name}={format_value(value)}" for name, value in options.items() if value != contestant.options[name].default
+        f"{name}={format_value(value)}"
+        for name, value in options.items()
+        if name not in defaults or value != defaults[name]
     ]
     if contestant.name == "il" and not any(item.startswith("period=") for item in said):
         said.insert(0, f"period={format_value(options['period'])}")
-    if grid != contestant.grid:
-        said.append(f"{contestant.tuned}={format_value(grid[0])}")
     return ":".join([contestant.name, ",".join(said)]) if said else contestant.name
 
 
@@ -103,7 +104,7 @@ def _swept(word: str | Contestant | Entry, sweep: Mapping[str, Sequence[str]]) -
         return [word]
     if isinstance(word, Contestant):
         options = {option: form.default for option, form in word.options.items()}
-        return [Entry(word, options, word.grid, word.name)]
+        return [Entry(word, options, word.values(options), word.name)]
     contestant = _contestant(word)
     said = _pairs(word.partition(":")[2], contestant)
     names = [name for name in sweep if _has(contestant, name) and name not in said]

@@ -1,7 +1,7 @@
 """Optimisers of other libraries, as they ship, driven through `Method`.
 
-No library is imported before it is asked for. Every step can be traced, so that one compilation serves a grid and work is
-counted from what was compiled. What these libraries do not tell is how long their iterative solves took: `counting`
+No library is imported before it is asked for. Every step can be traced, so that one compilation serves a grid and work
+is counted from what was compiled. What these libraries do not tell is how long their iterative solves took: `counting`
 evaluates a step so that its loops say how often they turned.
 """
 
@@ -30,7 +30,7 @@ Options = Mapping[str, Any]
 
 
 def somax_absent() -> str | None:
-    """Its distribution is python-somax. The one called somax is a program for music, and is imported by the same name."""
+    """Its distribution is python-somax. Another, called somax, is for music, and is imported by the same name."""
     if _installed("python-somax") and _installed("somax"):
         remedy = "pip uninstall somax, then pip install --force-reinstall --no-deps python-somax"
         return f"the package somax, which is for music, is in the way of python-somax: {remedy}"
@@ -38,7 +38,7 @@ def somax_absent() -> str | None:
 
 
 def kfac_absent() -> str | None:
-    """Release 0.0.8 runs on JAX up to 0.8 and not from 0.9; its source on GitHub does, under the same version number."""
+    """Release 0.0.8 runs on JAX up to 0.9.0; its source on GitHub does on later ones, with the same number."""
     source = '"kfac-jax @ git+https://github.com/google-deepmind/kfac-jax"'
     return _absent("kfac-jax", "kfac_jax", source, f"--force-reinstall --no-deps {source}", _trace_kfac_step)
 
@@ -58,14 +58,17 @@ def _installed(distribution: str) -> str | None:
         return None
 
 
-def _absent(name: str, module: str, source: str = "", upgrade: str = "", attempt: Callable[[], Any] | None = None) -> str | None:
+def _absent(
+    name: str, module: str, source: str = "", upgrade: str = "", attempt: Callable[[], Any] | None = None
+) -> str | None:
     version = _installed(name)
     if version is None:
         return f"{name} is not installed: pip install {source or name}"
     error = _error(module, attempt)
     if error is None:
         return None
-    return f"{name} {version} does not run on JAX {jax.__version__} ({error}): pip install {upgrade or f'--upgrade {name}'}"
+    remedy = upgrade or f"--upgrade {name}"
+    return f"{name} {version} does not run on JAX {jax.__version__} ({error}): pip install {remedy}"
 
 
 @functools.cache
@@ -88,91 +91,111 @@ def least_squares_unfit(task: Task) -> str | None:
 
 
 def jaxopt_lm_unfit(task: Task) -> str | None:
-    """Its first λ is relative to the diagonal of JᵀJ, which it gets from a product with every unit vector at once."""
+    """Its first λ is relative to diag JᵀJ, which it gets from the products with all unit vectors at once."""
     if reason := least_squares_unfit(task):
         return reason
-    parameters, residuals = _size(params_shapes(task)), _size(_residual_shapes(task))
-    if parameters * (parameters + residuals) <= 2**27:
+    parameters, rows = _size(params_shapes(task)), _size(_output_shapes(task))
+    if parameters * (parameters + rows) <= 2**27:
         return None
-    return f"jaxopt's initial damping needs {parameters} products of {residuals} residuals in memory at once"
+    return f"the initial damping of jaxopt wants {parameters} products with {rows} residuals in memory at once"
 
 
 def somax_unfit(task: Task) -> str | None:
-    return least_squares_unfit(task) and softmax_unfit(task)
+    return least_squares_unfit(task) and _softmax_unfit(task)
 
 
 def somax_egn_unfit(task: Task) -> str | None:
-    """It factorises a matrix with a row for each output of each example of a batch."""
-    if reason := somax_unfit(task):
-        return reason
-    rows = _size(_residual_shapes(task) if task.residuals is not None else _output_shapes(task))
-    return None if rows <= 4096 else f"the exact solve of EGN factorises a matrix of {rows} rows, one for each output"
+    rows = _size(_output_shapes(task))
+    return somax_unfit(task) or (
+        f"EGN factorises a matrix of {rows} rows, one for each output" if rows > 4096 else None
+    )
 
 
 def kfac_unfit(task: Task) -> str | None:
-    """Residuals must be one array with the examples on axis 0, which is how curvature is estimated."""
-    if task.residuals is None:
-        return softmax_unfit(task)
-    shapes, examples = _residual_shapes(task), _examples(task)
-    one = len(jax.tree.leaves(shapes)) == 1 and jax.tree.leaves(shapes)[0].shape[:1] == (examples,)
-    return None if one else f"the residuals of task {task.name!r} are not one array with the examples on axis 0"
+    """Residuals must be one array with the examples on axis 0, from which curvature is estimated."""
+    shapes = jax.tree.leaves(_output_shapes(task))
+    if task.residuals is None or (len(shapes) == 1 and shapes[0].shape[:1] == (_examples(task),)):
+        return least_squares_unfit(task) and _softmax_unfit(task)
+    return f"the residuals of task {task.name!r} are not one array with the examples on axis 0"
 
 
-def softmax_unfit(task: Task) -> str | None:
-    """The loss itself is tried: it must be the mean softmax cross-entropy of outputs (N, C) with labels ``batch["y"]``."""
+def _softmax_unfit(task: Task) -> str | None:
+    """The loss itself is tried."""
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), task.train)
-    outputs = _output_shapes(task)
-    labels = batch.get("y") if isinstance(batch, Mapping) else None
-    if labels is not None and getattr(outputs, "ndim", 0) == 2 and jnp.issubdtype(labels.dtype, jnp.integer):
+    outputs, labels = _output_shapes(task), batch.get("y") if isinstance(batch, Mapping) else None
+    if getattr(outputs, "ndim", 0) == 2 and labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu":
         logits = jax.random.normal(jax.random.key(0), (len(labels), outputs.shape[1]), outputs.dtype)
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        if labels.ndim == 1 and jnp.allclose(task.objective.loss_of(logits, batch), expected, rtol=1e-4):
+        if jnp.allclose(task.objective.loss_of(logits, batch), expected, rtol=1e-4):
             return None
-    return f'the loss of task {task.name!r} is not the mean softmax cross-entropy of outputs (N, C) with labels batch["y"]'
+    return f'the loss of task {task.name!r} is not mean softmax cross-entropy of outputs (N, C) with labels batch["y"]'
+
+
+def _examples(task: Task, options: Options | None = None) -> int:
+    wanted = (options or {}).get("batch", "mini")
+    if task.batch_size is None or wanted == "full":
+        return task.train_size
+    return task.batch_size if wanted == "mini" else min(wanted, task.train_size)
+
+
+def _output_shapes(task: Task) -> Any:
+    """Of the residuals, where there are any."""
+    model = task.residuals or (lambda params, batch: task.objective.outputs_and_aux(params, batch)[0])
+    return jax.eval_shape(model, params_shapes(task), batch_shapes(task, _examples(task)))
+
+
+def _size(shapes: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 # Somax: https://github.com/cor3bit/somax.
 
 
 def somax_sgn(task: Task, options: Options) -> Method:
-    """Damped Gauss-Newton by conjugate gradients, warm-started, which recompute their residual every ten turns."""
-    solver = {"tol": options.get("tol", 1e-5), "maxiter": options.get("max_steps", 20)}
-    return _somax("sgn", task, options, 1.1 * _product_flops(task, options), **solver)
+    """Damped Gauss-Newton by warm-started conjugate gradients, with the tolerance and the turns of its README."""
+    solver = {"tol": options.get("rtol", 1e-4), "maxiter": options.get("max_steps", 20)}
+    # Every tenth turn recomputes its residual.
+    return _somax("sgn", task, options, lambda: 1.1 * product_flops(task, _examples(task, options)), **solver)
 
 
 def somax_egn(task: Task, options: Options) -> Method:
-    """Damped Gauss-Newton by a Cholesky factorisation over the outputs of the batch."""
-    return _somax("egn", task, options, 0.0)
+    """Damped Gauss-Newton by a Cholesky factorisation with a row for each output of the batch.
+
+    On softmax, version 1.0.1 does not solve the Gauss-Newton system: of the factors LLᵀ of the curvature of the loss it
+    puts LᵀL in its place. Its steps on squared loss are exact.
+    """
+    return _somax("egn", task, options, lambda: 0.0)
 
 
-def _somax(name: str, task: Task, options: Options, turn_flops: float, **solver: Any) -> Method:
-    """All residuals r, M of them, become one regression of √M r to zero, whose loss is ½ mean over M: ½ Σ r²."""
+def _somax(name: str, task: Task, options: Options, turn_flops: Callable[[], float], **solver: Any) -> Method:
+    """All residuals r, M of them, become one regression of √M r on zero, whose loss is ½ mean over M: ½ Σ r²."""
     somax = importlib.import_module("somax")
-    adapts = options.get("control", "constant") == "trust-region"
+    squared, adapts = task.residuals is not None, options.get("control", "constant") == "trust-region"
 
     def predict(params, batch):
-        if task.residuals is None:
+        if not task.residuals:
             return task.objective.outputs_and_aux(params, batch)[0]
         residuals = ravel_pytree(task.residuals(params, batch))[0]
         return math.sqrt(residuals.size) * residuals
 
-    def data(params, batch):
-        targets = batch["y"] if task.residuals is None else jnp.zeros_like(jax.eval_shape(predict, params, batch))
-        return {"x": batch, "y": targets}
-
-    method = getattr(somax, f"{name}_{'ce' if task.residuals is None else 'mse'}")(
+    method = getattr(somax, f"{name}_{'mse' if squared else 'ce'}")(
         predict_fn=predict,
         learning_rate=options["learning_rate"],
-        lam0=options.get("damping", 1.0),
         lam_policy="trust_region" if adapts else "const",
         record_rho_every_k=1 if adapts else -1,
         **solver,
     )
 
-    def step(params, state, batch, key):
-        return method.step(params, data(params, batch), state, key)[:2]
+    def init(params, batch, key):
+        state = method.init(params)
+        damping = jnp.asarray(options["damping"], state.damp_state.lam.dtype)
+        return state.replace(damp_state=state.damp_state.replace(lam=damping))
 
-    return counting(lambda params, batch, key: method.init(params), step, turn_flops)
+    def step(params, state, batch, key):
+        targets = jnp.zeros_like(jax.eval_shape(predict, params, batch)) if squared else batch["y"]
+        return method.step(params, {"x": batch, "y": targets}, state, key)[:2]
+
+    return counting(init, step, turn_flops)
 
 
 # Kfac-jax: https://github.com/google-deepmind/kfac-jax.
@@ -181,13 +204,25 @@ _INVERSE_PERIOD, _DAMPING_PERIOD = 5, 5  # its defaults
 
 
 def kfac(task: Task, options: Options) -> Method:
-    """K-FAC that adapts damping, momentum and learning rate, the last two from a quadratic model; tuned: first damping.
+    """K-FAC that adapts damping, momentum and learning rate as in its README, without burn-in; tuned: first damping.
 
-    Its own staging is no obstacle: of the count of steps, which it wants in Python, it uses only whether the damping is
-    due, so a conditional chooses between two staged steps. There is no burn-in. Counted as a step is one with all that is
-    periodic in it; turns are the refreshed inverses, so that steps without one are charged none.
+    Of the count of steps, which it wants in Python, it uses only whether damping is due: a conditional between two
+    staged steps can be traced. A step is counted with all that is periodic in it; turns are the steps that refreshed
+    the inverses, so that the others are not charged for them.
     """
-    optimizer = _kfac_optimizer(_kfac_loss(task))
+    kfac_jax = importlib.import_module("kfac_jax")
+
+    def loss(params, batch):
+        if not task.residuals:
+            logits = task.objective.outputs_and_aux(params, batch)[0]
+            kfac_jax.register_softmax_cross_entropy_loss(logits, batch["y"])
+            return task.objective.loss_of(logits, batch)
+        (residuals,) = jax.tree.leaves(task.residuals(params, batch))
+        errors = math.sqrt(len(residuals)) * residuals
+        kfac_jax.register_squared_error_loss(errors, jnp.zeros_like(errors), weight=0.5)
+        return 0.5 * jnp.square(errors).sum() / len(errors)
+
+    optimizer = _kfac_optimizer(loss)
 
     def init(params, batch, key):
         state = optimizer.init(params, key, batch)
@@ -195,24 +230,23 @@ def kfac(task: Task, options: Options) -> Method:
         return state
 
     def step(params, state, batch, key):
-        jax.eval_shape(optimizer.init, params, key, batch)  # its tags are found in `init`, perhaps another instance's
+        jax.eval_shape(optimizer.init, params, key, batch)  # finds the layers, for an instance whose `init` is not used
 
-        def staged(count: int, params, state):
+        def staged(count, params, state):
             return optimizer.step(params, state, key, batch=batch, global_step_int=count)[:2]
 
         due = (state.step_counter + 1) % _DAMPING_PERIOD == 0
-        with_damping, without = (functools.partial(staged, count) for count in (_DAMPING_PERIOD - 1, _DAMPING_PERIOD))
-        return jax.lax.cond(due, with_damping, without, params, state)
-
-    def turn_flops():
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        state = jax.eval_shape(init, params_shapes(task), batch_shapes(task, _examples(task, options)), key)
-        caches = jax.tree.leaves([block.cache for block in state.estimator_state.blocks_states])
-        inverse = importlib.import_module("kfac_jax").utils.psd_inv
-        return sum(flops(inverse, matrix) for matrix in caches if matrix.ndim == 2)
+        branches = [functools.partial(staged, count) for count in (_DAMPING_PERIOD - 1, _DAMPING_PERIOD)]
+        return jax.lax.cond(due, *branches, params, state)
 
     def turns(state):
         return ((state.step_counter - 1) % _INVERSE_PERIOD == 0).astype(jnp.int32)
+
+    def turn_flops():
+        batch = batch_shapes(task, _examples(task, options))
+        state = jax.eval_shape(lambda params, batch: init(params, batch, jax.random.key(0)), params_shapes(task), batch)
+        inverses = jax.tree.leaves([block.cache for block in state.estimator_state.blocks_states])
+        return sum(flops(kfac_jax.utils.psd_inv, matrix) for matrix in inverses if matrix.ndim == 2)
 
     return Method(init, step, turns=turns, turn_flops=turn_flops)
 
@@ -229,24 +263,6 @@ def _kfac_optimizer(loss: Callable[[Params, Batch], jax.Array]) -> Any:
         damping_adaptation_interval=_DAMPING_PERIOD,
         num_burnin_steps=0,
     )
-
-
-def _kfac_loss(task: Task) -> Callable[[Params, Batch], jax.Array]:
-    """The task's loss, registered."""
-    kfac_jax = importlib.import_module("kfac_jax")
-
-    def softmax(params, batch):
-        logits = task.objective.outputs_and_aux(params, batch)[0]
-        kfac_jax.register_softmax_cross_entropy_loss(logits, batch["y"])
-        return task.objective.loss_of(logits, batch)
-
-    def squared(params, batch):
-        (residuals,) = jax.tree.leaves(task.residuals(params, batch))  # pyright: ignore[reportOptionalCall]
-        errors = math.sqrt(len(residuals)) * residuals
-        kfac_jax.register_squared_error_loss(errors, jnp.zeros_like(errors), weight=0.5)
-        return 0.5 * jnp.square(errors).sum() / len(errors)
-
-    return softmax if task.residuals is None else squared
 
 
 def _trace_kfac_step() -> None:
@@ -267,50 +283,56 @@ def _trace_kfac_step() -> None:
 
 
 def optimistix_gn(task: Task, options: Options) -> Method:
-    """Undamped Gauss-Newton steps of a fixed length; 1 is what it takes by itself."""
+    """Undamped Gauss-Newton steps of a fixed length, which is 1 by default; by QR where the Jacobian is small."""
     optimistix, equinox = importlib.import_module("optimistix"), importlib.import_module("equinox")
-    parameters, residuals = _size(params_shapes(task)), _size(_residual_shapes(task))
-    dense = min(parameters, residuals) <= 1024 and parameters * residuals <= 2**24
-    solver = optimistix.GaussNewton(0.0, 0.0, linear_solver=_linear_solver(dense, options))
+    parameters, rows = _size(params_shapes(task)), _size(_output_shapes(task))
+    dense = _is_dense(options, min(parameters, rows) <= 1024 and parameters * rows <= 2**24)
+    solver = optimistix.GaussNewton(0.0, 0.0, linear_solver=_linear_solver(options, dense))
     rate = jnp.asarray(options["learning_rate"], float)
     solver = equinox.tree_at(lambda solver: solver.search.learning_rate, solver, rate)
-    # A dense Jacobian comes from as many products as it has columns forwards, rows backwards.
-    jac = "bwd" if _dense(dense, options) and residuals < parameters else "fwd"
-    return _optimistix(task, options, solver, jac, lambda state: state)
+    # A dense Jacobian takes a product for each of its columns forwards, of its rows backwards.
+    return _optimistix(task, options, solver, dense, jac="bwd" if dense and rows < parameters else "fwd")
 
 
 def optimistix_lm(task: Task, options: Options) -> Method:
-    """Levenberg-Marquardt; tuned: first λ, the inverse of what it calls the step size of its trust region.
+    """Levenberg-Marquardt; tuned: first λ, the inverse of its step size, which is 1 by default.
 
-    By QR, its default, of the Jacobian on top of √λ times the identity where that is small.
+    By QR, its default, where the square matrix of √λ below the Jacobian is small.
     """
     optimistix, equinox = importlib.import_module("optimistix"), importlib.import_module("equinox")
-    linear_solver = _linear_solver(_size(params_shapes(task)) <= 512, options)
-    solver = optimistix.LevenbergMarquardt(0.0, 0.0, linear_solver=linear_solver)
+    dense = _is_dense(options, _size(params_shapes(task)) <= 512)
+    solver = optimistix.LevenbergMarquardt(0.0, 0.0, linear_solver=_linear_solver(options, dense))
 
     def start(state):
-        step_size = state.search_state.step_size
-        first = jnp.asarray(1.0 / options["damping"], step_size.dtype)
-        return equinox.tree_at(lambda state: state.search_state.step_size, state, first)
+        return equinox.tree_at(
+            lambda state: state.search_state.step_size, state, jnp.asarray(1 / options["damping"], float)
+        )
 
-    return _optimistix(task, options, solver, "fwd", start)
-
-
-def _dense(fits: bool, options: Options) -> bool:
-    return {"auto": fits, "qr": True, "cg": False}[options.get("solver", "auto")]
+    return _optimistix(task, options, solver, dense, start)
 
 
-def _linear_solver(fits: bool, options: Options) -> Any:
-    """QR, or conjugate gradients on the normal equations (on JJᵀ where residuals are fewer than parameters)."""
+def _is_dense(options: Options, small: bool) -> bool:
+    return {"auto": small, "qr": True, "cg": False}[options.get("solver", "auto")]
+
+
+def _linear_solver(options: Options, dense: bool) -> Any:
+    """QR, or conjugate gradients on the normal equations, or on JJᵀ where residuals are fewer than unknowns."""
     lineax = importlib.import_module("lineax")
-    if _dense(fits, options):
+    limits = {"rtol": options.get("rtol", 1e-3), "atol": 1e-8, "max_steps": options.get("max_steps", 100)}
+    if dense:
         return lineax.QR()
-    inner = lineax.CG(rtol=options.get("rtol", 1e-3), atol=1e-8, max_steps=options.get("max_steps", 100))
-    return lineax.Normal(inner) if hasattr(lineax, "Normal") else lineax.NormalCG(**vars(inner))
+    return lineax.Normal(lineax.CG(**limits)) if hasattr(lineax, "Normal") else lineax.NormalCG(**limits)
 
 
-def _optimistix(task: Task, options: Options, solver: Any, jac: str, start: Callable[[Any], Any]) -> Method:
-    """Tolerances are zero: a run ends with its budget. The first step only evaluates, and one that is refused stays put."""
+def _optimistix(
+    task: Task,
+    options: Options,
+    solver: Any,
+    dense: bool,
+    start: Callable[[Any], Any] = lambda state: state,
+    jac: str = "fwd",
+) -> Method:
+    """Its tolerances are zero: a run ends with its budget. The first step evaluates and does not move."""
     equinox = importlib.import_module("equinox")
     residuals: Any = task.residuals
 
@@ -321,51 +343,54 @@ def _optimistix(task: Task, options: Options, solver: Any, jac: str, start: Call
         shapes = jax.eval_shape(residuals, params, batch)
         return start(solver.init(with_aux, params, batch, {"jac": jac}, shapes, None, frozenset()))
 
+    def init(params, batch, key):
+        return equinox.filter(begin(params, batch), equinox.is_array)
+
     def step(params, state, batch, key):
-        # Functions in the state do not pass through a compiled loop; those of any initial state are the same.
+        # Functions in its state do not pass through a compiled loop; those of any first state are the same.
         shapes = equinox.filter_eval_shape(begin, params, batch)
         functions = equinox.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
         state = equinox.combine(state, functions)
         params, state, _ = solver.step(with_aux, params, batch, {"jac": jac}, state, frozenset())
         return params, equinox.filter(state, equinox.is_array)
 
-    def init(params, batch, key):
-        return equinox.filter(begin(params, batch), equinox.is_array)
-
-    return counting(init, step, _product_flops(task, options))
+    return counting(init, step, lambda: 0.0 if dense else product_flops(task, _examples(task, options)))
 
 
 # Jaxopt: https://jaxopt.github.io.
 
 
 def jaxopt_gn(task: Task, options: Options) -> Method:
-    """Undamped full Gauss-Newton steps by conjugate gradients; nothing can be tuned."""
-    return _jaxopt(task, options, "GaussNewton")
+    """Undamped full Gauss-Newton steps by conjugate gradients; it has nothing to tune."""
+    return _jaxopt("GaussNewton", task, options)
 
 
 def jaxopt_lm(task: Task, options: Options) -> Method:
-    """Levenberg-Marquardt by conjugate gradients, its default; tuned: first λ, relative to the largest element of diag JᵀJ."""
-    return _jaxopt(task, options, "LevenbergMarquardt", damping_parameter=options["damping"])
+    """Levenberg-Marquardt by conjugate gradients, its default; tuned: first λ over the largest element of diag JᵀJ."""
+    return _jaxopt("LevenbergMarquardt", task, options, damping_parameter=options["damping"])
 
 
-def _jaxopt(task: Task, options: Options, name: str, **settings: Any) -> Method:
+def _jaxopt(name: str, task: Task, options: Options, **settings: Any) -> Method:
     """It wants parameters and residuals as vectors."""
-    jaxopt = importlib.import_module("jaxopt")
     unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params_shapes(task)))[1]
     residuals: Any = task.residuals
-    solver = getattr(jaxopt, name)(lambda flat, batch: ravel_pytree(residuals(unravel(flat), batch))[0], **settings)
+
+    def flat_residuals(flat, batch):
+        return ravel_pytree(residuals(unravel(flat), batch))[0]
+
+    solver = getattr(importlib.import_module("jaxopt"), name)(flat_residuals, **settings)
 
     def init(params, batch, key):
         flat = ravel_pytree(params)[0]
         state = solver.init_state(flat, batch)
-        later = jax.eval_shape(solver.update, flat, state, batch).state
+        later = jax.eval_shape(solver.update, flat, state, batch).state  # its first state has other dtypes
         return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), state, later)
 
     def step(params, state, batch, key):
         flat, state = solver.update(ravel_pytree(params)[0], state, batch)
         return unravel(flat), state
 
-    return counting(init, step, _product_flops(task, options))
+    return counting(init, step, lambda: product_flops(task, _examples(task, options)))
 
 
 # How often loops turn.
@@ -378,7 +403,7 @@ class Counted(NamedTuple):
     turns: jax.Array
 
 
-def counting(init: Callable[..., Any], step: Callable[..., Any], turn_flops: float) -> Method:
+def counting(init: Callable[..., Any], step: Callable[..., Any], turn_flops: Callable[[], float]) -> Method:
     """A method that counts the turns of the step's loops whose length depends on the data."""
 
     def begin(params, batch, key):
@@ -391,7 +416,7 @@ def counting(init: Callable[..., Any], step: Callable[..., Any], turn_flops: flo
         params, inner = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         return params, Counted(inner, turns)
 
-    return Method(begin, advance, turns=lambda state: state.turns, turn_flops=lambda: turn_flops)
+    return Method(begin, advance, turns=lambda state: state.turns, turn_flops=turn_flops)
 
 
 def _evaluate(closed: Any, arguments: Sequence[Any]) -> tuple[list[Any], jax.Array]:
@@ -445,33 +470,3 @@ def _loop(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax.
 
     turns, *outputs = jax.lax.while_loop(goes_on, turn, [jnp.int32(0), *start])
     return outputs, turns
-
-
-# Sizes.
-
-
-def _examples(task: Task, options: Options | None = None) -> int:
-    wanted = (options or {}).get("batch", "mini")
-    if task.batch_size is None or wanted == "full":
-        return task.train_size
-    return task.batch_size if wanted == "mini" else min(wanted, task.train_size)
-
-
-def _product_flops(task: Task, options: Options) -> float:
-    return product_flops(task, _examples(task, options))
-
-
-def _output_shapes(task: Task) -> Any:
-    def outputs(params, batch):
-        return task.objective.outputs_and_aux(params, batch)[0]
-
-    return jax.eval_shape(outputs, params_shapes(task), batch_shapes(task, _examples(task)))
-
-
-def _residual_shapes(task: Task) -> Any:
-    residuals: Any = task.residuals
-    return jax.eval_shape(residuals, params_shapes(task), batch_shapes(task, _examples(task)))
-
-
-def _size(shapes: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -115,7 +115,7 @@ class Study:
             yield from self._all_at_once(listener, executor)
 
     def _plan(self, entry: Entry) -> Generator[list[Job], list[Record], list[Record]]:
-        if entry.contestant.reason_absent() or entry.contestant.reason_unfit(self.task):
+        if _reason_not_to(entry, self.task):
             entry = dataclasses.replace(entry, grid=entry.grid[:1])  # one record tells the reason
         task = self.task.name if self.by_name else self.task
         job = functools.partial(Job, task, entry, work=self.work, command=self.command)
@@ -208,8 +208,7 @@ def make(job: Job, on_progress: Callable[[float], None] = lambda fraction: None)
     record = job.blank
     try:
         task = _load(job.task) if isinstance(job.task, str) else job.task
-        reason = job.entry.contestant.reason_absent() or job.entry.contestant.reason_unfit(task)
-        if reason:
+        if reason := _reason_not_to(job.entry, task):
             return {**record, "reason": reason}
         name = job.task if isinstance(job.task, str) else id(job.task)
         with task.precision():
@@ -217,6 +216,12 @@ def make(job: Job, on_progress: Callable[[float], None] = lambda fraction: None)
             return {**record, **program.run(job.number, job.seed, on_progress)}
     except Exception as error:  # a contestant may fail in any way; the others go on
         return {**record, "reason": _one_line(error)}
+
+
+def _reason_not_to(entry: Entry, task: Task) -> str | None:
+    """Why the entry cannot run here or on the task, if it cannot."""
+    with task.precision():
+        return entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
 
 
 def facts(task: Task) -> TaskFacts:

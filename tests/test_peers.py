@@ -1,0 +1,218 @@
+import dataclasses
+import importlib.metadata
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnlin.compare import peers
+from gnlin.compare.cost import flops
+from gnlin.compare.tasks.diabetes import diabetes
+from gnlin.compare.tasks.digits import digits
+
+
+@pytest.fixture(autouse=True)
+def _third_party():
+    """The peers are written for the usual promotion of dtypes and shapes."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def narrow(task, size):
+    """The same task with few examples, full batch, and a narrow network."""
+
+    def init(key):
+        widths = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(task.init, key)) if leaf.ndim == 2]
+        sizes = [widths[0][0], 6, widths[-1][1]]
+        keys = jax.random.split(key)
+        weights = [
+            jax.random.normal(k, s) / np.sqrt(s[0]) for k, s in zip(keys, itertools.pairwise(sizes), strict=True)
+        ]
+        return [{"w": w, "b": jnp.zeros(w.shape[1])} for w in weights]
+
+    train = jax.tree.map(lambda leaf: leaf[:size], task.train)
+    return dataclasses.replace(task, init=init, train=train, batch_size=None)
+
+
+REGRESSION, CLASSIFICATION = narrow(diabetes(), 30), narrow(digits(), 24)
+
+
+def steps(build, task, options, count):
+    """(losses, turns) of a run that is compiled whole, the tuned number a traced one."""
+
+    def run(options, params, batch, key):
+        method = build(task, options)
+
+        def one(carry, key):
+            params, state = method.step(*carry, batch, key)
+            turns = method.turns(state)
+            return (params, state), (task.objective.value(params, batch), -1 if turns is None else turns)
+
+        carry = params, method.init(params, batch, key)
+        return jax.lax.scan(one, carry, jax.random.split(key, count))[1]
+
+    fixed = {name: value for name, value in options.items() if isinstance(value, str)}
+    tuned = {name: jnp.float32(value) for name, value in options.items() if name not in fixed}
+    arguments = task.init(jax.random.key(0)), jax.tree.map(jnp.asarray, task.train), jax.random.key(1)
+    losses, turns = jax.jit(lambda tuned, *rest: run({**fixed, **tuned}, *rest))(tuned, *arguments)
+    return np.asarray(losses), np.asarray(turns)
+
+
+def check(build, task, options, count=8, fall=0.7):
+    """The loss falls, and work is counted: the turns of each step, and gradient-equivalents of a turn."""
+    losses, turns = steps(build, task, options, count)
+    params, key = task.init(jax.random.key(0)), jax.random.key(0)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < fall * float(task.objective.value(params, task.train))
+    method = build(task, options)
+    gradient = flops(task.objective.value_and_grad, params, task.train)
+    state = jax.eval_shape(method.init, params, task.train, key)
+    assert flops(method.step, params, state, task.train, key) > gradient
+    return turns, method.turn_flops() / gradient
+
+
+# Least squares.
+
+
+def test_optimistix_levenberg_marquardt():
+    turns, turn = check(peers.optimistix_lm, REGRESSION, {"damping": 0.1, "solver": "cg"})
+    assert (turns > 1).all()
+    assert 0.5 < turn < 4
+
+
+def test_optimistix_gauss_newton():
+    turns, turn = check(peers.optimistix_gn, REGRESSION, {"learning_rate": 0.25})
+    assert not turns.any()
+    assert turn == 0
+
+
+def test_jaxopt_levenberg_marquardt():
+    turns, turn = check(peers.jaxopt_lm, REGRESSION, {"damping": 0.1})
+    assert (turns > 1).all()
+    assert 0.5 < turn < 4
+
+
+def test_jaxopt_gauss_newton():
+    turns, _ = check(peers.jaxopt_gn, REGRESSION, {}, count=8)
+    assert (turns > 1).all()
+
+
+def test_turns_are_those_of_the_loop():
+    """Conjugate gradients on a diagonal matrix turn once for each of its distinct elements, under any nesting."""
+
+    def step(params, state, batch, key):
+        def solve(right):
+            return jax.scipy.sparse.linalg.cg(lambda x: batch * x, right, tol=1e-5)[0]
+
+        return jax.lax.cond(params.sum() > 0, jax.jit(solve), lambda right: right, params), state
+
+    method = peers.counting(lambda params, batch, key: (), step, lambda: 7.0)
+    batch, key = jnp.array([1.0, 2.0, 2.0, 5.0]), jax.random.key(0)
+    for params, expected in ((jnp.ones(4), 3), (-jnp.ones(4), 0)):
+        solved, state = jax.jit(method.step)(params, method.init(params, batch, key), batch, key)
+        assert int(method.turns(state)) == expected
+        np.testing.assert_allclose(solved, params / batch if expected else params, rtol=1e-5)
+    assert method.turn_flops() == 7.0
+
+
+def test_least_squares_only():
+    for unfit in (peers.least_squares_unfit, peers.jaxopt_lm_unfit):
+        assert unfit(REGRESSION) is None
+        assert "least squares" in str(unfit(CLASSIFICATION))
+
+
+def test_too_large_for_jaxopt():
+    wide = dataclasses.replace(REGRESSION, init=lambda key: [{"w": jnp.zeros((10, 9000)), "b": jnp.zeros(9000)}])
+    assert "in memory" in str(
+        peers.jaxopt_lm_unfit(dataclasses.replace(wide, residuals=lambda params, batch: batch["y"]))
+    )
+
+
+# Either loss.
+
+
+@pytest.mark.parametrize("unfit", [peers.somax_unfit, peers.somax_egn_unfit, peers.kfac_unfit])
+def test_fit_either_loss_and_not_another(unfit):
+    assert unfit(REGRESSION) is None
+    assert unfit(CLASSIFICATION) is None
+    summed = dataclasses.replace(
+        CLASSIFICATION.objective, loss=lambda z, batch: 2 * CLASSIFICATION.objective.loss(z, batch)
+    )
+    assert "cross-entropy" in str(unfit(dataclasses.replace(CLASSIFICATION, objective=summed)))
+
+
+def test_residuals_without_examples_do_not_fit_kfac():
+    assert "axis 0" in str(
+        peers.kfac_unfit(dataclasses.replace(REGRESSION, residuals=lambda params, batch: {"a": params, "b": 0}))
+    )
+
+
+@pytest.mark.parametrize("task", [REGRESSION, CLASSIFICATION], ids=["squared", "softmax"])
+@pytest.mark.parametrize(
+    ("build", "control"),
+    [(peers.somax_sgn, "constant"), (peers.somax_sgn, "trust-region"), (peers.somax_egn, "constant")],
+)
+def test_somax(build, control, task):
+    _skip(peers.somax_absent)
+    turns, _ = check(build, task, {"learning_rate": 0.5, "damping": 0.1, "control": control})
+    assert (turns > 0).all() == (build is peers.somax_sgn)
+
+
+@pytest.mark.parametrize("task", [REGRESSION, CLASSIFICATION], ids=["squared", "softmax"])
+def test_kfac(task):
+    _skip(peers.kfac_absent)
+    turns, turn = check(peers.kfac, task, {"damping": 0.1}, count=12)
+    assert turns.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0]
+    assert turn > 0
+
+
+def _skip(reason):
+    if reason() is not None:
+        pytest.skip(str(reason()))
+
+
+# What is not there.
+
+
+@pytest.mark.parametrize(
+    ("absent", "remedy"),
+    [
+        (peers.somax_absent, "pip install python-somax"),
+        (peers.kfac_absent, 'pip install "kfac-jax @ git+https://'),
+        (peers.optimistix_absent, "pip install optimistix"),
+        (peers.jaxopt_absent, "pip install jaxopt"),
+    ],
+)
+def test_remedy_where_a_library_is_absent(absent, remedy, monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert f"is not installed: {remedy}" in str(absent())
+    assert "\n" not in str(absent())
+
+
+def test_remedy_where_a_library_does_not_run(monkeypatch):
+    def broken(name):
+        raise AttributeError(name)
+
+    peers._error.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: None if name == "somax" else "0.0.8")
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert f"kfac-jax 0.0.8 does not run on JAX {jax.__version__} (AttributeError): pip" in str(peers.kfac_absent())
+    assert "--upgrade python-somax" in str(peers.somax_absent())
+    peers._error.cache_clear()
+
+
+def test_the_other_somax_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    assert "pip uninstall somax" in str(peers.somax_absent())
+
+
+def test_peers_of_the_test_environment_are_there():
+    assert peers.optimistix_absent() is None
+    assert peers.jaxopt_absent() is None
