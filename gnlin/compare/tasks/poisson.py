@@ -26,7 +26,7 @@ def poisson_pinn() -> Task:
     Network: inputs moved to the square [−1, 1]², a tanh hidden layer, linear output; 129 parameters, weights are
     normal / √fan-in, biases zero. Second derivatives let the curvature range over many orders of magnitude, which is
     where methods without it end; float64 is for those that get past that.
-    Budget: 100 000 gradients; target is a training loss of 1e-5.
+    Budget: 50 000 gradients; target is a training loss of 1e-5.
     """
     generator = np.random.default_rng(0)
     interior = generator.uniform(size=(INTERIOR, 2))
@@ -45,7 +45,7 @@ def poisson_pinn() -> Task:
         held_out={"x": grid, "u": solution(grid)},
         quality=Quality("relative L2 error", Objective(at_points, relative_error), solved=1e-4, higher_is_better=False),
         batch_size=None,
-        work=100_000,
+        work=50_000,
         target=1e-5,
         residuals=residuals,
         double=True,
