@@ -522,6 +522,10 @@ def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, 
     assert calls[7] == calls[8]
     assert (records.parent / "report.html").exists()
     assert command("report", records.parent).exit_code == 0
+    (records.parent / "task.json").unlink()
+    result = command("report", records.parent)
+    assert result.exit_code == 2
+    assert "says nothing of the task 'digits'; run the comparison's command again" in result.output.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def make_report(
     """Make DIR/report.html, figures and CSV files from the runs in DIR, and print the tables."""
     with _in_one_line():
         records, known = read(directory), read_facts(directory)
+        if unknown := {record["task"] for record in records} - known.keys():
+            raise RecordsError(
+                f"{directory} says nothing of the task {min(unknown)!r}; run the comparison's command again"
+            )
         console = _console()
         for name in known:
             rows = summary.summarise([record for record in records if record["task"] == name], known)

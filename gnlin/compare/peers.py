@@ -90,14 +90,18 @@ def least_squares_unfit(task: Task) -> str | None:
     return None if task.residuals is not None else f"task {task.name!r} is not least squares"
 
 
-def jaxopt_lm_unfit(task: Task) -> str | None:
-    """Its first λ is relative to diag JᵀJ, which it gets from the products with all unit vectors at once."""
+def jaxopt_unfit(task: Task) -> str | None:
+    """Both solvers are unbounded in effect: ten turns for each parameter where single precision does not converge.
+
+    That is hours in one step on a wide network. The first λ, relative to diag JᵀJ, takes the products with all unit
+    vectors at once, and with them the memory.
+    """
     if reason := least_squares_unfit(task):
         return reason
     parameters, rows = _size(params_shapes(task)), _size(_output_shapes(task))
     if parameters * (parameters + rows) <= 2**27:
         return None
-    return f"the initial damping of jaxopt wants {parameters} products with {rows} residuals in memory at once"
+    return f"a step of jaxopt may take {10 * parameters} turns over {rows} residuals, and nothing interrupts it"
 
 
 def somax_unfit(task: Task) -> str | None:
