@@ -120,7 +120,9 @@ def test_families_stand_for_their_members():
 
 
 def test_everyone_is_tuned_over_five_values():
-    assert {len(parse(name).grid) for name in CONTESTANTS} == {5}
+    assert {name: len(parse(name).grid) for name in CONTESTANTS} == {
+        name: 1 if name == "jaxopt-gn" else 5 for name in CONTESTANTS
+    }
 
 
 # Cost.
@@ -206,7 +208,8 @@ def test_every_contestant_trains_within_its_budget(tiny, name):
     first = trained.run(number, seed=0)
     curve = first["curve"]
     assert first["status"] == "finished"
-    assert curve["step"][0] == curve["cost"][0] == curve["seconds"][0] == 0
+    assert curve["step"][0] == curve["seconds"][0] == 0
+    assert curve["cost"][0] == pytest.approx(2.5 if name == "lbfgs" else 0, abs=0.5)  # its first value and gradient
     assert curve["step"][-1] == first["steps"]
     assert all(np.diff(curve["cost"]) > 0)
     longest = first["cost_per_step"] + 25 * first["cost_per_turn"]

@@ -12,6 +12,7 @@ from gnlin.compare import peers
 from gnlin.compare.cost import flops
 from gnlin.compare.tasks.diabetes import diabetes
 from gnlin.compare.tasks.digits import digits
+from gnlin.compare.turns import counting
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def test_turns_are_those_of_the_loop():
 
         return jax.lax.cond(params.sum() > 0, jax.jit(solve), lambda right: right, params), state
 
-    method = peers.counting(lambda params, batch, key: (), step, lambda: 7.0)
+    method = counting(lambda params, batch, key: (), step, lambda: 7.0)
     batch, key = jnp.array([1.0, 2.0, 2.0, 5.0]), jax.random.key(0)
     for params, expected in ((jnp.ones(4), 3), (-jnp.ones(4), 0)):
         solved, state = jax.jit(method.step)(params, method.init(params, batch, key), batch, key)

@@ -1,13 +1,15 @@
 """Optimisers side by side on real data: ``gnlin compare TASK``, or `run` from Python.
 
 Reading order, which is also the direction in which data flows: `task` and `tasks` (what is trained), `method` (how an
-optimiser is driven), `cost` (the unit of work), `contestants` and `peers` (by what), `entry` (with which options),
-`trial` (one entry, setting and seed to one record), `summary` (records to rows), `records` (where they are kept),
-`study` (which runs, and by whom), `figures` and `report` (rows to pictures, tables and a page), `cli`.
+optimiser is driven), `cost` (the unit of work), `contestant` (what takes part), `optimisers`, `peers` with `turns`, and
+`contestants` (who can), `entry` (who does), `trial` (one entry, setting and seed to one record), `summary` (records to
+rows), `records` (where they are kept), `study` (which runs, and by whom), `figures` and `report` (rows to pictures,
+tables and a page), `api` and `cli` (how one asks).
 """
 
 from gnlin.compare.api import run
-from gnlin.compare.contestants import CONTESTANTS, Contestant, Option, optax_contestant
+from gnlin.compare.contestant import Contestant, Option, optax_contestant
+from gnlin.compare.contestants import CONTESTANTS
 from gnlin.compare.entry import Entry, entries_of
 from gnlin.compare.method import Method, from_optax
 from gnlin.compare.task import DataError, Quality, Task

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gnlin.compare.contestants import Contestant
+from gnlin.compare.contestant import Contestant
 from gnlin.compare.entry import Entry, entries_of
 from gnlin.compare.records import Record, Records, write_facts
 from gnlin.compare.study import Study, facts

@@ -29,10 +29,12 @@ class StepCost:
     Attributes:
         step: gradient-equivalents of a step whose inner loop turns once, or of one without such a loop.
         turn: gradient-equivalents of one more turn, such as a CG iteration; 0 where there is no such loop.
+        start: gradient-equivalents of the first state.
     """
 
     step: float
     turn: float = 0.0
+    start: float = 0.0
 
     def of(self, steps: int, turns: int) -> float:
         """Gradient-equivalents of `steps` steps with `turns` turns among them."""

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gnlin.compare.contestants import CONTESTANTS, DEFAULT, Contestant
+from gnlin.compare.contestant import Contestant
+from gnlin.compare.contestants import CONTESTANTS, DEFAULT
 
 # Sweeps: name of an option or of the tuned number ↦ its values, as text.
 Sweep = Mapping[str, Sequence[str]]

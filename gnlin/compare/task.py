@@ -68,6 +68,12 @@ class Task:
         """Number of training examples."""
         return len(jax.tree.leaves(self.train)[0])
 
+    def examples(self, wanted: str | int) -> int | None:
+        """Examples in a batch that is called ``mini``, ``full`` or by its number; `None` for all training data."""
+        if self.batch_size is None or wanted == "full":
+            return None
+        return self.batch_size if isinstance(wanted, str) else min(wanted, self.train_size)
+
     def batches(self, seed: int, steps: int, size: int) -> np.ndarray:
         """Indices of the examples in each mini-batch, (steps, size).
 

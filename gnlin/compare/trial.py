@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.contestants import batch_size
 from gnlin.compare.cost import StepCost, batch_shapes, flops, params_shapes
 from gnlin.compare.entry import Entry
 from gnlin.compare.task import Task
@@ -30,11 +29,16 @@ def step_cost(task: Task, entry: Entry, unit_flops: float) -> StepCost:
     if not method.traced:
         return StepCost(method.hidden_flops / unit_flops)
     params, key = params_shapes(task), jax.eval_shape(lambda: jax.random.key(0))
-    batch = batch_shapes(task, batch_size(task, entry.options) or task.train_size)
+    batch = batch_shapes(task, _examples(task, entry) or task.train_size)
     state = jax.eval_shape(method.init, params, batch, key)
+    start = flops(method.init, params, batch, key) / unit_flops
     step = (flops(method.step, params, state, batch, key) + method.hidden_flops) / unit_flops
     has_turns = jax.eval_shape(method.turns, state) is not None
-    return StepCost(step, method.turn_flops() / unit_flops if has_turns else 0.0)
+    return StepCost(step, method.turn_flops() / unit_flops if has_turns else 0.0, start)
+
+
+def _examples(task: Task, entry: Entry) -> int | None:
+    return task.examples(entry.options.get("batch", "full"))
 
 
 class Program:
@@ -55,7 +59,7 @@ class Program:
         self.task, self.entry, self.work = task, entry, work
         self.train = jax.tree.map(jnp.asarray, task.train)
         self.held_out = jax.tree.map(jnp.asarray, task.held_out)
-        self.batch_size = batch_size(task, entry.options)
+        self.batch_size = _examples(task, entry)
         params, key, setting = task.init(jax.random.key(0)), jax.random.key(0), self._number(entry.grid[0])
         method = self._method(entry.grid[0])
         self.traced = method.traced
@@ -89,7 +93,7 @@ class Program:
         """
         advance, carry = self._start(number, seed)
         curve: dict[str, list] = {name: [] for name in ("step", "cost", "seconds", *_MEASURES)}
-        cost, seconds, steps = 0.0, 0.0, 0
+        cost, seconds, steps = self.cost.start, 0.0, 0
         self._evaluate(carry, (steps, cost, seconds), curve)
         batches = self._batches(seed)
         while cost < self.work and len(batches[steps : steps + self.chunk_length]) == self.chunk_length:

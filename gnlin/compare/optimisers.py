@@ -1,0 +1,144 @@
+"""The optimisers of Optax and of this package, as methods of the comparison."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+import gnlin
+from gnlin import tree
+from gnlin.compare.contestant import Options
+from gnlin.compare.cost import gradient_flops, params_shapes, product_flops
+from gnlin.compare.method import Method, from_optax
+from gnlin.compare.task import Task
+
+# Parameters up to which `solver=auto` factorises, and beyond which a step costs too many gradients.
+_DENSE_AT_MOST, _FACTORISED_AT_MOST = 1000, 2000
+
+
+# First order, from Optax.
+
+
+def sgd(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.sgd(options["learning_rate"], momentum=options["momentum"]))
+
+
+def adam(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.adam(options["learning_rate"]))
+
+
+def adamw(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.adamw(options["learning_rate"], weight_decay=options["weight_decay"]))
+
+
+def muon(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.contrib.muon(options["learning_rate"]))
+
+
+def lbfgs(task: Task, options: Options) -> Method:
+    """With Optax's zoom line search, whose last value and gradient are those of the next step."""
+    objective = task.objective
+    search = optax.scale_by_zoom_linesearch(
+        max_linesearch_steps=20, initial_guess_strategy="one", max_learning_rate=options["max_step"]
+    )
+    tx = optax.lbfgs(memory_size=options["memory"], linesearch=search)
+
+    def init(params, batch, key):
+        del key
+        value, grads = jax.value_and_grad(objective.value)(params, batch)
+        return optax.tree.set(tx.init(params), value=value, grad=grads)
+
+    def step(params, state, batch, key):
+        del key
+        value, grads = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
+        extras = {"value": value, "grad": grads, "value_fn": objective.value, "batch": batch}
+        updates, state = tx.update(grads, state, params, **extras)
+        return optax.apply_updates(params, updates), state
+
+    return Method(
+        init,
+        step,
+        turns=lambda state: optax.tree.get(state, "num_linesearch_steps"),
+        turn_flops=lambda: gradient_flops(task, _examples(task, options)),
+    )
+
+
+# The family.
+
+_INNER: Mapping[str, Callable[[Options], optax.GradientTransformation]] = {
+    "adam": lambda options: optax.adam(options["learning_rate"]),
+    "sgd": lambda options: optax.sgd(options["learning_rate"], momentum=options["momentum"] or None),
+    "adamw": lambda options: optax.adamw(options["learning_rate"]),
+    "muon": lambda options: optax.contrib.muon(options["learning_rate"]),
+}
+
+
+def iterative_linearisation(task: Task, options: Options) -> Method:
+    tx = gnlin.iterative_linearisation(
+        _INNER[options["inner"]](options),
+        task.objective,
+        options["period"],
+        loss_model=options["loss_model"],
+        reset_inner=options["reset"],
+        line_search=(1.0, 0.5, 0.25) if options["line_search"] else None,
+    )
+    return from_optax(task.objective, tx)
+
+
+def prox_linear(task: Task, options: Options) -> Method:
+    inner = _INNER[options["inner"]](options)
+    tx = gnlin.prox_linear(inner, task.objective, options["steps"], loss_model=options["loss_model"])
+    return from_optax(task.objective, tx)
+
+
+def _solver(task: Task, options: Options) -> Any:
+    small = tree.size(params_shapes(task)) <= _DENSE_AT_MOST
+    if options["solver"] == "dense" or (options["solver"] == "auto" and small):
+        return gnlin.Dense()
+    return gnlin.CG(max_steps=options["max_steps"], rtol=options["rtol"], warm_start=options["warm_start"])
+
+
+def gauss_newton(task: Task, options: Options) -> Method:
+    """Full steps; with ``control=decay`` λ falls from 1, since a small λ diverges while the outputs still move far."""
+    tuned = options["damping"]
+    damping: Any = {
+        "decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned),
+        "constant": tuned,
+        "gain-ratio": gnlin.GainRatio(tuned),
+    }[options["control"]]
+    tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(task, options))
+    return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
+
+
+def levenberg_marquardt(task: Task, options: Options) -> Method:
+    tx = gnlin.levenberg_marquardt(
+        task.objective,
+        initial_damping=options["damping"],
+        scaling=options["scaling"],
+        solver=_solver(task, options),
+    )
+    return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
+
+
+def trust_region(task: Task, options: Options) -> Method:
+    tx = gnlin.levenberg_marquardt(
+        task.objective,
+        initial_damping=gnlin.TrustRegion(options["radius"]),
+        scaling=options["scaling"],
+        solver=gnlin.Dense(),
+    )
+    return from_optax(task.objective, tx)
+
+
+def too_large_to_factorise(task: Task) -> str | None:
+    size = tree.size(params_shapes(task))
+    if size <= _FACTORISED_AT_MOST:
+        return None
+    return f"it factorises a matrix of {size} columns, one for each parameter, at every step; take lm"
+
+
+def _examples(task: Task, options: Options) -> int:
+    return task.examples(options.get("batch", "full")) or task.train_size
