@@ -204,8 +204,9 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
         with Client(dask) as client:
             yield client.get_executor(pure=False)
     elif workers > 1:
-        # Workers of several threads each would get in each other's way.
-        threads = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()}
+        # Workers of several threads each would get in each other's way; those of LAPACK's wait for each other spinning.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+        threads = {"XLA_FLAGS": flags, **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
         executor = loky.ProcessPoolExecutor(workers, initializer=_quiet, env=threads)
         try:
             yield executor
