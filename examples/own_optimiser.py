@@ -10,7 +10,7 @@ import optax
 
 from gnlin.compare import optax_contestant, run
 
-WORK = 0.1  # of the task's budget, to be quick
+WORK = 0.05  # of the task's budget, to be quick
 
 if __name__ == "__main__":
     lion = optax_contestant("lion", optax.lion, grid=(1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2))

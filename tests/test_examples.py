@@ -83,6 +83,19 @@ def test_least_squares_reaches_the_certified_digits(tmp_path):
         assert float(digits) > 8
 
 
+def test_another_optimiser_takes_part(tmp_path):
+    output = run_example("own_optimiser.py", tmp_path)
+    rows = re.findall(r"^(\S+)\s+\S+\s+loss (\S+)  held out ([\d.]+) %$", output, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["adam"] * 5 + ["il:period=16"] * 5 + ["lion"] * 5
+    assert max(float(accuracy) for name, _, accuracy in rows if name == "lion") > 90
+    assert (tmp_path / "gnlin-results" / "own" / "records.jsonl").exists()
+
+
+def test_submission_trains(tmp_path):
+    output = run_example("algoperf_submission.py", tmp_path)
+    assert float(re.search(r"accuracy after 200 steps: ([\d.]+)", output)[1]) > 0.95
+
+
 def test_filter_curves_hold_and_are_drawn(tmp_path, capsys):
     script = runpy.run_path(str(ROOT / "docs" / "filter_curves.py"))
     with enable_x64(True):
