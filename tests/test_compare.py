@@ -424,7 +424,27 @@ def test_a_dask_cluster_makes_the_runs(tmp_path):
     assert [record["status"] for record in runs] == ["finished"] * 6
 
 
-def test_a_worker_that_dies_is_a_reason(tiny):
+def test_workers_that_die_end_the_study_and_not_the_records(tiny, tmp_path):
+    class Killed(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            if self._work_queue.qsize() or self._threads:
+                raise concurrent.futures.BrokenExecutor("killed")
+            return super().submit(function, *arguments)
+
+    class Broken(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            def die():
+                raise concurrent.futures.BrokenExecutor("killed")
+
+            return super().submit(die)
+
+    for executor in (Killed(1), Broken(1)):
+        with pytest.raises(RecordsError, match=r"a worker process died.*run the same command again"):
+            run(tiny, ["adam"], seeds=1, out=tmp_path, executor=executor)
+    assert read(tmp_path) == []
+
+
+def test_what_does_not_travel_is_a_reason(tiny):
     class Dying(concurrent.futures.ThreadPoolExecutor):
         def submit(self, function, *arguments):
             return super().submit(lambda: os.strerror("no number"))

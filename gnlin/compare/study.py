@@ -111,8 +111,14 @@ class Study:
         self._check_budget()
         if executor is None:
             yield from self._one_after_another(listener)
-        else:
+            return
+        try:
             yield from self._all_at_once(listener, executor)
+        except concurrent.futures.BrokenExecutor:
+            raise RecordsError(
+                "a worker process died, perhaps for want of memory; what is finished is kept: "
+                "run the same command again, with fewer workers"
+            ) from None
 
     def _plan(self, entry: Entry) -> Generator[list[Job], list[Record], list[Record]]:
         if _reason_not_to(entry, self.task):
@@ -273,7 +279,9 @@ def _load(name: str) -> Task:
 def _result(future: concurrent.futures.Future, job: Job) -> Record:
     try:
         return future.result()
-    except Exception as error:  # a worker that died
+    except concurrent.futures.BrokenExecutor:
+        raise
+    except Exception as error:  # what did not travel to the worker, or back
         return {**job.blank, "reason": _one_line(error)}
 
 
