@@ -88,6 +88,8 @@ def test_options_are_said_in_words():
         ("sgd:batch=0", "sgd:batch must be mini .the task's., full, or a number of examples; got '0'"),
         ("gn:damping=small", "gn:damping must be a number; got 'small'"),
         ("gn:rtol=nan", "gn:rtol must be a number; got 'nan'"),
+        ("adam:learning_rate=inf", "adam:learning_rate must be a number; got 'inf'"),
+        ("peers:batch=full", "'peers' is a family, which takes no options"),
     ],
 )
 def test_what_is_not_known_is_an_error_that_suggests(word, message):
@@ -111,6 +113,20 @@ def test_sweeps_are_crossed_for_those_that_have_the_option():
         ValueError, match="none of the contestants has an option 'periods' to sweep; did you mean 'period'"
     ):
         entries_of(["il"], {"periods": ["1"]})
+
+
+def test_contestants_of_ones_own_are_swept_and_may_not_share_a_name():
+    lion = optax_contestant("lion", optax.lion, (0.001, 0.01))
+    assert [entry.label for entry in entries_of([lion])] == ["lion"]
+    swept = entries_of([lion], {"learning_rate": ["0.1", "0.2"]})
+    assert [(entry.label, entry.grid) for entry in swept] == [
+        ("lion:learning_rate=0.1", (0.1,)),
+        ("lion:learning_rate=0.2", (0.2,)),
+    ]
+    with pytest.raises(ValueError, match="two contestants are called 'lion'; give one another name"):
+        entries_of([lion, optax_contestant("lion", optax.adam, (0.1,))])
+    close = entries_of(["adam:learning_rate=0.01", "adam:learning_rate=0.01000001"])
+    assert len({entry.label for entry in close}) == 2
 
 
 def test_families_stand_for_their_members():
@@ -294,6 +310,34 @@ def test_what_fails_is_a_record_with_its_reason_and_the_others_go_on(tiny):
     ]
 
 
+def test_two_of_one_name_are_not_mistaken_for_each_other(tiny):
+    losses = [
+        run(tiny, [optax_contestant("x", make, (0.01,))], seeds=1)[0]["curve"]["loss"][-1]
+        for make in (optax.sgd, optax.adam)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_a_batch_that_the_task_cannot_give_is_a_reason(tiny):
+    for task, size in (("diabetes", 8), (tiny, 41)):
+        (record,) = run(task, [f"adam:learning_rate=0.01,batch={size}"], seeds=1)
+        assert record["status"] == "failed"
+        assert f"has no batches of {size}; leave out batch={size}" in record["reason"]
+
+
+def test_steps_whose_loop_does_not_turn_spend_the_budget_too(tiny):
+    """A method that says its loop never turned, in steps of two gradients of which one would be a turn."""
+
+    def build(task, options):
+        adam = CONTESTANTS["adam"].build(task, options)
+        unit = gradient_flops(task)
+        return adam._replace(turns=lambda state: jnp.int32(0), turn_flops=lambda: unit, hidden_flops=unit)
+
+    idle = Contestant("idle", "", build, grid=(0.004,), options=CONTESTANTS["adam"].options)
+    (record,) = run(tiny, [idle], seeds=1)
+    assert record["curve"]["cost"][-1] >= tiny.work
+
+
 def test_an_untraced_method_runs_as_a_traced_one(tiny):
     def build(task, options):
         traced = CONTESTANTS["adam"].build(task, options)
@@ -359,7 +403,10 @@ def test_a_line_that_was_cut_short_is_removed_and_its_run_repeated(tiny, kept, l
         ('{"loss": 3}\n', "line 1 is no record of gnlin compare. Take another --out"),
         ("a note", "line 1 is no record of gnlin compare"),
         (f'{{"schema": {SCHEMA + 1}}}\n', f"line 1 has schema {SCHEMA + 1}, and this version of gnlin reads {SCHEMA}"),
-        (f'{{"schema": {SCHEMA}, "task": "digits"}}\n', "line 1 lacks contestant, curve"),
+        (
+            f'{{"schema": {SCHEMA}, "task": "digits"}}\n',
+            "line 1 lacks command, compile_seconds, contestant, cost_per_step, cost_per_turn, curve",
+        ),
     ],
 )
 def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, content, message):
@@ -548,7 +595,9 @@ def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, 
     (records.parent / "task.json").unlink()
     result = command("report", records.parent)
     assert result.exit_code == 2
-    assert "says nothing of the task 'digits'; run the comparison's command again" in result.output.replace("\n", " ")
+    assert "says nothing of the task 'digits'; run `gnlin compare digits` into it again" in result.output.replace(
+        "\n", " "
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The comparison from Python."""
 
 import concurrent.futures
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gnlin.compare.contestant import Contestant
-from gnlin.compare.entry import Entry, entries_of
+from gnlin.compare.entry import Entry, entries_of, format_value
 from gnlin.compare.records import Record, Records, write_facts
 from gnlin.compare.study import Study, facts
 from gnlin.compare.task import Task
@@ -34,7 +35,8 @@ def run(
         work: fraction of the task's budget.
         out: directory in which runs are kept as they end, and from which those that are there are taken; `None` keeps
             nothing. ``gnlin report DIR`` makes a page of it.
-        executor: who makes the runs, any `concurrent.futures.Executor`; `None` for this process.
+        executor: who makes the runs, a `concurrent.futures.Executor` of threads, of loky or of Dask; the processes of the
+            standard library cannot be handed a contestant. `None` for this process.
 
     Returns:
         One plain dictionary for each run: ``task``, ``label``, ``options``, ``setting``, ``seed``, ``status``,
@@ -54,8 +56,8 @@ def run(
     """
     if isinstance(task, str) and task not in TASKS:
         raise ValueError(f"`task` must be one of {', '.join(TASKS)}, or a Task; got {task!r}")
-    if seeds < 1 or not work > 0:
-        raise ValueError(f"`seeds` and `work` must be positive; got {seeds!r} and {work!r}")
+    if seeds < 1 or not 0 < work < math.inf:
+        raise ValueError(f"`seeds` and `work` must be positive and finite; got {seeds!r} and {work!r}")
     problem = TASKS[task]() if isinstance(task, str) else task
     entries = entries_of(
         contestants, {name: [_text(value) for value in values] for name, values in (sweep or {}).items()}
@@ -74,4 +76,4 @@ def run(
 
 
 def _text(value: Any) -> str:
-    return "never" if value is None else str(value)
+    return format_value(value)

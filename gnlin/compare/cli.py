@@ -3,11 +3,14 @@
 import concurrent.futures
 import contextlib
 import difflib
+import math
 import os
 import shlex
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +25,7 @@ import gnlin
 from gnlin.compare import report, summary
 from gnlin.compare.contestants import CONTESTANTS, DEFAULT
 from gnlin.compare.entry import Entry, UsageError, entries_of, format_value
-from gnlin.compare.records import Records, RecordsError, read, read_facts, write_facts
+from gnlin.compare.records import Record, Records, RecordsError, read, read_facts, write_facts
 from gnlin.compare.study import Job, Study, facts
 from gnlin.compare.task import DataError, Task
 from gnlin.compare.tasks import TASKS, describe
@@ -72,8 +75,8 @@ def compare(
     Every run is kept as soon as it ends. After Ctrl-C, or anything worse, the same command goes on where it was.
     """
     with _in_one_line():
-        if not work > 0:
-            raise UsageError(f"--work must be positive; got {work:g}")
+        if not 0 < work < math.inf:
+            raise UsageError(f"--work must be positive and finite; got {work:g}")
         entries = entries_of(contestants or [], _sweeps(sweep or []))
         problem = _task(task)
         directory = out or Path("gnlin-results") / task
@@ -94,7 +97,7 @@ def compare(
         finally:
             records.close()
         _show(study, directory, console)
-        page = report.write(directory, read(directory), read_facts(directory))
+        page = report.write(directory, *_results(directory))
         console.print(f"\nReport: {page}\nRecords: {records.path}", soft_wrap=True, highlight=False)
 
 
@@ -104,11 +107,7 @@ def make_report(
 ) -> None:
     """Make DIR/report.html, figures and CSV files from the runs in DIR, and print the tables."""
     with _in_one_line():
-        records, known = read(directory), read_facts(directory)
-        if unknown := {record["task"] for record in records} - known.keys():
-            raise RecordsError(
-                f"{directory} says nothing of the task {min(unknown)!r}; run the comparison's command again"
-            )
+        records, known = _results(directory)
         console = _console()
         for name in known:
             rows = summary.summarise([record for record in records if record["task"] == name], known)
@@ -201,13 +200,19 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
             from distributed import Client
         except ModuleNotFoundError:
             raise UsageError('--dask needs the package distributed: pip install "gnlin[cluster]"') from None
-        with Client(dask) as client:
+        try:
+            client = Client(dask)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--dask {dask}: no scheduler answers there ({error})") from None
+        with client:
             yield client.get_executor(pure=False)
     elif workers > 1:
         # Workers of several threads each would get in each other's way; those of LAPACK's wait for each other spinning.
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
         threads = {"XLA_FLAGS": flags, **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
-        executor = loky.ProcessPoolExecutor(workers, initializer=_quiet, env=threads)
+        # A worker that took most of an accelerator's memory at once would leave none for the others.
+        threads["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        executor = loky.ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),), env=threads)
         try:
             yield executor
         finally:
@@ -216,9 +221,27 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
         yield None
 
 
-def _quiet() -> None:
-    """Ctrl-C is for the process that keeps the records."""
+def _follow(parent: int) -> None:
+    """In a worker: Ctrl-C is for the process that keeps the records, and with that one it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _results(directory: Path) -> tuple[list[Record], dict[str, summary.TaskFacts]]:
+    """The runs in a directory, and what their tasks are."""
+    records, known = read(directory), read_facts(directory)
+    if not records:
+        raise RecordsError(f"no run has finished in {directory} yet")
+    if unknown := {record["task"] for record in records} - known.keys():
+        task = min(unknown)
+        raise RecordsError(f"{directory} says nothing of the task {task!r}; run `gnlin compare {task}` into it again")
+    return records, known
 
 
 def _task(name: str) -> Task:
@@ -236,7 +259,7 @@ def _sweeps(items: Sequence[str]) -> dict[str, list[str]]:
         name, equals, values = item.partition("=")
         if not equals or not all(values.split(",")):
             raise UsageError(f"--sweep {item}: write option=value,value,...")
-        sweeps[name] = values.split(",")
+        sweeps.setdefault(name, []).extend(values.split(","))
     return sweeps
 
 

@@ -82,7 +82,15 @@ def optax_contestant(
     def build(task: Task, options: Options) -> Method:
         return from_optax(task.objective, make(options[tuned]))
 
-    return Contestant(name, f"{name}, from outside.", build, tuned, tuple(grid), {"batch": batch()}, family="outside")
+    return Contestant(
+        name,
+        f"{name}, from outside.",
+        build,
+        tuned,
+        tuple(float(value) for value in grid),
+        {"batch": batch()},
+        family="outside",
+    )
 
 
 # Forms of options.
@@ -93,7 +101,7 @@ def integer(default: int) -> Option:
 
 
 def number(default: float) -> Option:
-    return Option(default, _number, "a number")
+    return Option(default, finite, "a number")
 
 
 def switch(default: bool) -> Option:
@@ -125,7 +133,7 @@ def _positive_integer(text: str) -> int:
     return int(text)
 
 
-def _number(text: str) -> float:
+def finite(text: str) -> float:
     if not math.isfinite(float(text)):
         raise ValueError(text)
     return float(text)

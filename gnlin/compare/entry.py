@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gnlin.compare.contestant import Contestant
+from gnlin.compare.contestant import Contestant, finite
 from gnlin.compare.contestants import CONTESTANTS, DEFAULT
 
 # Sweeps: name of an option or of the tuned number ↦ its values, as text.
@@ -56,25 +56,29 @@ def entries_of(words: Sequence[str | Contestant | Entry], sweep: Sweep | None = 
             raise UsageError(f"none of the contestants has an option {name!r} to sweep{_nearest(name, known)}")
     unique: dict[str, Entry] = {}
     for entry in entries:
-        unique.setdefault(entry.label, entry)
+        other = unique.setdefault(entry.label, entry)
+        if other.contestant is not entry.contestant or other.options != entry.options:
+            raise UsageError(f"two contestants are called {entry.label!r}; give one another name")
     return list(unique.values())
 
 
-def parse(word: str, more: Mapping[str, str] | None = None) -> Entry:
-    """An entry from ``name:option=value,...``; `more` adds options, and those in the word prevail."""
+def parse(word: str) -> Entry:
+    """An entry from ``name:option=value,...``."""
     name, _, rest = word.partition(":")
     contestant = _known(name)
-    said = {**(more or {}), **_pairs(rest, contestant)}
+    return _entry(contestant, _pairs(rest, contestant))
+
+
+def _entry(contestant: Contestant, said: Mapping[str, str]) -> Entry:
     options = {option: form.default for option, form in contestant.options.items()}
     for option, text in said.items():
         if option == contestant.tuned:
-            options[option] = _value(float, text, contestant, option, "a number")
+            options[option] = _value(finite, text, contestant, option, "a number")
         elif option in contestant.options:
             form = contestant.options[option]
             options[option] = _value(form.parse, text, contestant, option, form.form)
         else:
-            known = _names(contestant)
-            raise UsageError(f"{contestant.name} has no option {option!r}{_nearest(option, known)}")
+            raise UsageError(f"{contestant.name} has no option {option!r}{_nearest(option, _names(contestant))}")
     grid = (options[contestant.tuned],) if contestant.tuned in options else contestant.values(options)
     return Entry(contestant, options, grid, _label(contestant, options))
 
@@ -85,7 +89,10 @@ def format_value(value: Any) -> str:
         return "never"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
 
 
 def _label(contestant: Contestant, options: Mapping[str, Any]) -> str:
@@ -103,14 +110,11 @@ def _label(contestant: Contestant, options: Mapping[str, Any]) -> str:
 def _swept(word: str | Contestant | Entry, sweep: Mapping[str, Sequence[str]]) -> Iterable[Entry]:
     if isinstance(word, Entry):
         return [word]
-    if isinstance(word, Contestant):
-        options = {option: form.default for option, form in word.options.items()}
-        return [Entry(word, options, word.values(options), word.name)]
     contestant = _contestant(word)
-    said = _pairs(word.partition(":")[2], contestant)
+    said = _pairs(word.partition(":")[2], contestant) if isinstance(word, str) else {}
     names = [name for name in sweep if _has(contestant, name) and name not in said]
     return [
-        parse(word, dict(zip(names, values, strict=True)))
+        _entry(contestant, {**dict(zip(names, values, strict=True)), **said})
         for values in itertools.product(*(sweep[name] for name in names))
     ]
 
@@ -135,6 +139,8 @@ def _contestant(word: str | Contestant | Entry) -> Contestant:
 def _known(name: str) -> Contestant:
     if name not in CONTESTANTS:
         families = sorted({contestant.family for contestant in CONTESTANTS.values()})
+        if name in families:
+            raise UsageError(f"{name!r} is a family, which takes no options; give them to its members")
         raise UsageError(f"unknown contestant {name!r}{_nearest(name, [*CONTESTANTS, *families])}")
     return CONTESTANTS[name]
 

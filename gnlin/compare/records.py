@@ -17,7 +17,15 @@ SCHEMA = 1
 RECORDS = "records.jsonl"
 FACTS = "task.json"
 _BEGINNING = '{"schema"'  # of every line
-_KEYS = {"schema", "task", "contestant", "label", "options", "setting", "grid", "seed", "status", "work", "curve"}
+CURVES = ("step", "cost", "seconds", "loss", "quality", "network_loss", "network_quality")
+# What a record must have, and of what type.
+_FIELDS = {
+    **dict.fromkeys(("task", "contestant", "label", "status", "reason", "command"), str),
+    **dict.fromkeys(("options", "setting", "curve", "environment"), dict),
+    **dict.fromkeys(("seed", "steps"), int),
+    **dict.fromkeys(("work", "seconds", "compile_seconds", "cost_per_step", "cost_per_turn"), (int, float)),
+    "grid": list,
+}
 
 
 class RecordsError(Exception):
@@ -49,7 +57,7 @@ class Records:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(directory / ".lock", timeout=0)
             self._lock.acquire()
-            self._file = (directory / RECORDS).open("a+b")
+            self._file = (directory / RECORDS).open("a+b", buffering=0)
         except filelock.Timeout:
             raise RecordsError(
                 f"{directory} is in use by another comparison; wait for it or take another --out"
@@ -77,8 +85,8 @@ class Records:
         if self.path is not None:
             line = json.dumps(_without_nan(record), allow_nan=False).encode() + b"\n"
             try:
-                self._file.write(line)
-                self._file.flush()
+                while line:
+                    line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise RecordsError(
@@ -88,8 +96,10 @@ class Records:
 
     def close(self) -> None:
         if self.path is not None:
-            self._file.close()
-            self._lock.release()
+            try:
+                self._file.close()
+            finally:
+                self._lock.release()
 
     def _cut(self) -> bool:
         """Remove an incomplete last line."""
@@ -139,7 +149,12 @@ def write_facts(directory: Path, facts: TaskFacts) -> None:
 def read_facts(directory: Path) -> dict[str, TaskFacts]:
     path = directory / FACTS
     try:
-        return {name: TaskFacts(**fact) for name, fact in json.loads(path.read_text(encoding="utf-8")).items()}
+        known = {name: TaskFacts(**fact) for name, fact in json.loads(path.read_text(encoding="utf-8")).items()}
+        if not all(
+            isinstance(fact.target, (int, float)) and isinstance(fact.solved, (int, float)) for fact in known.values()
+        ):
+            raise ValueError("target and solved are numbers")
+        return known
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -166,11 +181,12 @@ def _record(path: Path, number: int, line: str) -> Record:
             f"{where} has schema {record['schema']!r}, and this version of gnlin reads {SCHEMA}. Take another --out, "
             "or the version of gnlin that wrote it"
         )
-    if missing := sorted(_KEYS - record.keys()):
-        raise RecordsError(f"{where} lacks {', '.join(missing)}. Delete the line: its run will be done again")
-    record["curve"] = {
-        name: [math.nan if value is None else value for value in values] for name, values in record["curve"].items()
-    }
+    wrong = sorted(name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind))
+    curve = record["curve"] if "curve" in record and "curve" not in wrong else {}
+    wrong += [name for name in CURVES if curve and not isinstance(curve.get(name), list)]
+    if wrong:
+        raise RecordsError(f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again")
+    record["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
     return record
 
 

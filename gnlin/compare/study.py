@@ -2,7 +2,8 @@
 
 Each entry is tuned on seed 0, and the chosen setting then runs on the other seeds: a plan that asks for jobs, is handed
 their records and asks for more. One process carries out the plans one after another; an executor has the jobs of all
-plans at once. Any `concurrent.futures.Executor` will do, of local processes or of a cluster.
+plans at once. Any `concurrent.futures.Executor` will do, of local processes or of a cluster, that shares memory or pickles as
+cloudpickle does: options hold functions.
 """
 
 import concurrent.futures
@@ -19,9 +20,10 @@ import loky
 import optax
 
 import gnlin
+from gnlin.compare.contestants import CONTESTANTS
 from gnlin.compare.cost import gradient_flops
 from gnlin.compare.entry import Entry
-from gnlin.compare.records import SCHEMA, Record, Records, RecordsError
+from gnlin.compare.records import CURVES, SCHEMA, Record, Records, RecordsError
 from gnlin.compare.summary import TaskFacts, choose
 from gnlin.compare.task import Task
 from gnlin.compare.tasks import TASKS, describe
@@ -60,14 +62,12 @@ class Job:
             "compile_seconds": 0.0,
             "cost_per_step": 0.0,
             "cost_per_turn": 0.0,
-            "curve": {name: [] for name in _CURVES},
+            "curve": {name: [] for name in CURVES},
             "environment": environment(),
             "command": self.command,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
 
-
-_CURVES = ("step", "cost", "seconds", "loss", "quality", "network_loss", "network_quality")
 
 # Told as runs end and go on: the job, and the fraction of it that is done.
 Listener = Callable[[Job, float], None]
@@ -186,19 +186,15 @@ class Study:
         for plan in plans:
             if (records := advance(plan)) is not None:
                 yield plan[1], records
-        try:
-            while waiting:
-                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    plan, job, place = waiting.pop(future)
-                    record = _result(future, job)
-                    self.records.add(record)
-                    take(plan, job, place, record)
-                    if (records := advance(plan)) is not None:
-                        yield plan[1], records
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                plan, job, place = waiting.pop(future)
+                record = _result(future, job)
+                self.records.add(record)
+                take(plan, job, place, record)
+                if (records := advance(plan)) is not None:
+                    yield plan[1], records
 
     def _check_budget(self) -> None:
         other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {self.work}
@@ -216,16 +212,17 @@ def make(job: Job, on_progress: Callable[[float], None] = lambda fraction: None)
         task = _load(job.task) if isinstance(job.task, str) else job.task
         if reason := _reason_not_to(job.entry, task):
             return {**record, "reason": reason}
-        name = job.task if isinstance(job.task, str) else id(job.task)
         with task.precision():
-            program = _program(_Compiled(name, job.entry.label, job.work, task, job.entry))
-            return {**record, **program.run(job.number, job.seed, on_progress)}
+            return {**record, **_program(_key(job, task)).run(job.number, job.seed, on_progress)}
     except Exception as error:  # a contestant may fail in any way; the others go on
         return {**record, "reason": _one_line(error)}
 
 
 def _reason_not_to(entry: Entry, task: Task) -> str | None:
     """Why the entry cannot run here or on the task, if it cannot."""
+    size = entry.options.get("batch")
+    if isinstance(size, int) and (task.batch_size is None or size > task.train_size):
+        return f"task {task.name!r} has no batches of {size}; leave out batch={size}"
     with task.precision():
         return entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
 
@@ -252,18 +249,32 @@ def environment() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
-    """What a compiled program is kept under: names, and beside them what they stand for."""
+    """What a compiled program is kept under: names, or what tells objects apart, beside what they stand for."""
 
     task_name: str | int
-    label: str
+    contestant: str | int
+    options: str
     work: float
     task: Task = dataclasses.field(compare=False)
     entry: Entry = dataclasses.field(compare=False)
 
 
+def _key(job: Job, task: Task) -> _Compiled:
+    contestant = job.entry.contestant
+    known = CONTESTANTS.get(contestant.name)
+    return _Compiled(
+        task_name=job.task if isinstance(job.task, str) else id(job.task),
+        contestant=contestant.name if known and known.build is contestant.build else id(contestant),
+        options=repr(sorted(job.entry.options.items())),
+        work=job.work,
+        task=task,
+        entry=job.entry,
+    )
+
+
 @functools.lru_cache(maxsize=8)  # a worker is handed the runs of several entries in turn
 def _program(key: _Compiled) -> Program:
-    return Program(key.task, key.entry, key.work, _unit(dataclasses.replace(key, label="")))
+    return Program(key.task, key.entry, key.work, _unit(dataclasses.replace(key, contestant="", options="")))
 
 
 @functools.lru_cache(maxsize=8)

@@ -75,11 +75,11 @@ def choose(trials: Sequence[Record], target: float) -> Record:
     contestant; held-out data takes no part.
     """
 
-    def badness(record: Record) -> tuple[float, float]:
+    def badness(record: Record) -> tuple[float, float, bool]:
         index = reached(record, target)
         loss = final(record, "loss")
         cost = math.inf if index is None else record["curve"]["cost"][index]
-        return cost, loss if math.isfinite(loss) else math.inf
+        return cost, loss if math.isfinite(loss) else math.inf, record["status"] == "failed"
 
     return min(trials, key=badness)
 

@@ -27,6 +27,8 @@ def step_cost(task: Task, entry: Entry, unit_flops: float) -> StepCost:
     """Work of an entry's steps, in units of `unit_flops` (from `cost.gradient_flops`)."""
     method = entry.contestant.build(task, {**entry.options, entry.contestant.tuned: entry.grid[0]})
     if not method.traced:
+        if not method.hidden_flops > 0:
+            raise ValueError("a method that is not traced must say its `hidden_flops`")
         return StepCost(method.hidden_flops / unit_flops)
     params, key = params_shapes(task), jax.eval_shape(lambda: jax.random.key(0))
     batch = batch_shapes(task, _examples(task, entry) or task.train_size)
@@ -65,7 +67,8 @@ class Program:
         self.traced = method.traced
         self.predict = method.predict
         self.cost = step_cost(task, entry, unit_flops)
-        self.max_steps = max(1, math.ceil(work / self.cost.step))
+        # A step whose loop does not turn at all is the cheapest.
+        self.max_steps = max(1, math.ceil(work / max(self.cost.step - self.cost.turn, 0.1 * self.cost.step)))
         self.chunk_length = max(1, self.max_steps // _CHUNKS) if self.traced else 1
 
         began = time.perf_counter()
