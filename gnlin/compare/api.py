@@ -35,8 +35,8 @@ def run(
         work: fraction of the task's budget.
         out: directory in which runs are kept as they end, and from which those that are there are taken; `None` keeps
             nothing. ``gnlin report DIR`` makes a page of it.
-        executor: who makes the runs, a `concurrent.futures.Executor` of threads, of loky or of Dask; the processes of the
-            standard library cannot be handed a contestant. `None` for this process.
+        executor: who makes the runs, a `concurrent.futures.Executor` of threads, of loky or of Dask; the processes of
+            the standard library cannot be handed a contestant. `None` for this process.
 
     Returns:
         One plain dictionary for each run: ``task``, ``label``, ``options``, ``setting``, ``seed``, ``status``,

@@ -2,8 +2,8 @@
 
 Each entry is tuned on seed 0, and the chosen setting then runs on the other seeds: a plan that asks for jobs, is handed
 their records and asks for more. One process carries out the plans one after another; an executor has the jobs of all
-plans at once. Any `concurrent.futures.Executor` will do, of local processes or of a cluster, that shares memory or pickles as
-cloudpickle does: options hold functions.
+plans at once. Any `concurrent.futures.Executor` will do, of local processes or of a cluster, that shares memory or
+pickles as cloudpickle does: options hold functions.
 """
 
 import concurrent.futures
