@@ -69,7 +69,7 @@ class Program:
         self.cost = step_cost(task, entry, unit_flops)
         # A step whose loop does not turn at all is the cheapest.
         self.max_steps = max(1, math.ceil(work / max(self.cost.step - self.cost.turn, 0.1 * self.cost.step)))
-        self.chunk_length = max(1, self.max_steps // _CHUNKS) if self.traced else 1
+        self.chunk_length = max(1, int(work / self.cost.step) // _CHUNKS) if self.traced else 1
 
         began = time.perf_counter()
         first = self._batch_of(np.zeros(self.batch_size or 0, np.int32))
