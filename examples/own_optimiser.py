@@ -14,7 +14,7 @@ WORK = 0.05  # of the task's budget, to be quick
 
 if __name__ == "__main__":
     lion = optax_contestant("lion", optax.lion, grid=(1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2))
-    runs = run("digits", ["adam", "il:period=16", lion], seeds=1, work=WORK, out="gnlin-results/own")
+    runs = run("digits", ["adam", lion], seeds=1, work=WORK, out="gnlin-results/own")
     for row in runs:
         (rate,) = row["setting"].values()
         last = {name: values[-1] for name, values in row["curve"].items()}
