@@ -159,6 +159,9 @@ def test_loops_of_known_length_and_factorisations_are_counted():
     assert flops(repeated(7, unroll=2), matrix) == pytest.approx(7 * product, rel=0.01)
     assert flops(repeated(7, unroll=True), matrix) == pytest.approx(7 * product, rel=0.01)
     assert flops(nested, matrix) == pytest.approx(12 * product, rel=0.01)
+
+    value_alone = lambda a: jax.value_and_grad(lambda b: repeated(7)(b).sum())(a)[0]  # noqa: E731
+    assert flops(value_alone, matrix) == pytest.approx(7 * product, rel=0.02)
     tall = jax.ShapeDtypeStruct((300, 100), jnp.float32)
     assert flops(lambda a: jnp.linalg.qr(a, mode="r"), tall) == pytest.approx(4 * 100**2 * (300 - 100 / 3), rel=0.05)
     square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
@@ -266,6 +269,7 @@ def test_the_model_being_trained_is_the_linearised_one(tiny):
 
 def test_evaluation_in_pieces_is_that_of_the_whole(tiny, monkeypatch):
     whole = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
+    monkeypatch.setattr("gnlin.compare.trial._WHOLE", 39)
     monkeypatch.setattr("gnlin.compare.trial._PIECE", 16)  # of 40 examples, so that one piece is smaller
     pieces = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
     for name in ("loss", "quality", "network_loss", "network_quality"):

@@ -258,6 +258,29 @@ CASES = [
     accepting("geodesic", CG_STATS | {"acceleration"}, "cg/converged", geodesic_acceleration=0.75),
 ]
 
+# Where a wrapper does the work, the most intricate transform of each kind stands for the others.
+each_kind = pytest.mark.parametrize(
+    "subject",
+    [
+        case
+        for case in CASES
+        if case.name
+        in {
+            "linearise_gradients-every-third-adam",
+            "iterative_linearisation-line-search-sgd",
+            "prox_linear-lbfgs",
+            "scale_by_gauss_newton-warm-start",
+            "scale_by_gauss_newton-dense",
+            "gauss_newton-gain-ratio",
+            "levenberg_marquardt-trust-region",
+            "levenberg_marquardt-geodesic",
+        }
+    ],
+    ids=lambda case: case.name,
+    indirect=True,
+    scope="module",
+)
+
 
 def make_step(tx, objective, extras):
     """One line of a training loop: from parameters and state to the next ones."""
@@ -391,6 +414,7 @@ def test_missing_arguments_are_named(subject):
         subject.tx.update(params, opt_state, params)
 
 
+@each_kind
 def test_scanned_ensemble_equals_loops(subject):
     """Two members from different starts, vectorised and scanned over the batches, go as each goes alone."""
     starts = [subject.start(), jax.tree.map(lambda leaf: leaf * 0.5, subject.start())]
@@ -424,6 +448,7 @@ def test_injected_hyperparameters(subject):
     chex.assert_trees_all_close(visited[-1][0], subject.trajectory[4][0], **tolerance(jnp.float32, 1000))
 
 
+@each_kind
 def test_named_chain_and_apply_if_finite_change_nothing(subject):
     """Both branches of the wrapper's `cond` return the same types, and clean batches pass through."""
     visited = subject.run(subject.compiled_wrapped, subject.wrapped.init, subject.problem.batches[:3])
@@ -455,6 +480,7 @@ def labels(params):
     return jax.tree.map(lambda seen: "train" if seen else "freeze", visible(params))
 
 
+@each_kind
 def test_partition_solves_the_visible_problem(subject):
     """The same parameters as the transform on the problem whose only parameters are the visible ones."""
     objective, whole, batches = subject.problem.objective, subject.problem.params, subject.problem.batches[:3]
@@ -511,6 +537,7 @@ def precise_step(subject, precision):
     return step, problem, tx
 
 
+@each_kind
 def test_descends_in_bfloat16(subject):
     """The loss goes down, and no step recompiles. Above all is float32; dense oracles elsewhere are in float64."""
     step, problem, tx = precise_step(subject, PRECISIONS["bfloat16"])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 from gnlin import quadratic_model
 from gnlin.compare.task import Task
@@ -92,7 +92,7 @@ def batch_shapes(task: Task, examples: int) -> Batch:
 
 def _unseen(jaxpr: Any) -> float:
     total = 0.0
-    for equation in jaxpr.eqns:
+    for equation in _live(jaxpr):
         name = equation.primitive.name
         if name in _LAPACK:
             total += _LAPACK[name](equation)
@@ -108,6 +108,15 @@ def _unseen(jaxpr: Any) -> float:
         else:
             total += sum(_unseen(inner) for inner in _inner_jaxprs(equation))
     return total
+
+
+def _live(jaxpr: Any) -> Iterator[Any]:
+    """The equations that an output depends on, last first; XLA removes the others, as the gradient nobody asks for."""
+    wanted = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            wanted.update(variable for variable in equation.invars if not isinstance(variable, Literal))
+            yield equation
 
 
 def _inner_jaxprs(equation: Any) -> Iterator[Any]:

@@ -16,8 +16,8 @@ from gnlin.compare.task import Task
 
 # Steps are compiled in chunks, about this many to a run.
 _CHUNKS = 256
-# Examples that are evaluated at once.
-_PIECE = 2048
+# More examples than this are evaluated in pieces that stay in the cache.
+_WHOLE, _PIECE = 2048, 256
 
 Record = dict[str, Any]
 _MEASURES = ("loss", "quality", "network_loss", "network_quality")
@@ -69,6 +69,8 @@ class Program:
         self.cost = step_cost(task, entry, unit_flops)
         # A step whose loop does not turn at all is the cheapest.
         self.max_steps = max(1, math.ceil(work / max(self.cost.step - self.cost.turn, 0.1 * self.cost.step)))
+        # Evaluations see at most twice as many examples as steps do.
+        self.least_pause = 0.5 * task.train_size / (self.task.batch_size or task.train_size)
         self.chunk_length = max(1, int(work / self.cost.step) // _CHUNKS) if self.traced else 1
 
         began = time.perf_counter()
@@ -164,7 +166,7 @@ class Program:
 
     def _pause(self, cost: float) -> float:
         """Work between two evaluations: less of it in the first eighth of a run, where most happens."""
-        return self.work / (256 if cost < self.work / 8 else 64)
+        return max(self.work / (256 if cost < self.work / 8 else 64), self.least_pause)
 
     def _evaluate(self, carry, spent: tuple[int, float, float], curve: dict[str, list]) -> None:
         values = [float(value) for value in self._measure(carry, self.train, self.held_out)]
@@ -205,9 +207,9 @@ class Program:
     def _mean(self, function: Callable[[Any], jax.Array], data: Any) -> jax.Array:
         """``function(data)``, a mean over examples, in pieces that fit into memory where there are mini-batches."""
         size = len(jax.tree.leaves(data)[0])
-        whole = size - size % _PIECE
-        if self.task.batch_size is None or not whole:
+        if self.task.batch_size is None or size <= _WHOLE:
             return function(data)
+        whole = size - size % _PIECE
         pieces = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, _PIECE, *leaf.shape[1:]), data)
         total = _PIECE * jax.lax.map(function, pieces).sum(axis=0)
         if whole < size:
