@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 import gnlin
 from gnlin.compare import CONTESTANTS, TASKS, Contestant, Method, cli, entries_of, optax_contestant, run
 from gnlin.compare.contestants import DEFAULT
-from gnlin.compare.cost import flops, gradient_flops, product_flops
+from gnlin.compare.cost import flops, gradient_flops
 from gnlin.compare.entry import parse
 from gnlin.compare.records import SCHEMA, Records, RecordsError, read
 from gnlin.compare.study import Study, make
 from gnlin.compare.tasks.digits import digits
-from gnlin.compare.trial import Program, step_cost
+from gnlin.compare.trial import Program, metered_step
 
 # Of the others one wants a small network and has a test of its own.
 RUNNABLE = [name for name, entry in CONTESTANTS.items() if entry.family != "peers" and name != "lm-trust"]
@@ -170,51 +170,27 @@ def test_loops_of_known_length_and_factorisations_are_counted():
 
 def test_an_adam_step_costs_one_gradient_and_a_linearised_one_five_thirds(task):
     unit = gradient_flops(task)
-    adam = step_cost(task, parse("adam"), unit)
+
+    def cost(word):
+        meter = metered_step(task, parse(word))
+        assert not meter.varies
+        return meter.flops / unit
+
     # Adam's own arithmetic is 15 operations for each parameter against 6 × 128 for the gradient.
-    assert adam.step == pytest.approx(1.0, abs=0.025)
-    assert adam.turn == 0.0
+    assert cost("adam") == pytest.approx(1.0, abs=0.025)
     # The first layer passes no gradient on to the data, which saves a little of the linearised step as of the gradient.
-    assert step_cost(task, parse("il:period=16"), unit).step == pytest.approx(5 / 3, rel=0.04)
-    assert step_cost(task, parse("sgd:batch=full"), unit).step == pytest.approx(1437 / 128, rel=0.01)
-    assert step_cost(task, parse("sgd:batch=256"), unit).step == pytest.approx(2, rel=0.01)
+    assert cost("il:period=16") == pytest.approx(5 / 3, rel=0.04)
+    assert cost("sgd:batch=full") == pytest.approx(1437 / 128, rel=0.01)
+    assert cost("sgd:batch=256") == pytest.approx(2, rel=0.01)
 
 
 def test_inner_steps_of_prox_linear_are_all_counted(task):
-    unit = gradient_flops(task)
-    few, many = (step_cost(task, parse(f"prox-linear:steps={steps}"), unit).step for steps in (4, 24))
-    assert (many - few) / 20 == pytest.approx(product_flops(task, 128) / unit, rel=0.1)
-
-
-def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
-    """The loop of conjugate gradients written out, so that XLA counts every turn."""
-    unit, iterations = gradient_flops(task), 4
-
-    def step(params, batch):
-        _, grads = task.objective.value_and_grad(params, batch)
-        product = gnlin.ggn_vector_product(task.objective, params, batch)
-        x = jax.tree.map(jnp.zeros_like, params)
-        residual = direction = grads
-        for _ in range(iterations):
-            image = jax.tree.map(lambda g, d: g + 0.1 * d, product(direction), direction)
-            rr = optax.tree.vdot(residual, residual)
-            length = rr / optax.tree.vdot(direction, image)
-            x = jax.tree.map(lambda a, d, length=length: a + length * d, x, direction)
-            residual = jax.tree.map(lambda r, i, length=length: r - length * i, residual, image)
-            ratio = optax.tree.vdot(residual, residual) / rr
-            direction = jax.tree.map(lambda r, d, ratio=ratio: r + ratio * d, residual, direction)
-        return jax.tree.map(jnp.subtract, params, x)
-
-    batch = jax.tree.map(lambda leaf: leaf[:128], task.train)
-    unrolled = flops(step, task.init(jax.random.key(0)), batch) / unit
-    assert step_cost(task, parse("gn"), unit).of(1, iterations) == pytest.approx(unrolled, rel=0.03)
-
-
-def test_a_product_costs_four_thirds_of_a_gradient_without_its_first_layer(task):
-    # A gradient is 3 products per layer less the one for the data; a push-forward and a pull-back, 4 less one for each.
+    """Each is a product: a push-forward and a pull-back."""
+    few, many = (metered_step(task, parse(f"prox-linear:steps={steps}")).flops for steps in (4, 24))
+    # A gradient is 3 products per layer less the one for the data; these are 4 less one for each.
     widths = np.array([64 * 128, 128 * 64, 64 * 10])
     expected = (4 * widths.sum() - 2 * widths[0]) / (3 * widths.sum() - widths[0])
-    assert product_flops(task, 128) / gradient_flops(task) == pytest.approx(expected, rel=0.03)
+    assert (many - few) / 20 / gradient_flops(task) == pytest.approx(expected, rel=0.1)
 
 
 # Runs.
@@ -231,8 +207,8 @@ def test_every_contestant_trains_within_its_budget(tiny, name):
     assert curve["cost"][0] == pytest.approx(2.5 if name == "lbfgs" else 0, abs=0.5)  # its first value and gradient
     assert curve["step"][-1] == first["steps"]
     assert all(np.diff(curve["cost"]) > 0)
-    longest = first["cost_per_step"] + 25 * first["cost_per_turn"]
-    assert 200 <= curve["cost"][-1] <= 200 + longest * max(1, trained.chunk_length)
+    least = 200 - trained.cycle * first["cost_per_step"]  # what is left does not suffice for a cycle
+    assert least <= curve["cost"][-1] <= 200 + 2 * max(np.diff(curve["cost"]))
     assert curve["loss"][-1] < curve["loss"][0]
     assert all(0 <= accuracy <= 100 for accuracy in curve["quality"])
     if name != "il":
@@ -329,32 +305,90 @@ def test_a_batch_that_the_task_cannot_give_is_a_reason(tiny):
         assert f"has no batches of {size}; leave out batch={size}" in record["reason"]
 
 
-def test_steps_whose_loop_does_not_turn_spend_the_budget_too(tiny):
-    """A method that says its loop never turned, in steps of two gradients of which one would be a turn."""
+def test_an_optimiser_from_outside_need_not_tell_of_its_loops(tiny):
+    """A line search that always turns twice evaluates the loss as often, and once to begin with."""
+
+    def searching(rate):
+        search = optax.scale_by_backtracking_linesearch(2, slope_rtol=0.99, decrease_factor=0.999)
+        return optax.chain(optax.sgd(rate), search)
+
+    (record,) = run(tiny, [optax_contestant("outside", searching, (1e-3,))], seeds=1)
+    assert record["cost_per_step"] == pytest.approx(1 + 2 / 3, abs=0.4)
+
+
+def test_steps_that_cost_less_than_they_look_spend_the_budget_too(tiny):
+    """Ten gradients, in a branch that is taken once in ten steps."""
 
     def build(task, options):
         adam = CONTESTANTS["adam"].build(task, options)
-        unit = gradient_flops(task)
-        return adam._replace(turns=lambda state: jnp.int32(0), turn_flops=lambda: unit, hidden_flops=unit)
 
-    idle = Contestant("idle", "", build, grid=(0.004,), options=CONTESTANTS["adam"].options)
-    (record,) = run(tiny, [idle], seeds=1)
-    assert record["curve"]["cost"][-1] >= tiny.work
+        def step(params, state, batch, key):
+            def dear(params):
+                grads = params
+                for scale in range(9):
+                    moved = jax.tree.map(lambda leaf, scale=scale: leaf * (1 + scale), params)
+                    grads = jax.tree.map(jnp.add, grads, jax.grad(task.objective.value)(moved, batch))
+                return jax.tree.map(lambda leaf, grad: leaf + 1e-12 * grad, params, grads)
+
+            params = jax.lax.cond(state[0].count % 10 == 9, dear, lambda params: params, params)
+            return adam.step(params, state, batch, key)
+
+        return adam._replace(step=step)
+
+    rare = Contestant("rare", "", build, grid=(0.004,), options=CONTESTANTS["adam"].options)
+    (record,) = run(tiny, [rare], seeds=1)
+    assert record["cost_per_step"] == pytest.approx(1 + 0.9, abs=0.4)
+    assert tiny.work <= record["curve"]["cost"][-1] < tiny.work + 10
+
+
+def test_a_run_ends_with_a_whole_cycle_of_the_model_that_was_trained(tiny):
+    """40 gradients are enough for 24 linearised steps, and so for two cycles of 10; the third is not begun."""
+    rate = 0.004
+    record = program(tiny, "il:period=10").run(rate, seed=0)
+    assert record["steps"] == 20
+    tx = gnlin.iterative_linearisation(optax.adam(rate), tiny.objective, 10)
+    params = tiny.init(jax.random.key(0))
+    state = tx.init(params)
+    for indices in tiny.batches(0, 20, 16):
+        batch = jax.tree.map(lambda leaf, indices=indices: leaf[indices], tiny.train)
+        updates, state = tx.update(None, state, params, batch=batch)
+        params = optax.apply_updates(params, updates)
+    outputs = gnlin.linearise(tiny.objective, gnlin.anchor(state), tiny.train).predict(params)
+    curve = record["curve"]
+    np.testing.assert_allclose(curve["loss"][-1], tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3)
+    np.testing.assert_allclose(curve["network_loss"][-1], tiny.objective.value(params, tiny.train), rtol=1e-3)
+    assert curve["loss"][-1] != curve["network_loss"][-1]
+
+
+def test_a_cycle_longer_than_the_budget_is_cut(tiny):
+    record = program(tiny, "il:period=1000").run(0.004, seed=0)
+    assert 40 <= record["curve"]["cost"][-1] <= 40 + record["cost_per_step"]
 
 
 def test_an_untraced_method_runs_as_a_traced_one(tiny):
     def build(task, options):
         traced = CONTESTANTS["adam"].build(task, options)
         step = jax.jit(traced.step)
-        return traced._replace(step=step, traced=False, hidden_flops=2 * gradient_flops(task))
+        return traced._replace(step=step, traced=False, flops=2 * gradient_flops(task))
 
     adam = CONTESTANTS["adam"]
     untraced = Contestant("untraced", "", build, grid=(0.004,), options=adam.options)
     (own,), (other,) = run(tiny, [untraced], seeds=1), run(tiny, ["adam:learning_rate=0.004"], seeds=1)
     assert own["cost_per_step"] == 2.0
     assert own["steps"] == 20
+    assert own["compile_seconds"] > own["seconds"]
     losses = dict(zip(other["curve"]["step"], other["curve"]["loss"], strict=True))
     np.testing.assert_allclose(own["curve"]["loss"][-1], losses[20], rtol=1e-4)
+
+
+def test_a_reason_that_cannot_be_told_is_a_reason(tiny):
+    def unfit(task):
+        raise KeyError("layers")
+
+    odd = dataclasses.replace(CONTESTANTS["adam"], name="odd", grid=(0.01,), reason_unfit=unfit)
+    odd_record, adam = run(tiny, [odd, "adam:learning_rate=0.01"], seeds=1)
+    assert (odd_record["status"], odd_record["reason"]) == ("failed", "KeyError: 'layers'")
+    assert adam["status"] == "finished"
 
 
 def test_the_trust_region_leaves_large_networks(tiny):
@@ -409,7 +443,7 @@ def test_a_line_that_was_cut_short_is_removed_and_its_run_repeated(tiny, kept, l
         (f'{{"schema": {SCHEMA + 1}}}\n', f"line 1 has schema {SCHEMA + 1}, and this version of gnlin reads {SCHEMA}"),
         (
             f'{{"schema": {SCHEMA}, "task": "digits"}}\n',
-            "line 1 lacks command, compile_seconds, contestant, cost_per_step, cost_per_turn, curve",
+            "line 1 lacks command, compile_seconds, contestant, cost_per_step, curve",
         ),
     ],
 )
@@ -613,6 +647,7 @@ def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, 
         (["compare", "digits", "--sweep", "period"], "--sweep period: write option=value,value,..."),
         (["compare", "digits", "--sweep", "perod=3,4"], "has an option 'perod' to sweep"),
         (["compare", "digits", "--work", "0"], "--work must be positive"),
+        (["compare", "digits", "gn:warm_start=5"], "gn:warm_start=5: `warm_start` must"),
         (["report", "nowhere"], "no records.jsonl in nowhere"),
         (["compare", "digits", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
         (["compare", "mnist"], "mnist"),

@@ -46,7 +46,6 @@ def record(losses, *, quality=None, options=None, setting=None, grid=None, cost=
         "seconds": 0.5,
         "compile_seconds": 1.0,
         "cost_per_step": cost,
-        "cost_per_turn": 0.0,
     }
     curve = {"step": list(steps), "cost": [cost * step for step in steps], "seconds": [0.1 * step for step in steps]}
     curve |= {"loss": list(losses), "network_loss": list(losses)}
@@ -268,10 +267,15 @@ def test_points_stand_at_one_over_learning_rate_and_period():
 
 
 def test_damping_is_swept_as_an_option_or_tuned():
-    runs = [run for value in (0.01, 0.1, 1.0) for run in entry("gn", {"damping": value}, label=f"gn:damping={value}")]
-    runs += entry("lm", {}, tuned="damping", best=0.1)
+    def swept(name, **options):
+        values = (0.01, 0.1, 1.0)
+        return [run for v in values for run in entry(name, {**options, "damping": v}, label=f"{name}:damping={v}")]
+
+    runs = swept("gn", control="constant") + entry("sgn", {"control": "constant"}, tuned="damping", best=0.1)
+    # A λ that changes during a run has no place beside one that does not, nor on the map from K.
+    runs += swept("trust", control="gain-ratio") + entry("lm", {}, tuned="damping", best=0.1)
     by_option, by_trial = damping_lines(summarise(runs, TASKS))
-    assert (by_option.label, by_trial.label) == ("gn", "lm")
+    assert (by_option.label, by_trial.label) == ("gn", "sgn")
     assert [len(point.records) for point in by_option.points] == [3, 3, 3]
     assert [(point.value, len(point.records)) for point in by_trial.points] == [(0.01, 1), (0.1, 1), (1.0, 1)]
 
@@ -355,7 +359,9 @@ HOSTILE = '<b>bold</b> & "quoted" $x$ $'
 @pytest.fixture(scope="module")
 def everything():
     runs = sweep_of_periods() + sweep_of_periods("adam", None)
-    runs += [run for value in (0.01, 0.1, 1.0) for run in entry("gn", {"damping": value}, label=f"gn:damping={value}")]
+    for value in (0.01, 0.1, 1.0):
+        runs += entry("gn", {"damping": value, "control": "constant"}, label=f"gn:damping={value}")
+        runs += entry("trust", {"damping": value, "control": "gain-ratio"}, label=f"trust:damping={value}")
     runs += entry("lm", {}, tuned="damping") + entry("hostile", {}, label=HOSTILE)
     runs += [failed(reason="<script>alert(1)</script>", contestant="kfac", label="kfac")]
     runs += [record([1.0, math.nan], status="diverged", reason="NaN", contestant="d", label="d")]
@@ -403,7 +409,7 @@ def test_page_is_whole_and_needs_nothing_else(written):
     assert "link" not in names
     assert not re.search(r"https?://|url\(|@import", text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == names.count("figcaption") == 8
+    assert len(images) == names.count("figcaption") == 10
     assert all(image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images)
     assert all(attributes["href"].startswith("#") for tag, attributes in page.tags if tag == "a")
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
@@ -420,6 +426,7 @@ def test_page_says_what_there_is_to_say(written):
         "d: of 1 run 1 diverged: NaN",
         "put at λ = 1/(ηK)",
         "so il:inner=adam is not drawn here",
+        "λ is not constant in these runs",
         HOSTILE,
     ):
         assert expected in text
@@ -433,8 +440,9 @@ def test_hostile_labels_are_escaped(written):
 
 def test_figures_are_png_and_svg(written):
     stems = {path.stem for path in (written / "figures").iterdir()}
-    curves = {"toy-loss-step", "toy-loss-cost", "toy-loss-seconds", "toy-quality-cost"}
-    assert stems == curves | {"toy-period", "toy-damping", "toy-sensitivity-learning_rate", "toy-sensitivity-damping"}
+    curves = {"toy-loss-step", "toy-loss-cost", "toy-loss-seconds", "toy-quality-cost", "toy-quality-seconds"}
+    sweeps = {"toy-period", "toy-damping", "toy-damping-first-or-last"}
+    assert stems == curves | sweeps | {"toy-sensitivity-learning_rate", "toy-sensitivity-damping"}
     for stem in stems:
         assert (written / "figures" / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (written / "figures" / f"{stem}.svg").read_text(encoding="utf-8")
@@ -478,7 +486,7 @@ def test_other_qualities_can_be_drawn(facts):
     runs = [run for period in (1, 4, None) for run in entry("il", {"period": period}, final=0.0, quality=0.7)]
     rows = summarise(runs, {"toy": facts})
     drawn = figures.pictures(rows, facts)
-    assert [picture.name for picture in drawn][4:] == ["period", "sensitivity-learning_rate"]
+    assert [picture.name for picture in drawn][5:] == ["period", "sensitivity-learning_rate"]
     for picture in drawn:
         picture.figure.draw_without_rendering()
 

@@ -9,7 +9,7 @@ from typing import Any
 from gnlin.compare.contestant import Contestant
 from gnlin.compare.entry import Entry, entries_of, format_value
 from gnlin.compare.records import Record, Records, write_facts
-from gnlin.compare.study import Study, facts
+from gnlin.compare.study import Study, check_entries, facts
 from gnlin.compare.task import Task
 from gnlin.compare.tasks import TASKS
 
@@ -34,7 +34,8 @@ def run(
         sweep: option ↦ values, each of which becomes an entry of its own; several options are crossed.
         work: fraction of the task's budget.
         out: directory in which runs are kept as they end, and from which those that are there are taken; `None` keeps
-            nothing. ``gnlin report DIR`` makes a page of it.
+            nothing. ``gnlin report DIR`` makes a page of it. A run is known by the names of task and contestant, its
+            options, setting and seed: what has changed otherwise wants another name or directory.
         executor: who makes the runs, a `concurrent.futures.Executor` of threads, of loky or of Dask; the processes of
             the standard library cannot be handed a contestant. `None` for this process.
 
@@ -59,9 +60,11 @@ def run(
     if seeds < 1 or not 0 < work < math.inf:
         raise ValueError(f"`seeds` and `work` must be positive and finite; got {seeds!r} and {work!r}")
     problem = TASKS[task]() if isinstance(task, str) else task
-    entries = entries_of(
-        contestants, {name: [_text(value) for value in values] for name, values in (sweep or {}).items()}
-    )
+    if isinstance(contestants, str):
+        raise ValueError(f"`contestants` must be a sequence; write [{contestants!r}]")
+    swept = {name: [format_value(value) for value in values] for name, values in (sweep or {}).items()}
+    entries = entries_of(contestants, swept)
+    check_entries(problem, entries)
     records = Records(None if out is None else Path(out))
     try:
         if out is not None:
@@ -73,7 +76,3 @@ def run(
         return [record for record in records.runs if record["task"] == problem.name and record["label"] in labels]
     finally:
         records.close()
-
-
-def _text(value: Any) -> str:
-    return format_value(value)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import difflib
+import errno
 import math
 import os
 import shlex
@@ -18,15 +19,25 @@ from typing import Annotated
 import loky
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as ProgressTask
 from rich.table import Table
+from rich.text import Text
 
 import gnlin
 from gnlin.compare import report, summary
 from gnlin.compare.contestants import CONTESTANTS, DEFAULT
 from gnlin.compare.entry import Entry, UsageError, entries_of, format_value
 from gnlin.compare.records import Record, Records, RecordsError, read, read_facts, write_facts
-from gnlin.compare.study import Job, Study, facts
+from gnlin.compare.study import Job, Study, check_entries, facts
 from gnlin.compare.task import DataError, Task
 from gnlin.compare.tasks import TASKS, describe
 
@@ -77,8 +88,11 @@ def compare(
     with _in_one_line():
         if not 0 < work < math.inf:
             raise UsageError(f"--work must be positive and finite; got {work:g}")
+        if workers > 1:  # a process that took most of an accelerator's memory at once would leave none for the others
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         entries = entries_of(contestants or [], _sweeps(sweep or []))
         problem = _task(task)
+        check_entries(problem, entries)
         directory = out or Path("gnlin-results") / task
         records = Records(directory)
         console = _console()
@@ -142,23 +156,34 @@ def _run(study: Study, executor: concurrent.futures.Executor | None, console: Co
     columns = (
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("compiling", total=study.total)
-        ended = 0
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as progress:
+        total, ended = study.total, 0
+        bar = progress.add_task("compiling", total=total)
 
-        def listen(job: Job, done: float) -> None:
-            nonlocal ended
+        def listen(job: Job, done: float | None) -> None:
+            """Runs that were there already take no time, so they would spoil the estimate of what is left."""
+            nonlocal total, ended
+            total -= done is None
             ended += done == 1.0
             description = f"{job.entry.label}, {job.entry.contestant.tuned} {job.number:g}, seed {job.seed}"
-            progress.update(bar, description=description, completed=ended + (done if done < 1.0 else 0.0))
+            progress.update(bar, description=description, total=total, completed=ended + (done or 0.0) % 1.0)
 
         for entry, runs in study.carry_out(listen, executor):
             console.print(_line(entry, runs), highlight=False, soft_wrap=True, markup=False)
+
+
+class _Rate(ProgressColumn):
+    """How fast runs end."""
+
+    def render(self, task: ProgressTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{60 * speed:.1f} runs/min")
 
 
 def _line(entry: Entry, runs: Sequence[dict]) -> str:
@@ -189,7 +214,10 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except (UsageError, DataError, RecordsError, OSError) as error:
-        typer.echo(f"gnlin: {error}", err=True)
+        remedy = ""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            remedy = "; the runs are kept: make room, and `gnlin report DIR` makes the page"
+        typer.echo(f"gnlin: {error}{remedy}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -210,8 +238,6 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
         # Workers of several threads each would get in each other's way; those of LAPACK's wait for each other spinning.
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
         threads = {"XLA_FLAGS": flags, **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
-        # A worker that took most of an accelerator's memory at once would leave none for the others.
-        threads["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         executor = loky.ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),), env=threads)
         try:
             yield executor

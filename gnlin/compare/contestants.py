@@ -1,7 +1,6 @@
 """Who can take part, and among which values of the tuned number.
 
-Everyone has five trials. Values of a kind lie the same factor apart, 4 for learning rates and 10 for λ, so that the
-windows are equally wide (a factor of 256, and of 10⁴).
+Everyone has five trials. Learning rates lie a factor 4 apart, values of λ a factor 10.
 """
 
 from gnlin.compare import optimisers, peers

@@ -1,15 +1,15 @@
-"""Work, in gradient-equivalents counted from compiled FLOPs.
+"""Work, in FLOPs of compiled programs; the comparison's unit is one gradient on one mini-batch of the task.
 
-The unit is the task's value-and-gradient on one mini-batch; a full-batch step costs in proportion. Clocks are noisy and
-differ between machines; the count does not. Two kinds of work are missing from what XLA counts, and are added:
+Clocks are noisy and differ between machines; the count does not. Two kinds of work are missing from what XLA counts,
+and are added here:
 
 * of a loop it counts the body once. Loops of a known length (`jax.lax.scan`, and `fori_loop` between constants) are
-  found in the jaxpr and their other turns added; for loops whose length depends on the data the method tells how often
-  they turned;
+  found in the jaxpr and their other turns added;
 * of factorisations, which LAPACK does, it counts nothing. The textbook's leading terms are added.
+
+Of a branch it counts the dearest. What loops and branches do that depend on the data is for `meter`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,64 +17,38 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from gnlin import quadratic_model
 from gnlin.compare.task import Task
 from gnlin.tree import Batch, Params
 
-
-@dataclasses.dataclass(frozen=True)
-class StepCost:
-    """Work of an optimiser's steps.
-
-    Attributes:
-        step: gradient-equivalents of a step whose inner loop turns once, or of one without such a loop.
-        turn: gradient-equivalents of one more turn, such as a CG iteration; 0 where there is no such loop.
-        start: gradient-equivalents of the first state.
-    """
-
-    step: float
-    turn: float = 0.0
-    start: float = 0.0
-
-    def of(self, steps: int, turns: int) -> float:
-        """Gradient-equivalents of `steps` steps with `turns` turns among them."""
-        return steps * self.step + self.turn * (turns - steps)
+_COUNTED: dict[str, float] = {}  # jaxprs that read alike cost the same
 
 
 def flops(function: Callable[..., Any], *shapes: Any) -> float:
-    """Floating-point operations of a function; a loop whose length depends on the data is counted as one turn."""
-    jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
-    return compiled_flops(jax.jit(function).lower(*shapes).compile()) + _unseen(jaxpr)
+    """FLOPs of a function; loops whose length depends on the data are counted as one turn, branches as the dearest."""
+    return jaxpr_flops(jax.make_jaxpr(function)(*shapes))
 
 
-def compiled_flops(compiled: Any) -> float:
-    """What XLA counts of a compiled function."""
-    analysis = compiled.cost_analysis()
-    # Older versions of JAX return one dictionary for each computation.
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return max((analysis or {}).get("flops", 0.0), 0.0)  # below zero: not known, of a lone call of LAPACK
+def jaxpr_flops(closed: Any) -> float:
+    """The same of a closed jaxpr."""
+    return compiled_flops(closed) + unseen_flops(closed.jaxpr)
+
+
+def compiled_flops(closed: Any) -> float:
+    """What XLA counts of a compiled jaxpr."""
+    text = str(closed.jaxpr)
+    if text not in _COUNTED:
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+        analysis = jax.jit(jaxpr_as_fun(closed)).lower(*shapes).compile().cost_analysis()
+        # Older versions of JAX return one dictionary for each computation.
+        analysis = analysis[0] if isinstance(analysis, list) else analysis
+        _COUNTED[text] = max((analysis or {}).get("flops", 0.0), 0.0)  # below zero: not known, of a lone LAPACK call
+    return _COUNTED[text]
 
 
 def gradient_flops(task: Task, examples: int | None = None) -> float:
     """FLOPs of one value-and-gradient, by default on one mini-batch of the task, which is the unit."""
     size = examples or task.batch_size or task.train_size
     return flops(task.objective.value_and_grad, params_shapes(task), batch_shapes(task, size))
-
-
-def product_flops(task: Task, examples: int) -> float:
-    """FLOPs of one GGN product on a linearisation that is at hand: what the second of two products adds."""
-
-    def products(count: int) -> Callable[..., Any]:
-        def apply(params, vector, batch):
-            model = quadratic_model(task.objective, params, batch)
-            for _ in range(count):
-                vector = model.ggn(vector)
-            return vector
-
-        return apply
-
-    params, batch = params_shapes(task), batch_shapes(task, examples)
-    return flops(products(2), params, params, batch) - flops(products(1), params, params, batch)
 
 
 def params_shapes(task: Task) -> Params:
@@ -90,36 +64,39 @@ def batch_shapes(task: Task, examples: int) -> Batch:
 # What XLA does not see.
 
 
-def _unseen(jaxpr: Any) -> float:
+def unseen_flops(jaxpr: Any) -> float:
+    """FLOPs of factorisations, and of the turns of loops of a known length beyond those that XLA counts."""
     total = 0.0
-    for equation in _live(jaxpr):
+    for equation in live_equations(jaxpr):
         name = equation.primitive.name
         if name in _LAPACK:
             total += _LAPACK[name](equation)
         elif name == "scan":
             body = equation.params["jaxpr"]
-            shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in body.in_avals]
-            turn = compiled_flops(jax.jit(jaxpr_as_fun(body)).lower(*shapes).compile())
             length, unrolled = equation.params["length"], int(equation.params["unroll"])
             seen = length if unrolled >= length else unrolled + length % unrolled
-            total += (length - seen) * turn + length * _unseen(body.jaxpr)
+            others = (length - seen) * compiled_flops(body) if length > seen else 0.0
+            total += others + length * unseen_flops(body.jaxpr)
         elif name == "cond":
-            total += max(_unseen(branch.jaxpr) for branch in equation.params["branches"])
+            total += max(unseen_flops(branch.jaxpr) for branch in equation.params["branches"])
         else:
-            total += sum(_unseen(inner) for inner in _inner_jaxprs(equation))
+            total += sum(unseen_flops(inner) for inner in inner_jaxprs(equation))
     return total
 
 
-def _live(jaxpr: Any) -> Iterator[Any]:
-    """The equations that an output depends on, last first; XLA removes the others, as the gradient nobody asks for."""
+def live_equations(jaxpr: Any) -> list[Any]:
+    """Those that an output depends on. XLA removes the others, such as a gradient that nobody asks for."""
     wanted = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    found = []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or not wanted.isdisjoint(equation.outvars):
             wanted.update(variable for variable in equation.invars if not isinstance(variable, Literal))
-            yield equation
+            found.append(equation)
+    return found[::-1]
 
 
-def _inner_jaxprs(equation: Any) -> Iterator[Any]:
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
     for value in equation.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             inner = getattr(item, "jaxpr", item)

@@ -46,8 +46,10 @@ _NAMES = {
     "cost": "gradient-equivalents",
     "seconds": "seconds of training steps",
     "damping": "damping λ",
+    "damping-first-or-last": "first or last damping λ",
     "period": "K, the steps for which an anchor is kept",
 }
+_CURVES = (("step", "loss"), ("cost", "loss"), ("seconds", "loss"), ("cost", "quality"), ("seconds", "quality"))
 _LABEL_SIZE = 7.0  # points
 _LINE_HEIGHT = 1.25 * _LABEL_SIZE
 _WIDTH = 5.6  # inches
@@ -90,7 +92,7 @@ def pictures(rows: Sequence[Row], facts: TaskFacts) -> list[Picture]:
 
 def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
     drawn = thinned(rows, facts.target, MOST_LINES)
-    for against, name in (("step", "loss"), ("cost", "loss"), ("seconds", "loss"), ("cost", "quality")):
+    for against, name in _CURVES:
         worst = -math.inf if name == "quality" and facts.higher_is_better else math.inf
         what = "training loss" if name == "loss" else f"held-out {facts.quality_name.partition(',')[0]}"
         points = 150 if name == "loss" else 50  # small sets of held-out data make restless curves
@@ -131,10 +133,12 @@ def _sweeps(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
         figure = _sweep([*dampings, *mapped], styles, both, facts, rows, "damping", title)
         yield Picture("damping", "sweep", title, figure, "damping", mapped=bool(mapped), unmapped=unmapped)
     for option in swept(rows):
-        if option not in ("period", "damping"):
-            lines, title = sweeps(rows, option), f"{facts.name}: {words(option)}"
-            styles = {line.label: _style(number) for number, line in enumerate(lines)}
-            yield Picture(option, "sweep", title, _sweep(lines, styles, lines, facts, rows, option, title), option)
+        above = {"period": periods, "damping": dampings}.get(option, ())
+        if lines := [line for line in sweeps(rows, option) if line not in above]:
+            # A damping that is not constant has a figure of its own.
+            name = "damping-first-or-last" if option == "damping" else option
+            title, looks = f"{facts.name}: {words(name)}", {line.label: _style(n) for n, line in enumerate(lines)}
+            yield Picture(name, "sweep", title, _sweep(lines, looks, lines, facts, rows, option, title), option)
 
 
 def _sweep(

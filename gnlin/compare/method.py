@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from gnlin import Objective, metrics, predict
+import gnlin
+from gnlin import Objective, tree
 from gnlin.tree import Batch, Outputs, Params
 
 
@@ -16,37 +17,40 @@ def predict_with_network(objective: Objective, params: Params, state: Any, batch
     return objective.outputs_and_aux(params, batch)[0]
 
 
+def predict_linearised(objective: Objective, params: Params, state: Any, batch: Batch) -> Outputs:
+    """Outputs of the model that the last step trained, linearised where `state` holds an anchor.
+
+    `gnlin.predict` goes over to the next model at the end of a cycle; a comparison judges what was trained.
+    """
+    try:
+        anchor = gnlin.anchor(state)
+    except ValueError:
+        return predict_with_network(objective, params, state, batch)
+    return gnlin.linearise(objective, tree.fill_holes(anchor, params), batch).predict(params)
+
+
 class Method(NamedTuple):
     """An optimiser as functions of its own state.
 
     Attributes:
         init: (params, batch, key) ↦ state.
         step: (params, state, batch, key) ↦ (params, state).
-        turns: state ↦ how often the step's inner loop (of CG, of a line search) turned, where that depends on the data;
-            `None` where there is no such loop. XLA counts the body of a loop once, so turns beyond the first are added.
-            Loops of a known length are found by themselves.
-        turn_flops: () ↦ FLOPs of a turn.
-        hidden_flops: FLOPs of a step that XLA does not see: LAPACK's, and where `step` is not traced all of them.
         predict: (objective, params, state, batch) ↦ outputs of the model being trained.
-        traced: whether `init` and `step` may be traced by `jax.jit`; otherwise they are called from Python.
+        cycle: a run ends after a multiple of so many steps, where the budget allows for one.
+        traced: whether `init` and `step` may be traced by `jax.jit`; their work is then counted. Otherwise they are
+            called from Python.
+        flops: FLOPs of a step that is not traced.
     """
 
     init: Callable[[Params, Batch, jax.Array], Any]
     step: Callable[[Params, Any, Batch, jax.Array], tuple[Params, Any]]
-    turns: Callable[[Any], jax.typing.ArrayLike | None] = lambda state: None
-    turn_flops: Callable[[], float] = lambda: 0.0
-    hidden_flops: float = 0.0
     predict: Callable[[Objective, Params, Any, Batch], Outputs] = predict_with_network
+    cycle: int = 1
     traced: bool = True
+    flops: float = 0.0
 
 
-def from_optax(
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    *,
-    turn_flops: Callable[[], float] = lambda: 0.0,
-    hidden_flops: float = 0.0,
-) -> Method:
+def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Method:
     """The one training loop that serves every Optax transformation, gnlin's among them."""
     tx = optax.with_extra_args_support(tx)
 
@@ -61,11 +65,4 @@ def from_optax(
         updates, state = tx.update(grads, state, params, **extras)
         return optax.apply_updates(params, updates), state
 
-    return Method(
-        init,
-        step,
-        turns=lambda state: metrics(state).get("cg/steps"),
-        turn_flops=turn_flops,
-        hidden_flops=hidden_flops,
-        predict=lambda other, params, state, batch: predict(other, state, params, batch),
-    )
+    return Method(init, step, predict_linearised)

@@ -11,8 +11,8 @@ import optax.contrib
 import gnlin
 from gnlin import tree
 from gnlin.compare.contestant import Options
-from gnlin.compare.cost import gradient_flops, params_shapes, product_flops
-from gnlin.compare.method import Method, from_optax
+from gnlin.compare.cost import params_shapes
+from gnlin.compare.method import Method, from_optax, predict_with_network
 from gnlin.compare.task import Task
 
 # Parameters up to which `solver=auto` factorises, and beyond which a step costs too many gradients.
@@ -58,12 +58,7 @@ def lbfgs(task: Task, options: Options) -> Method:
         updates, state = tx.update(grads, state, params, **extras)
         return optax.apply_updates(params, updates), state
 
-    return Method(
-        init,
-        step,
-        turns=lambda state: optax.tree.get(state, "num_linesearch_steps"),
-        turn_flops=lambda: gradient_flops(task, _examples(task, options)),
-    )
+    return Method(init, step)
 
 
 # The family.
@@ -85,7 +80,10 @@ def iterative_linearisation(task: Task, options: Options) -> Method:
         reset_inner=options["reset"],
         line_search=(1.0, 0.5, 0.25) if options["line_search"] else None,
     )
-    return from_optax(task.objective, tx)
+    method = from_optax(task.objective, tx)
+    if options["period"] == 1:  # an ordinary gradient step, which leaves no linearised model behind
+        method = method._replace(predict=predict_with_network)
+    return method._replace(cycle=options["period"] or 1)
 
 
 def prox_linear(task: Task, options: Options) -> Method:
@@ -110,7 +108,7 @@ def gauss_newton(task: Task, options: Options) -> Method:
         "gain-ratio": gnlin.GainRatio(tuned),
     }[options["control"]]
     tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(task, options))
-    return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
+    return from_optax(task.objective, tx)
 
 
 def levenberg_marquardt(task: Task, options: Options) -> Method:
@@ -120,7 +118,7 @@ def levenberg_marquardt(task: Task, options: Options) -> Method:
         scaling=options["scaling"],
         solver=_solver(task, options),
     )
-    return from_optax(task.objective, tx, turn_flops=lambda: product_flops(task, _examples(task, options)))
+    return from_optax(task.objective, tx)
 
 
 def trust_region(task: Task, options: Options) -> Method:
@@ -138,7 +136,3 @@ def too_large_to_factorise(task: Task) -> str | None:
     if size <= _FACTORISED_AT_MOST:
         return None
     return f"it factorises a matrix of {size} columns, one for each parameter, at every step; take lm"
-
-
-def _examples(task: Task, options: Options) -> int:
-    return task.examples(options.get("batch", "full")) or task.train_size

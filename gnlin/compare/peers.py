@@ -1,8 +1,7 @@
 """Optimisers of other libraries, as they ship, driven through `Method`.
 
 No library is imported before it is asked for. Every step can be traced, so that one compilation serves a grid and work
-is counted from what was compiled. What these libraries do not tell is how long their iterative solves took: `counting`
-evaluates a step so that its loops say how often they turned.
+is counted from what was compiled and from how its loops turned.
 """
 
 import functools
@@ -18,13 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from gnlin.compare.cost import batch_shapes, flops, params_shapes, product_flops
+from gnlin.compare.contestant import Options
+from gnlin.compare.cost import batch_shapes, params_shapes
 from gnlin.compare.method import Method
 from gnlin.compare.task import Task
-from gnlin.compare.turns import counting
 from gnlin.tree import Batch, Params
-
-Options = Mapping[str, Any]
 
 # What is installed.
 
@@ -135,8 +132,8 @@ def _softmax_unfit(task: Task) -> str | None:
     return f'the loss of task {task.name!r} is not mean softmax cross-entropy of outputs (N, C) with labels batch["y"]'
 
 
-def _examples(task: Task, options: Options | None = None) -> int:
-    return task.examples((options or {}).get("batch", "mini")) or task.train_size
+def _examples(task: Task) -> int:
+    return task.batch_size or task.train_size
 
 
 def _output_shapes(task: Task) -> Any:
@@ -155,8 +152,7 @@ def _size(shapes: Any) -> int:
 def somax_sgn(task: Task, options: Options) -> Method:
     """Damped Gauss-Newton by warm-started conjugate gradients, with the tolerance and the turns of its README."""
     solver = {"tol": options.get("rtol", 1e-4), "maxiter": options.get("max_steps", 20)}
-    # Every tenth turn recomputes its residual.
-    return _somax("sgn", task, options, lambda: 1.1 * product_flops(task, _examples(task, options)), **solver)
+    return _somax("sgn", task, options, **solver)
 
 
 def somax_egn(task: Task, options: Options) -> Method:
@@ -165,10 +161,10 @@ def somax_egn(task: Task, options: Options) -> Method:
     On softmax, version 1.0.1 does not solve the Gauss-Newton system: of the factors LLᵀ of the curvature of the loss it
     puts LᵀL in its place. Its steps on squared loss are exact.
     """
-    return _somax("egn", task, options, lambda: 0.0)
+    return _somax("egn", task, options)
 
 
-def _somax(name: str, task: Task, options: Options, turn_flops: Callable[[], float], **solver: Any) -> Method:
+def _somax(name: str, task: Task, options: Options, **solver: Any) -> Method:
     """All residuals r, M of them, become one regression of √M r on zero, whose loss is ½ mean over M: ½ Σ r²."""
     somax = importlib.import_module("somax")
     squared, adapts = task.residuals is not None, options.get("control", "constant") == "trust-region"
@@ -196,20 +192,19 @@ def _somax(name: str, task: Task, options: Options, turn_flops: Callable[[], flo
         targets = jnp.zeros_like(jax.eval_shape(predict, params, batch)) if squared else batch["y"]
         return method.step(params, {"x": batch, "y": targets}, state, key)[:2]
 
-    return counting(init, step, turn_flops)
+    return Method(init, step)
 
 
 # Kfac-jax: https://github.com/google-deepmind/kfac-jax.
 
-_INVERSE_PERIOD, _DAMPING_PERIOD = 5, 5  # its defaults
+_DAMPING_PERIOD = 5  # its default
 
 
 def kfac(task: Task, options: Options) -> Method:
     """K-FAC that adapts damping, momentum and learning rate as in its README, without burn-in; tuned: first damping.
 
     Of the count of steps, which it wants in Python, it uses only whether damping is due: a conditional between two
-    staged steps can be traced. A step is counted with all that is periodic in it; turns are the steps that refreshed
-    the inverses, so that the others are not charged for them.
+    staged steps can be traced.
     """
     kfac_jax = importlib.import_module("kfac_jax")
 
@@ -240,16 +235,7 @@ def kfac(task: Task, options: Options) -> Method:
         branches = [functools.partial(staged, count) for count in (_DAMPING_PERIOD - 1, _DAMPING_PERIOD)]
         return jax.lax.cond(due, *branches, params, state)
 
-    def turns(state):
-        return ((state.step_counter - 1) % _INVERSE_PERIOD == 0).astype(jnp.int32)
-
-    def turn_flops():
-        batch = batch_shapes(task, _examples(task, options))
-        state = jax.eval_shape(lambda params, batch: init(params, batch, jax.random.key(0)), params_shapes(task), batch)
-        inverses = jax.tree.leaves([block.cache for block in state.estimator_state.blocks_states])
-        return sum(flops(kfac_jax.utils.psd_inv, matrix) for matrix in inverses if matrix.ndim == 2)
-
-    return Method(init, step, turns=turns, turn_flops=turn_flops)
+    return Method(init, step)
 
 
 def _kfac_optimizer(loss: Callable[[Params, Batch], jax.Array]) -> Any:
@@ -260,7 +246,6 @@ def _kfac_optimizer(loss: Callable[[Params, Batch], jax.Array]) -> Any:
         use_adaptive_momentum=True,
         use_adaptive_damping=True,
         initial_damping=1.0,
-        inverse_update_period=_INVERSE_PERIOD,
         damping_adaptation_interval=_DAMPING_PERIOD,
         num_burnin_steps=0,
     )
@@ -292,7 +277,7 @@ def optimistix_gn(task: Task, options: Options) -> Method:
     rate = jnp.asarray(options["learning_rate"], float)
     solver = equinox.tree_at(lambda solver: solver.search.learning_rate, solver, rate)
     # A dense Jacobian takes a product for each of its columns forwards, of its rows backwards.
-    return _optimistix(task, options, solver, dense, jac="bwd" if dense and rows < parameters else "fwd")
+    return _optimistix(task, solver, jac="bwd" if dense and rows < parameters else "fwd")
 
 
 def optimistix_lm(task: Task, options: Options) -> Method:
@@ -309,7 +294,7 @@ def optimistix_lm(task: Task, options: Options) -> Method:
             lambda state: state.search_state.step_size, state, jnp.asarray(1 / options["damping"], float)
         )
 
-    return _optimistix(task, options, solver, dense, start)
+    return _optimistix(task, solver, start)
 
 
 def _is_dense(options: Options, small: bool) -> bool:
@@ -327,9 +312,7 @@ def _linear_solver(options: Options, dense: bool) -> Any:
 
 def _optimistix(
     task: Task,
-    options: Options,
     solver: Any,
-    dense: bool,
     start: Callable[[Any], Any] = lambda state: state,
     jac: str = "fwd",
 ) -> Method:
@@ -355,7 +338,7 @@ def _optimistix(
         params, state, _ = solver.step(with_aux, params, batch, {"jac": jac}, state, frozenset())
         return params, equinox.filter(state, equinox.is_array)
 
-    return counting(init, step, lambda: 0.0 if dense else product_flops(task, _examples(task, options)))
+    return Method(init, step)
 
 
 # Jaxopt: https://jaxopt.github.io.
@@ -391,4 +374,4 @@ def _jaxopt(name: str, task: Task, options: Options, **settings: Any) -> Method:
         flat, state = solver.update(ravel_pytree(params)[0], state, batch)
         return unravel(flat), state
 
-    return counting(init, step, lambda: product_flops(task, _examples(task, options)))
+    return Method(init, step)

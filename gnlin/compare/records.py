@@ -9,9 +9,7 @@ from typing import Any
 
 import filelock
 
-from gnlin.compare.summary import TaskFacts
-
-Record = dict[str, Any]
+from gnlin.compare.summary import Record, TaskFacts
 
 SCHEMA = 1
 RECORDS = "records.jsonl"
@@ -23,7 +21,7 @@ _FIELDS = {
     **dict.fromkeys(("task", "contestant", "label", "status", "reason", "command"), str),
     **dict.fromkeys(("options", "setting", "curve", "environment"), dict),
     **dict.fromkeys(("seed", "steps"), int),
-    **dict.fromkeys(("work", "seconds", "compile_seconds", "cost_per_step", "cost_per_turn"), (int, float)),
+    **dict.fromkeys(("work", "seconds", "compile_seconds", "cost_per_step"), (int, float)),
     "grid": list,
 }
 
@@ -183,7 +181,9 @@ def _record(path: Path, number: int, line: str) -> Record:
         )
     wrong = sorted(name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind))
     curve = record["curve"] if "curve" in record and "curve" not in wrong else {}
-    wrong += [name for name in CURVES if curve and not isinstance(curve.get(name), list)]
+    wrong += [name for name in CURVES if not isinstance(curve.get(name), list)]
+    if not wrong and (len(set(map(len, curve.values()))) > 1 or (record["status"] != "failed" and not curve["step"])):
+        wrong = ["values in its curve"]
     if wrong:
         raise RecordsError(f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again")
     record["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gnlin.compare.figures import Picture, pictures, words
+from gnlin.compare.records import CURVES
 from gnlin.compare.summary import (
     Record,
     Row,
@@ -40,7 +41,6 @@ _LEGEND = (
     "Loss and held-out {quality} are those of the model being trained, and beside it of the network at the same "
     "parameters. Solved: runs that end {direction} {solved:g}. * best setting at the edge of its grid."
 )
-_CURVES = ("step", "cost", "seconds", "loss", "quality", "network_loss", "network_quality")
 _ENDS = ("loss", "quality", "network_loss", "network_quality")
 _RUN = ("task", "contestant", "label", "options", "tuned", "value", "seed")
 
@@ -158,9 +158,9 @@ def save_csv(directory: Path, records: Sequence[Record], tasks: Mapping[str, Tas
     table = [_row_line(row) for row in rows]
     runs = [_run_line(number, r, tasks[r["task"]].target, id(r) in chosen) for number, r in enumerate(records)]
     curves = (
-        {"run": number, **_identity(record), **dict(zip(_CURVES, values, strict=True))}
+        {"run": number, **_identity(record), **dict(zip(CURVES, values, strict=True))}
         for number, record in enumerate(records)
-        for values in zip(*(record["curve"][name] for name in _CURVES), strict=True)
+        for values in zip(*(record["curve"][name] for name in CURVES), strict=True)
     )
     files = {"rows.csv": table, "runs.csv": runs, "curves.csv": curves}
     return [_save(directory / name, lines) for name, lines in files.items()]
@@ -205,7 +205,7 @@ def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[
         **_identity(record),
         "chosen": chosen,
         **{key: record[key] for key in ("status", "reason", "work", "steps", "seconds", "compile_seconds")},
-        **{key: record[key] for key in ("cost_per_step", "cost_per_turn")},
+        "cost_per_step": record["cost_per_step"],
         **{f"final_{name}": final(record, name) for name in _ENDS},
         **{
             f"{name}_to_target": math.nan if index is None else curve[name][index]

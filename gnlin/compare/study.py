@@ -7,9 +7,11 @@ pickles as cloudpickle does: options hold functions.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,12 +19,11 @@ from typing import Any
 
 import jax
 import loky
-import optax
 
 import gnlin
 from gnlin.compare.contestants import CONTESTANTS
 from gnlin.compare.cost import gradient_flops
-from gnlin.compare.entry import Entry
+from gnlin.compare.entry import Entry, UsageError
 from gnlin.compare.records import CURVES, SCHEMA, Record, Records, RecordsError
 from gnlin.compare.summary import TaskFacts, choose
 from gnlin.compare.task import Task
@@ -61,7 +62,6 @@ class Job:
             "seconds": 0.0,
             "compile_seconds": 0.0,
             "cost_per_step": 0.0,
-            "cost_per_turn": 0.0,
             "curve": {name: [] for name in CURVES},
             "environment": environment(),
             "command": self.command,
@@ -69,8 +69,8 @@ class Job:
         }
 
 
-# Told as runs end and go on: the job, and the fraction of it that is done.
-Listener = Callable[[Job, float], None]
+# Told as runs go on and end: the job, and the fraction of it that is done; `None` of one that was there already.
+Listener = Callable[[Job, float | None], None]
 
 
 @dataclasses.dataclass
@@ -98,7 +98,9 @@ class Study:
     @property
     def total(self) -> int:
         """Number of runs that are made or found."""
-        return sum(len(entry.grid) + self.seeds - 1 for entry in self.entries)
+        return sum(
+            1 if _reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1 for entry in self.entries
+        )
 
     def carry_out(
         self, listener: Listener = lambda job, done: None, executor: concurrent.futures.Executor | None = None
@@ -114,7 +116,7 @@ class Study:
             return
         try:
             yield from self._all_at_once(listener, executor)
-        except concurrent.futures.BrokenExecutor:
+        except (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError):
             raise RecordsError(
                 "a worker process died, perhaps for want of memory; what is finished is kept: "
                 "run the same command again, with fewer workers"
@@ -146,10 +148,12 @@ class Study:
 
     def _finished(self, job: Job, listener: Listener) -> Record:
         record = self.records.find(job.blank)
-        if record is None:
-            listener(job, 0.0)
-            record = make(dataclasses.replace(job, task=self.task), functools.partial(listener, job))
-            self.records.add(record)
+        if record is not None:
+            listener(job, None)
+            return record
+        listener(job, 0.0)
+        record = make(dataclasses.replace(job, task=self.task), functools.partial(listener, job))
+        self.records.add(record)
         listener(job, 1.0)
         return record
 
@@ -166,11 +170,8 @@ class Study:
                 if record is None:
                     waiting[executor.submit(make, job)] = (plan, job, place)
                 else:
-                    take(plan, job, place, record)
-
-        def take(plan, job, place, record):
-            state[plan[0]][place] = record
-            listener(job, 1.0)
+                    state[plan[0]][place] = record
+                    listener(job, None)
 
         def advance(plan) -> list[Record] | None:
             """Ask on as long as nothing is missing; the records of a plan that is complete."""
@@ -192,7 +193,8 @@ class Study:
                 plan, job, place = waiting.pop(future)
                 record = _result(future, job)
                 self.records.add(record)
-                take(plan, job, place, record)
+                state[plan[0]][place] = record
+                listener(job, 1.0)
                 if (records := advance(plan)) is not None:
                     yield plan[1], records
 
@@ -223,8 +225,30 @@ def _reason_not_to(entry: Entry, task: Task) -> str | None:
     size = entry.options.get("batch")
     if isinstance(size, int) and (task.batch_size is None or size > task.train_size):
         return f"task {task.name!r} has no batches of {size}; leave out batch={size}"
-    with task.precision():
-        return entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
+    try:
+        with task.precision():
+            return entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
+    except Exception as error:  # its author's mistake is a reason, too
+        return _one_line(error)
+
+
+def check_entries(task: Task, entries: Sequence[Entry]) -> None:
+    """Build every optimiser once, so that options which its library refuses are told before anything runs.
+
+    Raises:
+        UsageError: with the label of the entry, and what the library says.
+    """
+    for entry in entries:
+        if not entry.grid:
+            raise UsageError(f"the contestant {entry.label!r} has no value in its grid")
+        if _reason_not_to(entry, task) is None:
+            try:
+                with task.precision():
+                    entry.contestant.build(task, {**entry.options, entry.contestant.tuned: entry.grid[0]})
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"{entry.label}: {' '.join(str(error).split())}") from None
+            except Exception:  # nothing that was said: its runs will tell
+                continue
 
 
 def facts(task: Task) -> TaskFacts:
@@ -238,13 +262,22 @@ def environment() -> dict[str, Any]:
     """What a record must say to be compared with another machine's."""
     return {
         "gnlin": gnlin.__version__,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
         "python": platform.python_version(),
+        **_versions(),
         "platform": f"{sys.platform}-{platform.machine()}",
         "device": jax.devices()[0].device_kind,
         "cpus": loky.cpu_count(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of what computes, and of the peers that are installed."""
+    installed = {}
+    for name in ("jax", "jaxlib", "numpy", "optax", "jaxopt", "optimistix", "lineax", "python-somax", "kfac-jax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +323,7 @@ def _load(name: str) -> Task:
 def _result(future: concurrent.futures.Future, job: Job) -> Record:
     try:
         return future.result()
-    except concurrent.futures.BrokenExecutor:
+    except (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError):
         raise
     except Exception as error:  # what did not travel to the worker, or back
         return {**job.blank, "reason": _one_line(error)}

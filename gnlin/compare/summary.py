@@ -175,11 +175,13 @@ def _missing(group: Sequence[Record]) -> tuple[float, ...]:
     tried = {tuned(record)[1] for record in group if record["seed"] == 0}
     if not tried:
         return tuple(group[0]["grid"]) or (math.nan,)
-    return tuple(value for value in dict.fromkeys(v for record in group for v in record["grid"]) if value not in tried)
+    return tuple(value for value in group[-1]["grid"] if value not in tried)
 
 
 def _row(group: Sequence[Record], task: TaskFacts) -> Row:
-    trials = sorted((r for r in group if r["seed"] == 0), key=lambda record: tuned(record)[1])
+    newest = group[-1]["grid"]  # other values of an older grid take no part
+    trials = [r for r in group if r["seed"] == 0 and (tuned(r)[1] in newest or not newest)]
+    trials.sort(key=lambda record: tuned(record)[1])
     chosen = choose(trials, task.target)
     records = sorted((r for r in group if r["setting"] == chosen["setting"]), key=lambda record: record["seed"])
     grid, unfinished = chosen["grid"], [record for record in records if not finished(record)]
@@ -314,7 +316,11 @@ def tuning_line(row: Row) -> Line:
 
 
 def damping_lines(rows: Sequence[Row]) -> list[Line]:
-    """Lines along λ: sweeps of an option ``damping``, and the trials of contestants that tune it."""
+    """Lines along a λ that is constant: sweeps of an option ``damping``, and the trials of contestants that tune it.
+
+    A λ that is only the first or the last of a run has no place among them.
+    """
+    rows = [row for row in rows if row.options.get("control") == "constant"]
     by_trials = [tuning_line(row) for row in rows if "damping" in row.setting and len(row.trials) >= 3]
     return sweeps(rows, "damping") + by_trials
 

@@ -10,37 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.cost import StepCost, batch_shapes, flops, params_shapes
+from gnlin.compare.cost import batch_shapes, flops, params_shapes
 from gnlin.compare.entry import Entry
+from gnlin.compare.meter import Metered, metered
+from gnlin.compare.summary import Record
 from gnlin.compare.task import Task
 
-# Steps are compiled in chunks, about this many to a run.
-_CHUNKS = 256
 # More examples than this are evaluated in pieces that stay in the cache.
 _WHOLE, _PIECE = 2048, 256
 
-Record = dict[str, Any]
 _MEASURES = ("loss", "quality", "network_loss", "network_quality")
 
 
-def step_cost(task: Task, entry: Entry, unit_flops: float) -> StepCost:
-    """Work of an entry's steps, in units of `unit_flops` (from `cost.gradient_flops`)."""
-    method = entry.contestant.build(task, {**entry.options, entry.contestant.tuned: entry.grid[0]})
-    if not method.traced:
-        if not method.hidden_flops > 0:
-            raise ValueError("a method that is not traced must say its `hidden_flops`")
-        return StepCost(method.hidden_flops / unit_flops)
-    params, key = params_shapes(task), jax.eval_shape(lambda: jax.random.key(0))
-    batch = batch_shapes(task, _examples(task, entry) or task.train_size)
-    state = jax.eval_shape(method.init, params, batch, key)
-    start = flops(method.init, params, batch, key) / unit_flops
-    step = (flops(method.step, params, state, batch, key) + method.hidden_flops) / unit_flops
-    has_turns = jax.eval_shape(method.turns, state) is not None
-    return StepCost(step, method.turn_flops() / unit_flops if has_turns else 0.0, start)
+def metered_step(task: Task, entry: Entry) -> Metered:
+    """An entry's step with a meter: (setting, params, state, batch, key) ↦ (params, state)."""
 
+    def method(setting):
+        return entry.contestant.build(task, {**entry.options, entry.contestant.tuned: setting})
 
-def _examples(task: Task, entry: Entry) -> int | None:
-    return task.examples(entry.options.get("batch", "full"))
+    key, setting = jax.eval_shape(lambda: (jax.random.key(0), jnp.asarray(entry.grid[0], float)))
+    size = task.examples(entry.options.get("batch", "full")) or task.train_size
+    params, batch = params_shapes(task), batch_shapes(task, size)
+    state = jax.eval_shape(lambda setting, *rest: method(setting).init(*rest), setting, params, batch, key)
+    return metered(lambda setting, *rest: method(setting).step(*rest), setting, params, state, batch, key)
 
 
 class Program:
@@ -53,38 +45,43 @@ class Program:
         unit_flops: FLOPs of a gradient-equivalent, from `cost.gradient_flops`.
 
     Attributes:
-        cost: work of a step.
+        start_cost: gradient-equivalents of the first state.
+        step_cost: gradient-equivalents of a step whose loops turn once and whose branches are the dearest.
+        varies: whether steps may cost more or less than that.
         compile_seconds: what compiling took.
     """
 
     def __init__(self, task: Task, entry: Entry, work: float, unit_flops: float):
-        self.task, self.entry, self.work = task, entry, work
+        self.task, self.entry, self.work, self._unit = task, entry, work, unit_flops
         self.train = jax.tree.map(jnp.asarray, task.train)
         self.held_out = jax.tree.map(jnp.asarray, task.held_out)
-        self.batch_size = _examples(task, entry)
+        self.batch_size = task.examples(entry.options.get("batch", "full"))
         params, key, setting = task.init(jax.random.key(0)), jax.random.key(0), self._number(entry.grid[0])
         method = self._method(entry.grid[0])
-        self.traced = method.traced
-        self.predict = method.predict
-        self.cost = step_cost(task, entry, unit_flops)
-        # A step whose loop does not turn at all is the cheapest.
-        self.max_steps = max(1, math.ceil(work / max(self.cost.step - self.cost.turn, 0.1 * self.cost.step)))
+        self.traced, self.predict, self.cycle = method.traced, method.predict, method.cycle
+        batch = self._batch_of(np.zeros(self.batch_size or 0, np.int32))
+        if self.traced:
+            self._metered = metered_step(task, entry)
+            self.start_cost = flops(self._initialised, setting, params, batch, key) / unit_flops
+            self.step_cost, self.varies = self._metered.flops / unit_flops, self._metered.varies
+            shapes = jax.eval_shape(self._initialised, setting, params, batch, key)
+        elif method.flops > 0:
+            self.start_cost, self.step_cost, self.varies = 0.0, method.flops / unit_flops, False
+            shapes = method.init(params, batch, key)
+        else:
+            raise ValueError("a method that is not traced must say the `flops` of its step")
         # Evaluations see at most twice as many examples as steps do.
-        self.least_pause = 0.5 * task.train_size / (self.task.batch_size or task.train_size)
-        self.chunk_length = max(1, int(work / self.cost.step) // _CHUNKS) if self.traced else 1
+        self._least_pause = 0.5 * task.train_size / (task.batch_size or task.train_size)
+        self._longest = max(1, int(max(work / 64, self._least_pause) / self.step_cost))
+        # Where steps may be cheaper than they look, allow for ten times as many.
+        self._most_steps = math.ceil(work / (0.1 if self.varies else 1.0) / self.step_cost) + 1
 
         began = time.perf_counter()
-        first = self._batch_of(np.zeros(self.batch_size or 0, np.int32))
         if self.traced:
-            self._init = jax.jit(self._initialised).lower(setting, params, first, key).compile()
-            carry = params, self._init(setting, params, first, key)
-            indices = np.zeros((self.chunk_length, self.batch_size or 0), np.int32)
-            self._chunk = jax.jit(self._trained).lower(setting, carry, indices, self.train, key, 0).compile()
-            shapes = carry[1]
-        else:
-            # Its own compilation comes with the first step, which is made here and thrown away.
-            shapes = method.init(params, first, key)
-            shapes = jax.block_until_ready(method.step(task.init(jax.random.key(0)), shapes, first, key))[1]
+            self._init = jax.jit(self._initialised).lower(setting, params, batch, key).compile()
+            carry = params, self._init(setting, params, batch, key)
+            indices = np.zeros((self._longest, self.batch_size or 0), np.int32)
+            self._advance = jax.jit(self._trained).lower(setting, carry, indices, 1, self.train, key, 0).compile()
         self._measure = jax.jit(self._measured).lower((params, shapes), self.train, self.held_out).compile()
         self.compile_seconds = time.perf_counter() - began
 
@@ -94,38 +91,46 @@ class Program:
         The ``curve`` has, at each evaluation, ``step``, ``cost`` (gradient-equivalents so far), ``seconds`` (of steps
         so far; neither counts evaluations), ``loss`` on all training data and ``quality`` on the held-out data, both of
         the model being trained, which is the linearised one while an anchor is kept, and the same of the network
-        itself. A run ends, ``diverged``, at a loss that is not finite.
+        itself. A run ends, ``diverged``, at a loss that is not finite. One that moves its anchor ends with its last
+        whole cycle, since a loss says little of an optimiser whose anchor has just been moved.
         """
-        advance, carry = self._start(number, seed)
+        advance, carry, compile_seconds = self._begin(number, seed)
         curve: dict[str, list] = {name: [] for name in ("step", "cost", "seconds", *_MEASURES)}
-        cost, seconds, steps = self.cost.start, 0.0, 0
+        cost, seconds, steps = self.start_cost, 0.0, 0
         self._evaluate(carry, (steps, cost, seconds), curve)
         batches = self._batches(seed)
-        while cost < self.work and len(batches[steps : steps + self.chunk_length]) == self.chunk_length:
-            indices = batches[steps : steps + self.chunk_length]
+        while (left := min(self._steps_left(steps, cost), len(batches) - steps)) > 0:
+            count = max(1, min(int(self._pause(cost) / self._mean_cost(steps, cost)), self._longest, left))
             began = time.perf_counter()
-            carry, turns = jax.block_until_ready(advance(carry, indices, steps))
+            carry, more = jax.block_until_ready(advance(carry, batches[steps : steps + count], steps))
             seconds += time.perf_counter() - began
-            steps += self.chunk_length
-            cost += self.cost.of(self.chunk_length, int(turns) if self.cost.turn else self.chunk_length)
-            if cost >= curve["cost"][-1] + self._pause(cost) or cost >= self.work:
-                self._evaluate(carry, (steps, cost, seconds), curve)
-                if not math.isfinite(curve["loss"][-1]):
-                    break
-            on_progress(min(cost / self.work, 1.0))
-        if curve["step"][-1] != steps:
+            steps += count
+            cost += count * self.step_cost + float(more) / self._unit
             self._evaluate(carry, (steps, cost, seconds), curve)
+            on_progress(min(cost / self.work, 1.0))
+            if not math.isfinite(curve["loss"][-1]):
+                break
         diverged = not math.isfinite(curve["loss"][-1])
         return {
             "status": "diverged" if diverged else "finished",
             "reason": f"the training loss was not finite after {steps} steps" if diverged else "",
             "steps": steps,
             "seconds": seconds,
-            "compile_seconds": self.compile_seconds,
-            "cost_per_step": self.cost.step,
-            "cost_per_turn": self.cost.turn,
+            "compile_seconds": self.compile_seconds + compile_seconds,
+            "cost_per_step": self._mean_cost(steps, cost),
             "curve": curve,
         }
+
+    def _steps_left(self, steps: int, cost: float) -> int:
+        """Until the work is spent, or, where that leaves a whole cycle, until the last one ends; as far as is known."""
+        last = steps + max(0, math.ceil((self.work - cost) / self._mean_cost(steps, cost)))
+        if last >= self.cycle:
+            begun = -(-steps // self.cycle)  # a cycle that was begun is ended
+            last = self.cycle * max(last // self.cycle, begun)
+        return last - steps
+
+    def _mean_cost(self, steps: int, cost: float) -> float:
+        return (cost - self.start_cost) / steps if steps else self.step_cost
 
     def _method(self, number: Any):
         return self.entry.contestant.build(self.task, {**self.entry.options, self.entry.contestant.tuned: number})
@@ -136,37 +141,43 @@ class Program:
     def _batch_of(self, indices: np.ndarray) -> Any:
         return self.train if self.batch_size is None else jax.tree.map(lambda leaf: leaf[indices], self.train)
 
-    def _start(self, number: float, seed: int):
-        """``(advance, carry)``; ``advance(carry, indices, step)`` makes a chunk of steps."""
+    def _begin(self, number: float, seed: int):
+        """``(advance, carry, seconds)``: ``advance(carry, indices, step)`` makes steps, on what it took to compile."""
         params, key = self.task.init(jax.random.key(seed)), jax.random.key(seed)
         batch = self._batch_of(self._batches(seed)[0])
         if self.traced:
             setting = self._number(number)
 
             def advance(carry, indices, step):
-                return self._chunk(setting, carry, indices, self.train, key, step)
+                count = len(indices)
+                indices = np.concatenate([indices, np.zeros((self._longest - count, indices.shape[1]), np.int32)])
+                return self._advance(setting, carry, indices, count, self.train, key, step)
 
-            return advance, (params, self._init(setting, params, batch, key))
+            return advance, (params, self._init(setting, params, batch, key)), 0.0
 
-        method = self._method(number)
+        # It compiles by itself, with a first step that is thrown away.
+        method, began = self._method(number), time.perf_counter()
+        jax.block_until_ready(method.step(params, method.init(params, batch, key), batch, key))
+        compile_seconds = time.perf_counter() - began
+        params = self.task.init(jax.random.key(seed))  # the step may have consumed them
 
-        def advance_one(carry, indices, step):
+        def advance_untraced(carry, indices, step):
             params, state = carry
-            params, state = method.step(params, state, self._batch_of(indices[0]), jax.random.fold_in(key, step))
-            return (params, state), method.turns(state) or 1
+            for number, chosen in enumerate(indices, start=step):
+                params, state = method.step(params, state, self._batch_of(chosen), jax.random.fold_in(key, number))
+            return (params, state), 0.0
 
-        return advance_one, (params, method.init(params, batch, key))
+        return advance_untraced, (params, method.init(params, batch, key)), compile_seconds
 
     def _batches(self, seed: int) -> np.ndarray:
         """Indices of the examples of each step, (steps, batch size); a batch size of 0 stands for all training data."""
-        steps = -(-self.max_steps // self.chunk_length) * self.chunk_length
         if self.batch_size is None:
-            return np.zeros((steps, 0), np.int32)
-        return self.task.batches(seed, steps, self.batch_size)
+            return np.zeros((self._most_steps, 0), np.int32)
+        return self.task.batches(seed, self._most_steps, self.batch_size)
 
     def _pause(self, cost: float) -> float:
         """Work between two evaluations: less of it in the first eighth of a run, where most happens."""
-        return max(self.work / (256 if cost < self.work / 8 else 64), self.least_pause)
+        return max(self.work / (256 if cost < self.work / 8 else 64), self._least_pause)
 
     def _evaluate(self, carry, spent: tuple[int, float, float], curve: dict[str, list]) -> None:
         values = [float(value) for value in self._measure(carry, self.train, self.held_out)]
@@ -178,19 +189,18 @@ class Program:
     def _initialised(self, setting, params, batch, key):
         return self._method(setting).init(params, batch, key)
 
-    def _trained(self, setting, carry, indices, train, key, step):
-        """A chunk of steps; also how often their inner loops turned."""
-        method = self._method(setting)
+    def _trained(self, setting, carry, indices, count, train, key, first):
+        """`count` steps; also the FLOPs to add to those of as many steps."""
 
-        def one(carry, chosen):
-            params, state, step = carry
-            batch = train if self.batch_size is None else jax.tree.map(lambda leaf: leaf[chosen], train)
-            params, state = method.step(params, state, batch, jax.random.fold_in(key, step))
-            turns = method.turns(state)
-            return (params, state, step + 1), jnp.asarray(1 if turns is None else turns, jnp.int32)
+        def one(number, carry):
+            params, state, total = carry
+            batch = train if self.batch_size is None else jax.tree.map(lambda leaf: leaf[indices[number]], train)
+            key_now = jax.random.fold_in(key, first + number)
+            (params, state), more = self._metered.call(setting, params, state, batch, key_now)
+            return params, state, total + more
 
-        (params, state, _), turns = jax.lax.scan(one, (*carry, jnp.asarray(step)), indices)
-        return (params, state), jnp.sum(turns)
+        params, state, total = jax.lax.fori_loop(0, count, one, (*carry, jnp.float32(0)))
+        return (params, state), total
 
     def _measured(self, carry, train, held_out):
         """The `_MEASURES`."""
