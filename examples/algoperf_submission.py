@@ -5,7 +5,8 @@ python examples/algoperf_submission.py
 The functions `get_batch_size`, `init_optimizer_state`, `update_params`, `prepare_for_eval` and `data_selection` are
 what the benchmark (https://github.com/mlcommons/algorithmic-efficiency) calls. What is particular to gnlin is
 `objective_of`: model and loss are taken apart, and what else the model needs (its state, a key for dropout) travels in
-the batch. The stand-in for a workload below shows that the functions fit together, without the benchmark being
+the batch. Its statistics for normalisation stand still while a gradient is taken, and move once in each step, with a
+forward pass. The stand-in for a workload below shows that the functions fit together, without the benchmark being
 installed.
 """
 
@@ -50,8 +51,11 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, batch):
+        _, model_state = workload.model_fn(
+            params, batch["data"], batch["model_state"], mode="train", rng=batch["rng"], update_batch_norm=True
+        )
         updates, opt_state = tx.update(None, opt_state, params, batch=batch)
-        return optax.apply_updates(params, updates), opt_state
+        return optax.apply_updates(params, updates), opt_state, model_state
 
     return tx.init(model_params), step
 
@@ -72,7 +76,7 @@ def update_params(
 ):
     opt_state, step = optimizer_state
     travelling = {"data": batch, "model_state": model_state, "rng": rng}
-    params, opt_state = step(current_param_container, opt_state, travelling)
+    params, opt_state, model_state = step(current_param_container, opt_state, travelling)
     return (opt_state, step), params, model_state
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -467,17 +468,49 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path, kept):
     records.close()
 
 
+class Full:
+    """A file on a disk with room for 40 bytes."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 40
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        self.room = 0
+        return self.file.write(content[:40])
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+
+
 def test_a_full_disk_is_named_and_what_was_written_stays(kept, monkeypatch):
     records = Records(kept)
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(records, "_file", Full(records._file))
     with pytest.raises(RecordsError, match="No space left on device; make room and run the same command"):
         records.add({**records.runs[0], "seed": 7})
     records.close()
-    assert len(read(kept)) >= 3
+    assert not (kept / "records.jsonl").read_text().endswith("\n")
+    assert len(read(kept)) == 3
+    again = Records(kept)
+    assert again.cut_short
+    again.close()
+    assert (kept / "records.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("curve", [{}, {"step": [], "loss": []}, {"step": [0], "loss": [0.5, 0.4]}])
+def test_a_record_without_a_whole_curve_is_named(kept, curve):
+    path = kept / "records.jsonl"
+    first, *others = path.read_text().splitlines()
+    record = json.loads(first)
+    whole = {name: values[:1] for name, values in record["curve"].items()} if len(curve.get("loss", [])) > 1 else {}
+    path.write_text("\n".join([json.dumps({**record, "curve": {**whole, **curve}}), *others, ""]))
+    result = CliRunner().invoke(cli.app, ["report", str(kept)])
+    assert result.exit_code == 2
+    assert re.search(r"line 1 lacks .*\. Delete the line: its run will be done again", result.output)
 
 
 # Executors.

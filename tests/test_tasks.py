@@ -337,6 +337,7 @@ def test_damaged_packed_mnist_is_refused(write, digits_like, damaged, complaint)
     [
         (lambda c: b"", "has 0 bytes, which is not 1 to 10000 records of 3073"),
         (lambda c: c[:-1], "has 184379 bytes"),
+        (lambda c: c[:-3073], "has 59 images where another part has 60"),
         (lambda c: bytes([255]) + c[1:], "has the label 255, beyond 9"),
     ],
 )

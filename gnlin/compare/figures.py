@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
+from gnlin.compare.axes import plain, value_axis, within
 from gnlin.compare.summary import (
     Line,
     Row,
@@ -101,12 +102,12 @@ def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
             continue
         title = f"{facts.name}: {what} against {_NAMES[against]}"
         figure, (axes,) = _panels(1, [row.label for row, _ in bands], title)
-        _value_axis(axes, name, facts, [value for _, found in bands for value in found.median], rows)
+        value_axis(axes, name, facts, [value for _, found in bands for value in found.median], rows)
         axes.set(xscale="log", xlabel=_NAMES[against])
         ends = []
         for row, found in bands:
             style = _style(number := drawn.index(row))
-            low, median, high = (_within(axes, values) for values in (found.low, found.median, found.high))
+            low, median, high = (within(axes, values) for values in (found.low, found.median, found.high))
             every = (0.02 * (number % 8), 0.16)  # in parts of the axes, and never two lines at the same place
             axes.plot(found.across, median, markevery=every, **style)
             axes.fill_between(found.across, low, high, color=style["color"], alpha=0.1, linewidth=0)
@@ -157,7 +158,7 @@ def _sweep(
     never = 8 * max(finite, default=1.0)
     for axes, names in zip(panels, (("network_quality", "quality"), ("loss",)), strict=True):
         finals = [value for line in scale for point in line.points for name in names for value in point.finals(name)]
-        _value_axis(axes, names[-1], facts, finals, rows)
+        value_axis(axes, names[-1], facts, finals, rows)
         axes.set_xscale("log" if values[0] > 0 else "linear")
         ends = []
         for number, line in enumerate(lines):
@@ -201,7 +202,7 @@ def _sensitivity(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
         figure, (axes,) = _panels(1, [row.label for row in own], title)
         lines = [tuning_line(row) for row in own]
         finals = [value for line in lines for point in line.points for value in point.finals("loss")]
-        _value_axis(axes, "loss", facts, finals, rows)
+        value_axis(axes, "loss", facts, finals, rows)
         positive = all(point.value > 0 for line in lines for point in line.points)
         axes.set(xscale="log" if positive else "linear", xlabel=words(name))
         ends = []
@@ -210,7 +211,7 @@ def _sensitivity(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
             ends.append((row.label, *_plot_means(axes, line, places, "loss", style), style))
             _plot_runs(axes, line, places, "loss", style["color"])
             chosen = [final(trial, "loss") for trial in row.trials if trial["setting"] == row.setting]
-            axes.plot(row.setting[name], _within(axes, chosen)[0], "o", color=style["color"], mfc="none", markersize=9)
+            axes.plot(row.setting[name], within(axes, chosen)[0], "o", color=style["color"], mfc="none", markersize=9)
         _label_ends(axes, ends)
         left_out = tuple(row.label for row in rows if name in row.setting and row not in own)
         yield Picture(f"sensitivity-{name}", "sensitivity", title, figure, name, left_out)
@@ -237,15 +238,14 @@ def words(name: str) -> str:
     return _NAMES.get(name, name.replace("_", " "))
 
 
-def _plain(text: str) -> str:
-    """Dollar signs are no mathematics here."""
-    return text.replace("$", r"\$")
+def breakable(label: str) -> str:
+    """A long label with room for a break after each colon and comma."""
+    return label if len(label) <= 24 else label.replace(":", ": ").replace(",", ", ")
 
 
 def _wrapped(label: str) -> str:
-    """Lines of 24 characters at most, broken after colons and commas."""
-    spaced = label if len(label) <= 24 else label.replace(":", ": ").replace(",", ", ")
-    return textwrap.fill(spaced, 24, break_on_hyphens=False)
+    """Lines of 24 characters at most."""
+    return textwrap.fill(breakable(label), 24, break_on_hyphens=False)
 
 
 def _panels(count: int, labels: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
@@ -257,67 +257,12 @@ def _panels(count: int, labels: Sequence[str], title: str) -> tuple[Figure, list
     total = count * height + (count - 1) * between + above + below
     figure = Figure(figsize=(_WIDTH, total))
     figure.subplots_adjust(0.7 / _WIDTH, below / total, 1 - right / _WIDTH, 1 - above / total, hspace=between / height)
-    figure.text(0.01, 1 - 0.25 / total, _plain(title), fontsize=9, fontweight="bold")
+    figure.text(0.01, 1 - 0.25 / total, plain(title), fontsize=9, fontweight="bold")
     panels = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     return figure, panels
-
-
-def _value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float], rows: Sequence[Row]) -> None:
-    """Scale and limits for `values`, and a line at the target or at what counts as solved.
-
-    What should be low has a logarithmic axis, and so, in what is missing to 100, has a percentage that reaches 90.
-    Values above three times those where training began do not stretch the axis: they are drawn at its edge.
-    """
-    word, reference = ("target", facts.target) if name == "loss" else ("solved", facts.solved)
-    known = np.asarray([reference, *filter(math.isfinite, values)])
-    if low_is_good := name == "loss" or not facts.higher_is_better:
-        starts = [value for row in rows for record in row.records for value in record["curve"][name][:1]]
-        known = known[known <= 3 * max([abs(reference), *filter(math.isfinite, starts)])]
-    low, high = known.min(), known.max()
-    if low_is_good and low >= 0 < high:
-        axes.set_yscale("log")
-        axes.set_ylim(known[known > 0].min() / 1.6, high * 1.6)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif not low_is_good and facts.quality_name.endswith("%") and 90 <= high <= 100:
-        axes.set_yscale("function", functions=(_shortfall, _per_cent))
-        margin = 0.06 * (_shortfall(high) - _shortfall(low)) + 0.02
-        low, high = _per_cent(_shortfall(low) - margin), min(100.0, _per_cent(_shortfall(high) + margin))
-        axes.set_ylim(low, high)
-        axes.set_yticks(ticks := _ticks(low, high), [f"{tick:g}" for tick in ticks])
-    else:
-        margin = 0.06 * (high - low) or 1.0
-        axes.set_ylim(low - margin, high + margin)
-    axes.axhline(reference, color="black", linewidth=0.8, linestyle=(0, (1, 1.5)))
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
-    place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 2.5), "textcoords": "offset points"}
-    axes.annotate(f"{word} {reference:g}", (0.01, reference), **place, fontsize=6.5, bbox=box)
-    axes.set_ylabel(_plain("training loss" if name == "loss" else f"held-out {facts.quality_name}"))
-
-
-def _shortfall(per_cent: Any) -> Any:
-    """Logarithmic in what is missing to 100 %, which itself stands where 99.8 % otherwise would."""
-    return -np.log10(np.maximum(100.2 - np.asarray(per_cent), 1e-6))
-
-
-def _per_cent(shortfall: Any) -> Any:
-    return 100.2 - 10 ** -np.asarray(shortfall)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round percentages, the roundest first, as many as `_shortfall` has room for."""
-    apart = 0.07 * (_shortfall(high) - _shortfall(low))
-    ticks: list[float] = []
-    for tick in (100, 0, 90, 99, 50, 98, 95, 99.5, 80, 97, 70, 96, 60, 40, 20, 92, 85, 99.8, 98.5, 97.5):
-        if low <= tick <= high and all(abs(_shortfall(tick) - _shortfall(other)) >= apart for other in ticks):
-            ticks.append(tick)
-    return sorted(ticks)
-
-
-def _within(axes: Axes, values: Sequence[float] | np.ndarray) -> np.ndarray:
-    return np.clip(np.nan_to_num(np.asarray(values, float), nan=math.inf), *axes.get_ylim())
 
 
 def _plot_means(
@@ -328,7 +273,7 @@ def _plot_means(
     if not known:
         return places[-1], math.nan
     across = [place for place, _ in known]
-    means = _within(axes, [np.mean(point.finals(name)) for _, point in known])
+    means = within(axes, [np.mean(point.finals(name)) for _, point in known])
     cut = sum(point.value < math.inf for _, point in known)
     for part in (slice(cut), slice(cut, None)):
         axes.plot(across[part], means[part], **style)
@@ -346,15 +291,15 @@ def _plot_runs(axes: Axes, line: Line, places: Sequence[float], name: str, colou
             mean, deviation = values.mean(), values.std(ddof=1)
             # On a logarithmic axis a bar that reaches zero has no end.
             least = max(mean - deviation, values.min()) if axes.get_yscale() == "log" else mean - deviation
-            axes.plot([place] * 2, _within(axes, [least, mean + deviation]), "_-", color=colour, linewidth=0.8)
-            axes.plot([place] * len(values), _within(axes, values), ".", color=colour, markersize=3.5, alpha=0.8)
+            axes.plot([place] * 2, within(axes, [least, mean + deviation]), "_-", color=colour, linewidth=0.8)
+            axes.plot([place] * len(values), within(axes, values), ".", color=colour, markersize=3.5, alpha=0.8)
         if len(values) < len(point.records):
             axes.plot(place, 1.0 if axes.get_yscale() == "log" else 0.0, "x", color=colour, **bad_edge)
 
 
 def _name_periods(axes: Axes, line: Line, name: str) -> None:
     """K beside each point of a line that stands on the axis of λ."""
-    means = [(point, *_within(axes, [np.mean(point.finals(name))])) for point in line.points if point.finals(name)]
+    means = [(point, *within(axes, [np.mean(point.finals(name))])) for point in line.points if point.finals(name)]
     for point, mean in means:
         # Below where a point of about the same λ stands above.
         below = any(other > mean and 0.8 < near.value / point.value < 1.25 for near, other in means)
@@ -374,7 +319,7 @@ def _break(axes: Axes, place: float) -> None:
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Mapping[str, Any]]]) -> None:
     """Each line's name beside its end, with a sample of it, moved up or down as far as the others make it."""
-    ends = [(_wrapped(label), x, float(_within(axes, [y])[0]), style) for label, x, y, style in ends]
+    ends = [(_wrapped(label), x, float(within(axes, [y])[0]), style) for label, x, y, style in ends]
     ends = sorted(ends, key=lambda end: end[2])
     inch = axes.figure.dpi / axes.bbox.width, axes.figure.dpi / axes.bbox.height  # in parts of the axes
     sizes = np.array([(label.count("\n") + 1) * _LINE_HEIGHT * inch[1] / 72 for label, *_ in ends])
@@ -385,7 +330,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Mapping[str,
     for (label, x, y, style), place in zip(ends, places, strict=True):
         axes.annotate("", (x, y), (1 + 0.06 * inch[0], place), textcoords="axes fraction", arrowprops=leader)
         axes.plot(1 + np.array([0.07, 0.19, 0.31]) * inch[0], [place] * 3, markevery=[1], **look, **style)
-        axes.text(1 + 0.37 * inch[0], place, _plain(label), va="center", fontsize=_LABEL_SIZE, linespacing=1.0, **look)
+        axes.text(1 + 0.37 * inch[0], place, plain(label), va="center", fontsize=_LABEL_SIZE, linespacing=1.0, **look)
 
 
 def spread_out(wanted: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gnlin.compare.figures import Picture, pictures, words
+from gnlin.compare.figures import Picture, breakable, pictures, words
 from gnlin.compare.records import CURVES
 from gnlin.compare.summary import (
     Record,
@@ -90,7 +90,7 @@ def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> 
         compiling = f"\n+ {row.compile_seconds:.1f}" if math.isfinite(row.compile_seconds) else ""
         begun = f"\n{_count(len(row.records), 'seed')} so far" if len(row.records) < seeds and not row.failed else ""
         view.add_row(
-            Text(f"{_breakable(row.label)}\n{describe(row.setting)}{' *' if row.at_edge else ''}{begun}"),
+            Text(f"{breakable(row.label)}\n{describe(row.setting)}{' *' if row.at_edge else ''}{begun}"),
             _cell(row.loss, small, "failed" if row.failed else "diverged"),
             _cell(row.quality, like(row.quality.mean), "-"),
             _cell(row.network_quality, like(row.quality.mean), "-"),
@@ -135,10 +135,6 @@ def like(mean: float) -> Callable[[float], str]:
         return "{:.3g}".format
     places = 2 - math.floor(math.log10(abs(mean)))
     return f"{{:.{min(max(places, 1), 4)}f}}".format if -2 < places < 5 else small
-
-
-def _breakable(label: str) -> str:
-    return label if len(label) <= 24 else label.replace(":", ": ").replace(",", ", ")
 
 
 def _count(number: int, what: str) -> str:

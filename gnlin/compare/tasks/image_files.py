@@ -156,7 +156,12 @@ def _read_cifar10(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
         _check_labels(path, records[:, 0], _CIFAR_SOURCE)
         return records
 
-    records = np.concatenate([_read([folder / name], read, _CIFAR_SOURCE)[1] for name in names])
+    files = [_read([folder / name], read, _CIFAR_SOURCE) for name in names]
+    most = max(len(records) for _, records in files)
+    for path, records in files:
+        if len(records) < most:  # cut short between two records
+            raise _unusable(path, f"has {len(records)} images where another part has {most}", _CIFAR_SOURCE)
+    records = np.concatenate([records for _, records in files])
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return {"x": _standardised(images, _CIFAR_MEAN, _CIFAR_DEVIATION), "y": records[:, 0].astype(np.int32)}
 
