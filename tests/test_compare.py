@@ -382,6 +382,35 @@ def test_an_untraced_method_runs_as_a_traced_one(tiny):
     np.testing.assert_allclose(own["curve"]["loss"][-1], losses[20], rtol=1e-4)
 
 
+def test_a_first_state_that_costs_more_than_the_budget_is_a_reason(tiny):
+    (record,) = run(tiny, ["lbfgs:max_step=1"], seeds=1, work=0.05)
+    assert record["status"] == "failed"
+    assert re.match(r"its first state alone costs [23] gradient-equivalents of 2: raise --work", record["reason"])
+
+
+def test_steps_of_unknown_cost_do_not_overshoot_the_budget(tiny):
+    """A loop that looks like a turn and makes as many as the budget has gradients."""
+
+    def build(task, options):
+        adam = CONTESTANTS["adam"].build(task, options)
+
+        def step(params, state, batch, key):
+            def turn(carry):
+                number, params = carry
+                grads = jax.grad(task.objective.value)(params, batch)
+                return number + 1, jax.tree.map(lambda leaf, grad: leaf - 1e-4 * grad, params, grads)
+
+            params = jax.lax.while_loop(lambda carry: carry[0] < 40 + 0 * state[0].count, turn, (0, params))[1]
+            return adam.step(params, state, batch, key)
+
+        return adam._replace(step=step)
+
+    long = Contestant("long", "", build, grid=(0.004,), options=CONTESTANTS["adam"].options)
+    (record,) = run(tiny, [long], seeds=1)
+    assert record["steps"] == 1
+    assert record["cost_per_step"] == pytest.approx(41, rel=0.05)
+
+
 def test_a_reason_that_cannot_be_told_is_a_reason(tiny):
     def unfit(task):
         raise KeyError("layers")
@@ -723,13 +752,16 @@ def test_nothing_that_finished_is_lost_or_repeated_after_kill_9(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = path.read_text()
+    first, before = path.read_text().split("\n", 1)
+    path.write_text(before)  # without its first run, which another process is to repeat
     assert python(["-m", "gnlin"], *arguments).returncode == 0
     after = path.read_text()
     assert after.startswith(before[: before.rfind("\n") + 1])
     runs = [json.loads(line) for line in after.splitlines()]
     keys = [(record["label"], *record["setting"].values(), record["seed"]) for record in runs]
     assert len(set(keys)) == len(keys) == 12
+    (again,) = (run for run in runs if all(run[key] == json.loads(first)[key] for key in ("label", "setting", "seed")))
+    assert again["curve"]["loss"] == json.loads(first)["curve"]["loss"]
 
 
 def python(code_or_module, *arguments):

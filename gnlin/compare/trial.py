@@ -94,13 +94,17 @@ class Program:
         itself. A run ends, ``diverged``, at a loss that is not finite. One that moves its anchor ends with its last
         whole cycle, since a loss says little of an optimiser whose anchor has just been moved.
         """
+        if self.start_cost >= self.work:
+            reason = f"its first state alone costs {self.start_cost:.0f} gradient-equivalents of {self.work:g}"
+            return {"status": "failed", "reason": f"{reason}: raise --work, or take another task"}
         advance, carry, compile_seconds = self._begin(number, seed)
         curve: dict[str, list] = {name: [] for name in ("step", "cost", "seconds", *_MEASURES)}
         cost, seconds, steps = self.start_cost, 0.0, 0
         self._evaluate(carry, (steps, cost, seconds), curve)
         batches = self._batches(seed)
         while (left := min(self._steps_left(steps, cost), len(batches) - steps)) > 0:
-            count = max(1, min(int(self._pause(cost) / self._mean_cost(steps, cost)), self._longest, left))
+            count = min(int(self._pause(cost) / self._mean_cost(steps, cost)), self._longest, left)
+            count = max(1, min(count, steps) if self.varies else count)  # a first step tells what steps cost
             began = time.perf_counter()
             carry, more = jax.block_until_ready(advance(carry, batches[steps : steps + count], steps))
             seconds += time.perf_counter() - began
