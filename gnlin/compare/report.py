@@ -97,7 +97,7 @@ def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> 
             f"{row.solved}/{len(row.records)}",
             _cell(row.steps, "{:.0f}".format, absent),
             _cell(row.cost, "{:.0f}".format, absent),
-            f"{_cell(row.seconds, '{:.1f}'.format, absent)}{compiling}",
+            f"{_cell(row.seconds, brief, absent)}{compiling}",
             end_section=True,
         )
     reasons = [Text(f"{row.label}: {trouble(row)}") for row in rows if row.failed or row.diverged]
@@ -127,6 +127,11 @@ def _cell(spread: Spread, show: Callable[[float], str], otherwise: str) -> str:
 def small(value: float) -> str:
     """``5.7e-5``."""
     return re.sub(r"e([+-])0+(?=\d)", r"e\1", f"{value:.1e}").replace("e+", "e")
+
+
+def brief(seconds: float) -> str:
+    """``12.3``, ``0.031``."""
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
 
 
 def like(mean: float) -> Callable[[float], str]:
@@ -245,7 +250,7 @@ def write(directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFa
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"describe": describe, "with_breaks": _with_breaks}
-    shows = {"small": small, "like": like, "whole": "{:.0f}".format, "tenths": "{:.1f}".format}
+    shows = {"small": small, "like": like, "whole": "{:.0f}".format, "brief": brief}
     page = directory / PAGE
     text = environment.get_template(f"{PAGE}.j2").render(
         sections=sections,
