@@ -615,6 +615,17 @@ def test_a_job_travels(tiny):
 # From Python.
 
 
+def test_what_python_hands_over_is_checked(tiny):
+    with pytest.raises(ValueError, match=r"`contestants` must be a sequence; write \['adam'\]"):
+        run(tiny, "adam")
+    with pytest.raises(ValueError, match=r"`sweep` wants a sequence .* write {'damping': \[5\]}"):
+        run(tiny, ["gn"], sweep={"damping": 5})
+    with pytest.raises(ValueError, match="`batch_size` must be 1 to 40, or None for all data; got 41"):
+        dataclasses.replace(tiny, batch_size=41)
+    with pytest.raises(ValueError, match="the contestant 'none' has no value in its grid"):
+        run(tiny, [optax_contestant("none", optax.sgd, ())])
+
+
 def test_a_task_and_an_optimiser_from_outside():
     objective = gnlin.Objective(
         lambda params, batch: batch["x"] @ params["w"],

@@ -62,6 +62,9 @@ def run(
     problem = TASKS[task]() if isinstance(task, str) else task
     if isinstance(contestants, str):
         raise ValueError(f"`contestants` must be a sequence; write [{contestants!r}]")
+    for name, values in (sweep or {}).items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ValueError(f"`sweep` wants a sequence of values of each option; write {{{name!r}: [{values!r}]}}")
     swept = {name: [format_value(value) for value in values] for name, values in (sweep or {}).items()}
     entries = entries_of(contestants, swept)
     check_entries(problem, entries)

@@ -207,6 +207,7 @@ def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[
         "chosen": chosen,
         **{key: record[key] for key in ("status", "reason", "work", "steps", "seconds", "compile_seconds")},
         "cost_per_step": record["cost_per_step"],
+        "spent": curve["cost"][-1] if curve["cost"] else math.nan,
         **{f"final_{name}": final(record, name) for name in _ENDS},
         **{
             f"{name}_to_target": math.nan if index is None else curve[name][index]

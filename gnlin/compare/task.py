@@ -63,6 +63,12 @@ class Task:
     residuals: Callable[[Params, Batch], Any] | None = None
     double: bool = False
 
+    def __post_init__(self):
+        if self.batch_size is not None and not 1 <= self.batch_size <= self.train_size:
+            raise ValueError(
+                f"`batch_size` must be 1 to {self.train_size}, or None for all data; got {self.batch_size}"
+            )
+
     @property
     def train_size(self) -> int:
         """Number of training examples."""
