@@ -133,6 +133,12 @@ def _positive_integer(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> float:
+    if finite(text) < 0:
+        raise ValueError(text)
+    return float(text)
+
+
 def finite(text: str) -> float:
     if not math.isfinite(float(text)):
         raise ValueError(text)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gnlin.compare.contestant import Contestant, finite
+from gnlin.compare.contestant import Contestant, not_negative
 from gnlin.compare.contestants import CONTESTANTS, DEFAULT
 
 # Sweeps: name of an option or of the tuned number ↦ its values, as text.
@@ -73,7 +73,7 @@ def _entry(contestant: Contestant, said: Mapping[str, str]) -> Entry:
     options = {option: form.default for option, form in contestant.options.items()}
     for option, text in said.items():
         if option == contestant.tuned:
-            options[option] = _value(finite, text, contestant, option, "a number")
+            options[option] = _value(not_negative, text, contestant, option, "a number of at least 0")
         elif option in contestant.options:
             form = contestant.options[option]
             options[option] = _value(form.parse, text, contestant, option, form.form)
