@@ -86,7 +86,7 @@ class Program:
         self.compile_seconds = time.perf_counter() - began
 
     def run(self, number: float, seed: int, on_progress: Callable[[float], None] = lambda fraction: None) -> Record:
-        """Train until the work is spent, and return what came of it.
+        """Train until the work left does not pay for another step, and return what came of it.
 
         The ``curve`` has, at each evaluation, ``step``, ``cost`` (gradient-equivalents so far), ``seconds`` (of steps
         so far; neither counts evaluations), ``loss`` on all training data and ``quality`` on the held-out data, both of
@@ -100,16 +100,20 @@ class Program:
         advance, carry, compile_seconds = self._begin(number, seed)
         curve: dict[str, list] = {name: [] for name in ("step", "cost", "seconds", *_MEASURES)}
         cost, seconds, steps = self.start_cost, 0.0, 0
+        mean = price = self.step_cost  # of a step; of the next one, as far as is known
         self._evaluate(carry, (steps, cost, seconds), curve)
         batches = self._batches(seed)
-        while (left := min(self._steps_left(steps, cost), len(batches) - steps)) > 0:
-            count = min(int(self._pause(cost) / self._mean_cost(steps, cost)), self._longest, left)
+        while (left := min(self._steps_left(steps, cost, price), len(batches) - steps)) > 0:
+            count = min(int(self._pause(cost) / price), self._longest, left)
             count = max(1, min(count, steps) if self.varies else count)  # a first step tells what steps cost
             began = time.perf_counter()
             carry, more = jax.block_until_ready(advance(carry, batches[steps : steps + count], steps))
             seconds += time.perf_counter() - began
             steps += count
-            cost += count * self.step_cost + float(more) / self._unit
+            spent = count * self.step_cost + float(more) / self._unit
+            cost += spent
+            mean = (cost - self.start_cost) / steps
+            price = max(mean, spent / count)
             self._evaluate(carry, (steps, cost, seconds), curve)
             on_progress(min(cost / self.work, 1.0))
             if not math.isfinite(curve["loss"][-1]):
@@ -121,20 +125,17 @@ class Program:
             "steps": steps,
             "seconds": seconds,
             "compile_seconds": self.compile_seconds + compile_seconds,
-            "cost_per_step": self._mean_cost(steps, cost),
+            "cost_per_step": mean,
             "curve": curve,
         }
 
-    def _steps_left(self, steps: int, cost: float) -> int:
-        """Until the work is spent, or, where that leaves a whole cycle, until the last one ends; as far as is known."""
-        last = steps + max(0, math.ceil((self.work - cost) / self._mean_cost(steps, cost)))
+    def _steps_left(self, steps: int, cost: float, price: float) -> int:
+        """As many as the work left pays for, or, where that is a whole cycle, until the last one ends; one at least."""
+        last = max(1, steps + max(0, int((self.work - cost) / price + 1e-6)))
         if last >= self.cycle:
             begun = -(-steps // self.cycle)  # a cycle that was begun is ended
             last = self.cycle * max(last // self.cycle, begun)
         return last - steps
-
-    def _mean_cost(self, steps: int, cost: float) -> float:
-        return (cost - self.start_cost) / steps if steps else self.step_cost
 
     def _method(self, number: Any):
         return self.entry.contestant.build(self.task, {**self.entry.options, self.entry.contestant.tuned: number})
