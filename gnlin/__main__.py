@@ -23,11 +23,12 @@ def main() -> None:
 def _run() -> None:
     try:
         from gnlin.compare.cli import app
+
+        app(prog_name="gnlin")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(f'The command line needs {error.name}, which is not installed: pip install "gnlin[compare]"')
-    app(prog_name="gnlin")
 
 
 def _interrupted() -> None:

@@ -22,7 +22,7 @@ from gnlin.compare.contestants import DEFAULT
 from gnlin.compare.cost import flops, gradient_flops
 from gnlin.compare.entry import parse
 from gnlin.compare.records import SCHEMA, Records, RecordsError, read
-from gnlin.compare.study import Study, make
+from gnlin.compare.study import Study, _key, make
 from gnlin.compare.tasks.digits import digits
 from gnlin.compare.trial import Program, metered_step
 
@@ -208,8 +208,9 @@ def test_every_contestant_trains_within_its_budget(tiny, name):
     assert curve["cost"][0] == pytest.approx(2.5 if name == "lbfgs" else 0, abs=0.5)  # its first value and gradient
     assert curve["step"][-1] == first["steps"]
     assert all(np.diff(curve["cost"]) > 0)
-    least = 200 - trained.cycle * first["cost_per_step"]  # what is left does not suffice for a cycle
-    assert least <= curve["cost"][-1] <= 200 + 2 * max(np.diff(curve["cost"]))
+    dearest = max(np.diff(curve["cost"]) / np.diff(curve["step"]))
+    least = 200 - trained.cycle * max(dearest, first["cost_per_step"])  # what is left does not suffice for a cycle
+    assert least <= curve["cost"][-1] <= 200 + 0.2 * dearest
     assert curve["loss"][-1] < curve["loss"][0]
     assert all(0 <= accuracy <= 100 for accuracy in curve["quality"])
     if name != "il":
@@ -277,14 +278,15 @@ def test_what_fails_is_a_record_with_its_reason_and_the_others_go_on(tiny):
     def explode(rate):
         raise RuntimeError("out of\nluck")
 
+    line = explode.__code__.co_firstlineno + 1
     absent = dataclasses.replace(
         CONTESTANTS["adam"], name="absent", reason_absent=lambda: "not installed; pip install it"
     )
     unfit = dataclasses.replace(CONTESTANTS["adam"], name="unfit", reason_unfit=lambda task: f"not for {task.name}")
     runs = run(tiny, [optax_contestant("bad", explode, (1.0, 2.0)), absent, unfit, "adam:learning_rate=0.01"], seeds=1)
     assert [(record["label"], record["status"], record["reason"]) for record in runs] == [
-        ("bad", "failed", "RuntimeError: out of luck"),
-        ("bad", "failed", "RuntimeError: out of luck"),
+        ("bad", "failed", f"RuntimeError: out of luck ({__file__}, line {line})"),
+        ("bad", "failed", f"RuntimeError: out of luck ({__file__}, line {line})"),
         ("absent", "failed", "not installed; pip install it"),
         ("unfit", "failed", "not for digits"),
         ("adam:learning_rate=0.01", "finished", ""),
@@ -339,7 +341,7 @@ def test_steps_that_cost_less_than_they_look_spend_the_budget_too(tiny):
     rare = Contestant("rare", "", build, grid=(0.004,), options=CONTESTANTS["adam"].options)
     (record,) = run(tiny, [rare], seeds=1)
     assert record["cost_per_step"] == pytest.approx(1 + 0.9, abs=0.4)
-    assert tiny.work <= record["curve"]["cost"][-1] < tiny.work + 10
+    assert abs(record["curve"]["cost"][-1] - tiny.work) < 10
 
 
 def test_a_run_ends_with_a_whole_cycle_of_the_model_that_was_trained(tiny):
@@ -363,7 +365,7 @@ def test_a_run_ends_with_a_whole_cycle_of_the_model_that_was_trained(tiny):
 
 def test_a_cycle_longer_than_the_budget_is_cut(tiny):
     record = program(tiny, "il:period=1000").run(0.004, seed=0)
-    assert 40 <= record["curve"]["cost"][-1] <= 40 + record["cost_per_step"]
+    assert 40 - record["cost_per_step"] < record["curve"]["cost"][-1] <= 40
 
 
 def test_an_untraced_method_runs_as_a_traced_one(tiny):
@@ -415,9 +417,10 @@ def test_a_reason_that_cannot_be_told_is_a_reason(tiny):
     def unfit(task):
         raise KeyError("layers")
 
+    line = unfit.__code__.co_firstlineno + 1
     odd = dataclasses.replace(CONTESTANTS["adam"], name="odd", grid=(0.01,), reason_unfit=unfit)
     odd_record, adam = run(tiny, [odd, "adam:learning_rate=0.01"], seeds=1)
-    assert (odd_record["status"], odd_record["reason"]) == ("failed", "KeyError: 'layers'")
+    assert (odd_record["status"], odd_record["reason"]) == ("failed", f"KeyError: 'layers' ({__file__}, line {line})")
     assert adam["status"] == "finished"
 
 
@@ -559,6 +562,17 @@ def test_any_executor_gives_the_same_runs(tiny):
         # XLA divides a product among threads that are free, and a sum in another order is rounded otherwise.
         np.testing.assert_allclose(outcome(shared)[key], losses, rtol=1e-3)
     assert len(alone) == 2 * 6
+
+
+def test_jobs_of_one_study_share_a_program_after_they_have_travelled(tiny):
+    import cloudpickle
+
+    own = optax_contestant("own", optax.sgd, (0.01, 0.04))
+    first, second = (Study(tiny, entries_of([own]), 1, Records(), 20.0) for _ in range(2))
+    jobs = [job for study in (first, second) for job in next(study._plan(study.entries[0]))]
+    keys = [_key(job, job.task) for job in cloudpickle.loads(cloudpickle.dumps(jobs))]
+    assert keys[0] == keys[1]
+    assert keys[1] != keys[2]
 
 
 def test_a_dask_cluster_makes_the_runs(tmp_path):
@@ -750,6 +764,8 @@ def test_processes_share_the_runs(tmp_path):
     options = ["--seeds", "1", "--work", "0.002", "--workers", "2", "--out", str(tmp_path)]
     result = python(["-m", "gnlin"], "compare", *words, *options)
     assert result.returncode == 0, result.stderr
+    assert "run 2 of 2: " in result.stdout  # a log tells of each run; the number is told once, in the label
+    assert re.search(r"run \d of 2: adam:learning_rate=0.01, seed 0\n", result.stdout)
     assert [record["status"] for record in read(tmp_path)] == ["finished"] * 2
 
 

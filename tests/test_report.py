@@ -158,6 +158,13 @@ def test_a_row_holds_the_chosen_setting_and_its_seeds():
     assert row.solved == 3
 
 
+def test_a_row_names_what_was_tuned_and_nothing_else():
+    assert summarise(entry("sgd", {}), TASKS)[0].chosen == {"learning_rate": 0.1}
+    said = [record([1.0], options={"learning_rate": 0.1}), failed()]
+    for run in said:
+        assert summarise([run], TASKS)[0].chosen == {}
+
+
 def test_best_setting_at_the_edge_is_marked():
     assert [row.at_edge for row in summarise(entry("sgd", {}, best=1.0), TASKS)] == [True]
     assert [row.at_edge for row in summarise(entry("sgd", {}, best=0.1, grid=(0.1,)), TASKS)] == [False]

@@ -39,7 +39,7 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
     axes.axhline(reference, color="black", linewidth=0.8, linestyle=(0, (1, 1.5)))
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
     place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 2.5), "textcoords": "offset points"}
-    axes.annotate(f"{word} {reference:g}", (0.01, reference), **place, fontsize=6.5, bbox=box)
+    axes.annotate(f"{word} {reference:g}", (0.01, reference), **place, fontsize=6.5, bbox=box, zorder=1)
     axes.set_ylabel(plain("training loss" if name == "loss" else f"held-out {facts.quality_name}"))
 
 

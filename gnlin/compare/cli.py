@@ -171,8 +171,10 @@ def _run(study: Study, executor: concurrent.futures.Executor | None, console: Co
             nonlocal total, ended
             total -= done is None
             ended += done == 1.0
-            description = f"{job.entry.label}, {job.entry.contestant.tuned} {job.number:g}, seed {job.seed}"
+            description = f"{job.entry.label}{_chosen(job.entry, job.number)}, seed {job.seed}"
             progress.update(bar, description=description, total=total, completed=ended + (done or 0.0) % 1.0)
+            if done == 1.0 and not console.is_terminal:  # a log has no bar
+                console.print(f"run {ended} of {total}: {description}", highlight=False, soft_wrap=True, markup=False)
 
         for entry, runs in study.carry_out(listen, executor):
             console.print(_line(entry, runs), highlight=False, soft_wrap=True, markup=False)
@@ -192,8 +194,16 @@ def _line(entry: Entry, runs: Sequence[dict]) -> str:
     losses = ", ".join(
         f"{run['curve']['loss'][-1]:.1e}" if run["status"] != "failed" else run["reason"] for run in runs
     )
-    name, value = next(iter(runs[0]["setting"].items()))
-    return f"{entry.label}, {name} {value:g}: final train loss {losses}"
+    steps = sorted({run["steps"] for run in runs})
+    number = _chosen(entry, next(iter(runs[0]["setting"].values())))
+    made = "-".join(str(count) for count in dict.fromkeys((steps[0], steps[-1])))
+    return f"{entry.label}{number}: final train loss {losses} ({made} step{'s' if steps[-1] != 1 else ''})"
+
+
+def _chosen(entry: Entry, number: float) -> str:
+    """The tuned number, unless it was said: then the label has it."""
+    name = entry.contestant.tuned
+    return "" if name in entry.options else f", {name} {number:g}"
 
 
 def _show(study: Study, directory: Path, console: Console) -> None:
@@ -227,7 +237,7 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
         try:
             from distributed import Client
         except ModuleNotFoundError:
-            raise UsageError('--dask needs the package distributed: pip install "gnlin[cluster]"') from None
+            raise UsageError("--dask needs the package distributed: pip install distributed") from None
         try:
             client = Client(dask)
         except (ValueError, OSError) as error:

@@ -108,7 +108,8 @@ def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
         for row, found in bands:
             style = _style(number := drawn.index(row))
             low, median, high = (within(axes, values) for values in (found.low, found.median, found.high))
-            every = (0.02 * (number % 8), 0.16)  # in parts of the axes, and never two lines at the same place
+            # In parts of the axes, and never two lines at the same place; a run of one step has one place.
+            every = (0.02 * (number % 8), 0.16) if len(median) > 1 else None
             axes.plot(found.across, median, markevery=every, **style)
             axes.fill_between(found.across, low, high, color=style["color"], alpha=0.1, linewidth=0)
             ends.append((row.label, found.across[-1], median[-1], style))

@@ -90,7 +90,7 @@ def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> 
         compiling = f"\n+ {row.compile_seconds:.1f}" if math.isfinite(row.compile_seconds) else ""
         begun = f"\n{_count(len(row.records), 'seed')} so far" if len(row.records) < seeds and not row.failed else ""
         view.add_row(
-            Text(f"{breakable(row.label)}\n{describe(row.setting)}{' *' if row.at_edge else ''}{begun}"),
+            Text(f"{breakable(row.label)}\n{describe(row.chosen)}{' *' if row.at_edge else ''}{begun}"),
             _cell(row.loss, small, "failed" if row.failed else "diverged"),
             _cell(row.quality, like(row.quality.mean), "-"),
             _cell(row.network_quality, like(row.quality.mean), "-"),

@@ -14,7 +14,11 @@ import functools
 import importlib.metadata
 import platform
 import sys
+import sysconfig
+import traceback
+import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,6 +45,7 @@ class Job:
     seed: int
     work: float
     command: str
+    study: str = ""  # tells the studies apart that bring tasks or contestants of their own
 
     @property
     def blank(self) -> Record:
@@ -94,6 +99,7 @@ class Study:
     work: float
     command: str = ""
     by_name: bool = False
+    _token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, init=False, repr=False)
 
     @property
     def total(self) -> int:
@@ -126,7 +132,7 @@ class Study:
         if _reason_not_to(entry, self.task):
             entry = dataclasses.replace(entry, grid=entry.grid[:1])  # one record tells the reason
         task = self.task.name if self.by_name else self.task
-        job = functools.partial(Job, task, entry, work=self.work, command=self.command)
+        job = functools.partial(Job, task, entry, work=self.work, command=self.command, study=self._token)
         trials = yield [job(number=number, seed=0) for number in entry.grid]
         best = choose(trials, self.task.target)
         if best["status"] == "failed":
@@ -246,7 +252,7 @@ def check_entries(task: Task, entries: Sequence[Entry]) -> None:
                 with task.precision():
                     entry.contestant.build(task, {**entry.options, entry.contestant.tuned: entry.grid[0]})
             except (TypeError, ValueError) as error:
-                raise UsageError(f"{entry.label}: {' '.join(str(error).split())}") from None
+                raise UsageError(f"{entry.label}: {' '.join(str(error).split())}") from error
             except Exception:  # nothing that was said: its runs will tell
                 continue
 
@@ -282,10 +288,10 @@ def _versions() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
-    """What a compiled program is kept under: names, or what tells objects apart, beside what they stand for."""
+    """What a compiled program is kept under: names, those from outside with their study, and what they stand for."""
 
-    task_name: str | int
-    contestant: str | int
+    task_name: str
+    contestant: str
     options: str
     work: float
     task: Task = dataclasses.field(compare=False)
@@ -296,8 +302,8 @@ def _key(job: Job, task: Task) -> _Compiled:
     contestant = job.entry.contestant
     known = CONTESTANTS.get(contestant.name)
     return _Compiled(
-        task_name=job.task if isinstance(job.task, str) else id(job.task),
-        contestant=contestant.name if known and known.build is contestant.build else id(contestant),
+        task_name=job.task if isinstance(job.task, str) else f"{job.study} {task.name}",
+        contestant=contestant.name if known and known.build is contestant.build else f"{job.study} {contestant.name}",
         options=repr(sorted(job.entry.options.items())),
         work=job.work,
         task=task,
@@ -330,4 +336,12 @@ def _result(future: concurrent.futures.Future, job: Job) -> Record:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    """What went wrong; also where, in code that is neither this package's nor an installed one."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    outside = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_outside(frame.filename)]
+    return f"{text} ({outside[-1].filename}, line {outside[-1].lineno})" if outside else text
+
+
+def _is_outside(file: str) -> bool:
+    installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    return not file.startswith(("<", str(Path(gnlin.__file__).parent), *installed))

@@ -128,6 +128,11 @@ class Row:
     failed: int
     reason: str  # why the first of them diverged or failed
 
+    @property
+    def chosen(self) -> Mapping[str, float]:
+        """What was tuned; nothing where the number was said, or where no run could be made."""
+        return {} if self.failed == len(self.records) or self.options.keys() >= self.setting.keys() else self.setting
+
 
 @dataclasses.dataclass(frozen=True)
 class Incomplete:

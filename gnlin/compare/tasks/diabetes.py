@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_diabetes
 
 from gnlin import Objective
 from gnlin.compare.task import Quality, Task
@@ -23,6 +22,8 @@ def diabetes() -> Task:
     Network: tanh hidden layers, linear output; weights are normal / √fan-in, biases zero.
     Budget: 1000 gradients of the full batch; target is a training loss of 0.1.
     """
+    from sklearn.datasets import load_diabetes  # takes two seconds, which the other commands need not wait for
+
     inputs, progression = map(np.asarray, load_diabetes(return_X_y=True))
     inputs = (inputs - inputs.mean(axis=0)) / inputs.std(axis=0)
     progression = (progression - progression.mean()) / progression.std()

@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_digits
 
 from gnlin import Objective
 from gnlin.compare.task import Quality, Task
@@ -92,6 +91,8 @@ def digits_autoencoder() -> Task:
 
 def _in_order() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 64) with pixels from 0 to 1, and labels (1797,); those that train come first."""
+    from sklearn.datasets import load_digits  # takes two seconds, which the other commands need not wait for
+
     images, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(images))
     return images[order] / 16, labels[order]
