@@ -45,9 +45,9 @@ def compiled_flops(closed: Any) -> float:
     return _COUNTED[text]
 
 
-def gradient_flops(task: Task, examples: int | None = None) -> float:
-    """FLOPs of one value-and-gradient, by default on one mini-batch of the task, which is the unit."""
-    size = examples or task.batch_size or task.train_size
+def gradient_flops(task: Task) -> float:
+    """FLOPs of one value-and-gradient on one mini-batch of the task, which is the unit."""
+    size = task.batch_size or task.train_size
     return flops(task.objective.value_and_grad, params_shapes(task), batch_shapes(task, size))
 
 
@@ -96,8 +96,11 @@ def live_equations(jaxpr: Any) -> list[Any]:
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in equation.params.values():
+    """The jaxprs among an equation's parameters that are computed."""
+    values = equation.params.values()
+    if equation.primitive.name == "custom_linear_solve":  # the others are for its derivatives
+        values = [equation.params["jaxprs"].solve]
+    for value in values:
         for item in value if isinstance(value, (tuple, list)) else (value,):
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):

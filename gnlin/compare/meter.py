@@ -1,8 +1,8 @@
 """Work that depends on the data, counted while it is done.
 
 `cost` counts a function as if each loop turned once and each branch were the dearest. A metered function computes the
-same as before and says how many FLOPs to add: for a loop that turned t times t − 1 times its body, for a branch taken
-what it costs less than the dearest. So no optimiser has to tell how its conjugate gradients or line searches went.
+same as before and says how many FLOPs to add: for a loop that turned t times t − 1 times its body and t
+times its condition, for a branch taken what it costs less than the dearest. So no optimiser has to tell how its conjugate gradients or line searches went.
 """
 
 import functools
@@ -96,14 +96,14 @@ def _while(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax
     split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     outer, inner, start = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
     condition, body = jaxpr_as_fun(params["cond_jaxpr"]), params["body_jaxpr"]
-    each = jaxpr_flops(body)
+    each, asking = jaxpr_flops(body), jaxpr_flops(params["cond_jaxpr"])
 
     def goes_on(carry):
         return condition(*outer, *carry[1:])[0]
 
     def turn(carry):
         outputs, more = _evaluate(body, [*inner, *carry[1:]])
-        return [carry[0] + more + each, *outputs]
+        return [carry[0] + more + each + asking, *outputs]
 
     total, *outputs = jax.lax.while_loop(goes_on, turn, [jnp.float32(-each), *start])
     return outputs, total
