@@ -1,5 +1,6 @@
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -54,8 +55,8 @@ def tiny(task):
     )
 
 
-def program(task, word, unit=None):
-    return Program(task, parse(word), task.work, unit or gradient_flops(task))
+def program(task, word):
+    return Program(task, parse(word), task.work, gradient_flops(task))
 
 
 # Words to entries.
@@ -320,28 +321,33 @@ def test_an_optimiser_from_outside_need_not_tell_of_its_loops(tiny):
 
 
 def test_steps_that_cost_less_than_they_look_spend_the_budget_too(tiny):
-    """Ten gradients, in a branch that is taken once in ten steps."""
+    """Many gradients, in a branch that is taken once in so many steps."""
 
-    def build(task, options):
+    def build(many, often, task, options):
         adam = CONTESTANTS["adam"].build(task, options)
 
         def step(params, state, batch, key):
             def dear(params):
                 grads = params
-                for scale in range(9):
+                for scale in range(many):
                     moved = jax.tree.map(lambda leaf, scale=scale: leaf * (1 + scale), params)
                     grads = jax.tree.map(jnp.add, grads, jax.grad(task.objective.value)(moved, batch))
                 return jax.tree.map(lambda leaf, grad: leaf + 1e-12 * grad, params, grads)
 
-            params = jax.lax.cond(state[0].count % 10 == 9, dear, lambda params: params, params)
+            params = jax.lax.cond(state[0].count % often == often - 1, dear, lambda params: params, params)
             return adam.step(params, state, batch, key)
 
         return adam._replace(step=step)
 
-    rare = Contestant("rare", "", build, grid=(0.004,), options=CONTESTANTS["adam"].options)
+    rare = Contestant("rare", "", functools.partial(build, 9, 10), grid=(0.004,), options=CONTESTANTS["adam"].options)
     (record,) = run(tiny, [rare], seeds=1)
     assert record["cost_per_step"] == pytest.approx(1 + 0.9, abs=0.4)
     assert abs(record["curve"]["cost"][-1] - tiny.work) < 10
+
+    never = Contestant("never", "", functools.partial(build, 39, 1000), grid=(0.004,), options=rare.options)
+    (record,) = run(tiny, [never], seeds=1, work=4.0)
+    assert 4 * tiny.work - 2 < record["curve"]["cost"][-1] <= 4 * tiny.work
+    assert record["steps"] > 100  # and not the four that the dear ones would have been
 
 
 def test_a_run_ends_with_a_whole_cycle_of_the_model_that_was_trained(tiny):
@@ -603,6 +609,48 @@ def test_workers_that_die_end_the_study_and_not_the_records(tiny, tmp_path):
         with pytest.raises(RecordsError, match=r"a worker process died.*run the same command again"):
             run(tiny, ["adam"], seeds=1, out=tmp_path, executor=executor)
     assert read(tmp_path) == []
+
+
+class AtOnce(concurrent.futures.Executor):
+    """Makes a run when it is handed over, and dies at one of them."""
+
+    def __init__(self, dies_at):
+        self.futures, self.dies_at = [], dies_at
+
+    def submit(self, function, job):
+        future = concurrent.futures.Future()
+        self.futures.append(future)
+        if len(self.futures) == self.dies_at:
+            future.set_exception(concurrent.futures.BrokenExecutor("killed"))
+        elif len(self.futures) > 5:
+            raise concurrent.futures.BrokenExecutor("killed")
+        elif len(self.futures) != 4:  # that one never ends
+            future.set_result(function(job))
+        return future
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 5, 6])
+def test_what_finished_beside_a_worker_that_died_is_kept(tiny, tmp_path, dies_at):
+    executor = AtOnce(dies_at)
+    with pytest.raises(RecordsError, match="a worker process died"):
+        run(tiny, ["sgd", "adam"], seeds=1, out=tmp_path, executor=executor)
+    assert len(read(tmp_path)) == len({1, 2, 3, 5} - {dies_at})
+    assert executor.futures[3].cancelled()  # what has not begun does not go on behind the caller's back
+
+
+def test_a_study_tells_of_each_run_once_and_of_as_many_as_it_makes(tiny):
+    def explode(rate):
+        raise RuntimeError("no")
+
+    words = [optax_contestant("bad", explode, (1.0, 2.0)), "gn:damping=0.1", "sgd", "kfac:batch=7000"]
+    told = []
+    study = Study(tiny, entries_of(words), 3, Records(), 20.0)
+    before = study.total
+    for _ in study.carry_out(lambda job, done: told.append((job.entry.label, job.number, job.seed, done))):
+        pass
+    ends = [event for event in told if event[-1] == 1.0]
+    assert len(ends) == len(set(ends)) == len(study.records.runs) == study.total == before - 2
+    assert all(0 <= event[-1] <= 1 for event in told)
 
 
 def test_what_does_not_travel_is_a_reason(tiny):

@@ -259,23 +259,19 @@ CASES = [
 ]
 
 # Where a wrapper does the work, the most intricate transform of each kind stands for the others.
+_INTRICATE = (
+    "linearise_gradients-every-third-adam",
+    "iterative_linearisation-line-search-sgd",
+    "prox_linear-lbfgs",
+    "scale_by_gauss_newton-warm-start",
+    "scale_by_gauss_newton-dense",
+    "gauss_newton-gain-ratio",
+    "levenberg_marquardt-trust-region",
+    "levenberg_marquardt-geodesic",
+)
 each_kind = pytest.mark.parametrize(
     "subject",
-    [
-        case
-        for case in CASES
-        if case.name
-        in {
-            "linearise_gradients-every-third-adam",
-            "iterative_linearisation-line-search-sgd",
-            "prox_linear-lbfgs",
-            "scale_by_gauss_newton-warm-start",
-            "scale_by_gauss_newton-dense",
-            "gauss_newton-gain-ratio",
-            "levenberg_marquardt-trust-region",
-            "levenberg_marquardt-geodesic",
-        }
-    ],
+    [next(case for case in CASES if case.name == name) for name in _INTRICATE],
     ids=lambda case: case.name,
     indirect=True,
     scope="module",

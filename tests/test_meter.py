@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas
 
 import gnlin
 from gnlin.compare.cost import flops, gradient_flops
@@ -22,6 +23,10 @@ def product(c, a):
 
 def loop(a, times):
     return jax.lax.while_loop(lambda s: s[0] < times, lambda s: (s[0] + 1, product(s[1], a)), (0, a))[1]
+
+
+with_derivatives_of_its_own = jax.custom_vjp(loop)
+with_derivatives_of_its_own.defvjp(lambda a, times: (loop(a, times), None), lambda residuals, g: (g, None))
 
 
 def counted(function, a, times):
@@ -61,12 +66,13 @@ def test_an_inverse_is_one_factorisation_and_two_solves(matrix):
     [
         lambda a, times: jax.jit(loop)(a, times),
         lambda a, times: jax.checkpoint(loop)(a, times),
+        lambda a, times: with_derivatives_of_its_own(a, times),
         lambda a, times: jax.lax.scan(lambda c, _: (loop(c, times), None), a, None, length=1)[0],
         lambda a, times: jax.vmap(lambda scale: loop(a * scale, times))(jnp.ones(1))[0],
         lambda a, times: jax.lax.cond(times > 0, loop, lambda a, times: a, a, times),
         lambda a, times: jax.lax.cond(times > 0, lambda: loop(a, times), lambda: loop(loop(loop(a, 7), 7), 7)),
     ],
-    ids=["jit", "checkpoint", "scan", "vmap", "cond", "dearer-branch"],
+    ids=["jit", "checkpoint", "custom_vjp", "scan", "vmap", "cond", "dearer-branch"],
 )
 def test_a_loop_within_something_else(matrix, nested):
     assert counted(nested, matrix, 5) == pytest.approx(5, rel=0.03)
@@ -96,6 +102,13 @@ def test_a_loop_that_nobody_reads_costs_nothing(matrix):
         return loop(a, times)
 
     assert counted(function, matrix, 2) == pytest.approx(2, rel=0.03)
+
+
+def test_what_cannot_be_counted_is_said(matrix):
+    kernel = lambda a, out: out.__setitem__(..., jax.lax.fori_loop(0, a[0, 0].astype(int), lambda i, c: c / 2, a[...]))  # noqa: E731
+    function = pallas.pallas_call(kernel, out_shape=matrix, interpret=True)
+    with pytest.raises(NotImplementedError, match="work of loops or branches within 'pallas_call' cannot be counted"):
+        jax.make_jaxpr(metered(function, matrix).call)(matrix)
 
 
 def test_without_loops_and_branches_there_is_nothing_to_add(matrix):

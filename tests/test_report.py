@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from gnlin.compare import figures, report
+from gnlin.compare.axes import _ticks
 from gnlin.compare.summary import (
     Point,
     Spread,
@@ -158,6 +159,13 @@ def test_a_row_holds_the_chosen_setting_and_its_seeds():
     assert row.solved == 3
 
 
+@pytest.mark.parametrize(("low", "high"), [(98.6, 98.9), (93.0, 94.9), (99.55, 99.75), (0.0, 100.0), (96.0, 100.0)])
+def test_every_percentage_axis_has_numbers(low, high):
+    ticks = _ticks(low, high)
+    assert 2 <= len(ticks) <= 12
+    assert all(low <= tick <= high for tick in ticks)
+
+
 def test_a_row_names_what_was_tuned_and_nothing_else():
     assert summarise(entry("sgd", {}), TASKS)[0].chosen == {"learning_rate": 0.1}
     said = [record([1.0], options={"learning_rate": 0.1}), failed()]
@@ -271,6 +279,8 @@ def test_points_stand_at_one_over_learning_rate_and_period():
     np.testing.assert_allclose([point.value for point in as_damping(plain).points], [2.5, 0.625, 0.625])
     (adam,) = sweeps(summarise(sweep_of_periods("adam"), TASKS), "period")
     assert as_damping(adam) is None
+    (stuck,) = sweeps(summarise(sweep_of_periods(momentum=1.0), TASKS), "period")
+    assert as_damping(stuck) is None
 
 
 def test_damping_is_swept_as_an_option_or_tuned():

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from gnlin.compare.summary import Row, TaskFacts
 
@@ -59,7 +59,8 @@ def _ticks(low: float, high: float) -> list[float]:
     for tick in (100, 0, 90, 99, 50, 98, 95, 99.5, 80, 97, 70, 96, 60, 40, 20, 92, 85, 99.8, 98.5, 97.5):
         if low <= tick <= high and all(abs(_shortfall(tick) - _shortfall(other)) >= apart for other in ticks):
             ticks.append(tick)
-    return sorted(ticks)
+    between = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    return sorted(ticks) if len(ticks) > 1 else between
 
 
 def within(axes: Axes, values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -163,15 +163,16 @@ def _run(study: Study, executor: concurrent.futures.Executor | None, console: Co
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as progress:
-        total, ended = study.total, 0
-        bar = progress.add_task("compiling", total=total)
+        found, ended = 0, 0
+        bar = progress.add_task("compiling", total=study.total)
 
         def listen(job: Job, done: float | None) -> None:
             """Runs that were there already take no time, so they would spoil the estimate of what is left."""
-            nonlocal total, ended
-            total -= done is None
+            nonlocal found, ended
+            found += done is None
             ended += done == 1.0
             description = f"{job.entry.label}{_chosen(job.entry, job.number)}, seed {job.seed}"
+            total = study.total - found
             progress.update(bar, description=description, total=total, completed=ended + (done or 0.0) % 1.0)
             if done == 1.0 and not console.is_terminal:  # a log has no bar
                 console.print(f"run {ended} of {total}: {description}", highlight=False, soft_wrap=True, markup=False)
@@ -215,7 +216,7 @@ def _show(study: Study, directory: Path, console: Console) -> None:
         console.print("No contestant is complete yet.")
         return
     console.print()
-    console.print(report.terminal(rows, facts(study.task)))
+    console.print(report.terminal(rows, facts(study.task), study.seeds))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 from gnlin.compare.contestant import Contestant, not_negative
 from gnlin.compare.contestants import CONTESTANTS, DEFAULT
+from gnlin.compare.method import Method
+from gnlin.compare.task import Task
 
 # Sweeps: name of an option or of the tuned number ↦ its values, as text.
 Sweep = Mapping[str, Sequence[str]]
@@ -32,6 +34,10 @@ class Entry:
     options: Mapping[str, Any]
     grid: tuple[float, ...]
     label: str
+
+    def method(self, task: Task, number: Any) -> Method:
+        """The optimiser for a task at a value of the tuned number, which may be traced."""
+        return self.contestant.build(task, {**self.options, self.contestant.tuned: number})
 
 
 def entries_of(words: Sequence[str | Contestant | Entry], sweep: Sweep | None = None) -> list[Entry]:

@@ -1,8 +1,9 @@
 """Work that depends on the data, counted while it is done.
 
 `cost` counts a function as if each loop turned once and each branch were the dearest. A metered function computes the
-same as before and says how many FLOPs to add: for a loop that turned t times t − 1 times its body and t
-times its condition, for a branch taken what it costs less than the dearest. So no optimiser has to tell how its conjugate gradients or line searches went.
+same as before and says how many FLOPs to add: for a loop that turned t times t − 1 times its body and t times its
+condition, for a branch taken what it costs less than the dearest. So no optimiser has to tell how its conjugate
+gradients or line searches went.
 """
 
 import functools
@@ -14,6 +15,13 @@ import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from gnlin.compare.cost import compiled_flops, inner_jaxprs, jaxpr_flops, live_equations, unseen_flops
+
+# Primitives that do nothing but call a jaxpr ↦ which of their parameters it is; versions of JAX differ.
+_CALLS = {
+    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
+    **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
 
 
 class Metered(NamedTuple):
@@ -84,8 +92,9 @@ def _apply(equation: Any, inputs: list[Any]) -> tuple[Sequence[Any], jax.Array |
             before = lengths.matvec + lengths.vecmat
             own = [*inputs[before : before + lengths.solve], *inputs[sum(lengths) :]]
             return _evaluate(params["jaxprs"].solve, own)
-        if name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"):
-            return _evaluate(params.get("jaxpr", params.get("call_jaxpr")), inputs)
+        if name in _CALLS:
+            return _evaluate(params[_CALLS[name]], inputs)
+        raise NotImplementedError(f"the work of loops or branches within {name!r} cannot be counted")
     bound = equation.primitive.get_bind_params(params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # from JAX 0.9 the parameters alone
     outputs = equation.primitive.bind(*functions, *inputs, **params)

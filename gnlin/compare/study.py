@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import loky
 
 import gnlin
@@ -100,11 +101,12 @@ class Study:
     command: str = ""
     by_name: bool = False
     _token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, init=False, repr=False)
+    _not_needed: int = dataclasses.field(default=0, init=False, repr=False)  # other seeds of what failed
 
     @property
     def total(self) -> int:
-        """Number of runs that are made or found."""
-        return sum(
+        """Number of runs that are made or found, as far as is known."""
+        return -self._not_needed + sum(
             1 if _reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1 for entry in self.entries
         )
 
@@ -129,13 +131,14 @@ class Study:
             ) from None
 
     def _plan(self, entry: Entry) -> Generator[list[Job], list[Record], list[Record]]:
-        if _reason_not_to(entry, self.task):
+        if unfit := _reason_not_to(entry, self.task):
             entry = dataclasses.replace(entry, grid=entry.grid[:1])  # one record tells the reason
         task = self.task.name if self.by_name else self.task
         job = functools.partial(Job, task, entry, work=self.work, command=self.command, study=self._token)
         trials = yield [job(number=number, seed=0) for number in entry.grid]
         best = choose(trials, self.task.target)
         if best["status"] == "failed":
+            self._not_needed += 0 if unfit else self.seeds - 1
             return [best]
         number = best["setting"][entry.contestant.tuned]
         others = yield [job(number=number, seed=seed) for seed in range(1, self.seeds)]
@@ -188,21 +191,27 @@ class Study:
                     return end.value
             return None
 
-        for plan in plans:
-            ask(plan, next(plan[2]))
-        for plan in plans:
-            if (records := advance(plan)) is not None:
-                yield plan[1], records
-        while waiting:
-            done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                plan, job, place = waiting.pop(future)
-                record = _result(future, job)
-                self.records.add(record)
-                state[plan[0]][place] = record
-                listener(job, 1.0)
+        try:
+            for plan in plans:
+                ask(plan, next(plan[2]))
+            for plan in plans:
                 if (records := advance(plan)) is not None:
                     yield plan[1], records
+            while waiting:
+                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    plan, job, place = waiting[future]
+                    record = _result(future, job)
+                    self.records.add(record)
+                    del waiting[future]
+                    state[plan[0]][place] = record
+                    listener(job, 1.0)
+                    if (records := advance(plan)) is not None:
+                        yield plan[1], records
+        finally:  # also of what breaks off: what has ended is kept, and what has not begun is not
+            ended = [future for future in waiting if not future.cancel() and future.done() and not _broken(future)]
+            for future in ended:
+                self.records.add(_result(future, waiting[future][1]))
 
     def _check_budget(self) -> None:
         other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {self.work}
@@ -250,7 +259,7 @@ def check_entries(task: Task, entries: Sequence[Entry]) -> None:
         if _reason_not_to(entry, task) is None:
             try:
                 with task.precision():
-                    entry.contestant.build(task, {**entry.options, entry.contestant.tuned: entry.grid[0]})
+                    entry.method(task, entry.grid[0])
             except (TypeError, ValueError) as error:
                 raise UsageError(f"{entry.label}: {' '.join(str(error).split())}") from error
             except Exception:  # nothing that was said: its runs will tell
@@ -313,17 +322,24 @@ def _key(job: Job, task: Task) -> _Compiled:
 
 @functools.lru_cache(maxsize=8)  # a worker is handed the runs of several entries in turn
 def _program(key: _Compiled) -> Program:
-    return Program(key.task, key.entry, key.work, _unit(dataclasses.replace(key, contestant="", options="")))
+    task, unit = _measured(dataclasses.replace(key, contestant="", options=""))
+    return Program(task, key.entry, key.work, unit)
 
 
-@functools.lru_cache(maxsize=8)
-def _unit(key: _Compiled) -> float:
-    return gradient_flops(key.task)
+@functools.lru_cache(maxsize=2)
+def _measured(key: _Compiled) -> tuple[Task, float]:
+    """The task with its data on the device, once for all programs, and the FLOPs of its unit of work."""
+    train, held_out = jax.tree.map(jnp.asarray, (key.task.train, key.task.held_out))
+    return dataclasses.replace(key.task, train=train, held_out=held_out), gradient_flops(key.task)
 
 
 @functools.lru_cache(maxsize=1)
 def _load(name: str) -> Task:
     return TASKS[name]()
+
+
+def _broken(future: concurrent.futures.Future) -> bool:
+    return future.cancelled() or isinstance(future.exception(), concurrent.futures.BrokenExecutor)
 
 
 def _result(future: concurrent.futures.Future, job: Job) -> Record:

@@ -340,9 +340,9 @@ def as_damping(line: Line) -> Line | None:
         return None
     points = []
     for point in line.points:
-        rate = {**line.options, **point.setting}.get("learning_rate", 0) / (1 - (line.options.get("momentum") or 0))
-        if point.value < math.inf and rate > 0:
-            points.append(dataclasses.replace(point, value=1 / (rate * point.value)))
+        rate, rest = {**line.options, **point.setting}.get("learning_rate", 0), 1 - (line.options.get("momentum") or 0)
+        if point.value < math.inf and rate > 0 and rest > 0:
+            points.append(dataclasses.replace(point, value=rest / (rate * point.value)))
     return dataclasses.replace(line, points=tuple(points)) if points else None
 
 

@@ -29,9 +29,6 @@ class Quality:
     solved: float
     higher_is_better: bool = True
 
-    def is_solved(self, value: float) -> bool:
-        return value >= self.solved if self.higher_is_better else value <= self.solved
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:

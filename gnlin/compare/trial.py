@@ -24,15 +24,11 @@ _MEASURES = ("loss", "quality", "network_loss", "network_quality")
 
 def metered_step(task: Task, entry: Entry) -> Metered:
     """An entry's step with a meter: (setting, params, state, batch, key) ↦ (params, state)."""
-
-    def method(setting):
-        return entry.contestant.build(task, {**entry.options, entry.contestant.tuned: setting})
-
     key, setting = jax.eval_shape(lambda: (jax.random.key(0), jnp.asarray(entry.grid[0], float)))
     size = task.examples(entry.options.get("batch", "full")) or task.train_size
     params, batch = params_shapes(task), batch_shapes(task, size)
-    state = jax.eval_shape(lambda setting, *rest: method(setting).init(*rest), setting, params, batch, key)
-    return metered(lambda setting, *rest: method(setting).step(*rest), setting, params, state, batch, key)
+    state = jax.eval_shape(lambda setting, *rest: entry.method(task, setting).init(*rest), setting, params, batch, key)
+    return metered(lambda setting, *rest: entry.method(task, setting).step(*rest), setting, params, state, batch, key)
 
 
 class Program:
@@ -57,7 +53,7 @@ class Program:
         self.held_out = jax.tree.map(jnp.asarray, task.held_out)
         self.batch_size = task.examples(entry.options.get("batch", "full"))
         params, key, setting = task.init(jax.random.key(0)), jax.random.key(0), self._number(entry.grid[0])
-        method = self._method(entry.grid[0])
+        method = entry.method(task, entry.grid[0])
         self.traced, self.predict, self.cycle = method.traced, method.predict, method.cycle
         batch = self._batch_of(np.zeros(self.batch_size or 0, np.int32))
         if self.traced:
@@ -73,8 +69,6 @@ class Program:
         # Evaluations see at most twice as many examples as steps do.
         self._least_pause = 0.5 * task.train_size / (task.batch_size or task.train_size)
         self._longest = max(1, int(max(work / 64, self._least_pause) / self.step_cost))
-        # Where steps may be cheaper than they look, allow for ten times as many.
-        self._most_steps = math.ceil(work / (0.1 if self.varies else 1.0) / self.step_cost) + 1
 
         began = time.perf_counter()
         if self.traced:
@@ -97,25 +91,27 @@ class Program:
         if self.start_cost >= self.work:
             reason = f"its first state alone costs {self.start_cost:.0f} gradient-equivalents of {self.work:g}"
             return {"status": "failed", "reason": f"{reason}: raise --work, or take another task"}
-        advance, carry, compile_seconds = self._begin(number, seed)
+        batches = self._batches(seed, 1 + int(self.work / self.step_cost))
+        advance, carry, compile_seconds = self._begin(number, seed, batches[0])
         curve: dict[str, list] = {name: [] for name in ("step", "cost", "seconds", *_MEASURES)}
         cost, seconds, steps = self.start_cost, 0.0, 0
         mean = price = self.step_cost  # of a step; of the next one, as far as is known
         self._evaluate(carry, (steps, cost, seconds), curve)
-        batches = self._batches(seed)
-        while (left := min(self._steps_left(steps, cost, price), len(batches) - steps)) > 0:
+        while (left := self._steps_left(steps, cost, price)) > 0:
+            on_progress(min(cost / self.work, 0.99))
             count = min(int(self._pause(cost) / price), self._longest, left)
             count = max(1, min(count, steps) if self.varies else count)  # a first step tells what steps cost
+            if steps + count > len(batches):  # they cost less than they look
+                batches = self._batches(seed, 2 * (steps + count))
             began = time.perf_counter()
             carry, more = jax.block_until_ready(advance(carry, batches[steps : steps + count], steps))
             seconds += time.perf_counter() - began
             steps += count
-            spent = count * self.step_cost + float(more) / self._unit
+            spent = max(count * self.step_cost + float(more) / self._unit, 0.01 * count)  # none is free: runs end
             cost += spent
             mean = (cost - self.start_cost) / steps
             price = max(mean, spent / count)
             self._evaluate(carry, (steps, cost, seconds), curve)
-            on_progress(min(cost / self.work, 1.0))
             if not math.isfinite(curve["loss"][-1]):
                 break
         diverged = not math.isfinite(curve["loss"][-1])
@@ -130,15 +126,15 @@ class Program:
         }
 
     def _steps_left(self, steps: int, cost: float, price: float) -> int:
-        """As many as the work left pays for, or, where that is a whole cycle, until the last one ends; one at least."""
+        """As many as the work left pays for; where a run has room for a cycle, until its last one ends.
+
+        It begins with one step at least.
+        """
         last = max(1, steps + max(0, int((self.work - cost) / price + 1e-6)))
         if last >= self.cycle:
             begun = -(-steps // self.cycle)  # a cycle that was begun is ended
             last = self.cycle * max(last // self.cycle, begun)
         return last - steps
-
-    def _method(self, number: Any):
-        return self.entry.contestant.build(self.task, {**self.entry.options, self.entry.contestant.tuned: number})
 
     def _number(self, value: float) -> jax.Array:
         return jnp.asarray(value, float)
@@ -146,10 +142,10 @@ class Program:
     def _batch_of(self, indices: np.ndarray) -> Any:
         return self.train if self.batch_size is None else jax.tree.map(lambda leaf: leaf[indices], self.train)
 
-    def _begin(self, number: float, seed: int):
+    def _begin(self, number: float, seed: int, first: np.ndarray):
         """``(advance, carry, seconds)``: ``advance(carry, indices, step)`` makes steps, on what it took to compile."""
         params, key = self.task.init(jax.random.key(seed)), jax.random.key(seed)
-        batch = self._batch_of(self._batches(seed)[0])
+        batch = self._batch_of(first)
         if self.traced:
             setting = self._number(number)
 
@@ -161,7 +157,7 @@ class Program:
             return advance, (params, self._init(setting, params, batch, key)), 0.0
 
         # It compiles by itself, with a first step that is thrown away.
-        method, began = self._method(number), time.perf_counter()
+        method, began = self.entry.method(self.task, number), time.perf_counter()
         jax.block_until_ready(method.step(params, method.init(params, batch, key), batch, key))
         compile_seconds = time.perf_counter() - began
         params = self.task.init(jax.random.key(seed))  # the step may have consumed them
@@ -174,11 +170,11 @@ class Program:
 
         return advance_untraced, (params, method.init(params, batch, key)), compile_seconds
 
-    def _batches(self, seed: int) -> np.ndarray:
+    def _batches(self, seed: int, steps: int) -> np.ndarray:
         """Indices of the examples of each step, (steps, batch size); a batch size of 0 stands for all training data."""
         if self.batch_size is None:
-            return np.zeros((self._most_steps, 0), np.int32)
-        return self.task.batches(seed, self._most_steps, self.batch_size)
+            return np.zeros((steps, 0), np.int32)
+        return self.task.batches(seed, steps, self.batch_size)
 
     def _pause(self, cost: float) -> float:
         """Work between two evaluations: less of it in the first eighth of a run, where most happens."""
@@ -192,7 +188,7 @@ class Program:
     # What is compiled.
 
     def _initialised(self, setting, params, batch, key):
-        return self._method(setting).init(params, batch, key)
+        return self.entry.method(self.task, setting).init(params, batch, key)
 
     def _trained(self, setting, carry, indices, count, train, key, first):
         """`count` steps; also the FLOPs to add to those of as many steps."""
