@@ -106,7 +106,11 @@ class Study:
     @property
     def total(self) -> int:
         """Number of runs that are made or found, as far as is known."""
-        return -self._not_needed + sum(
+        return self._planned - self._not_needed
+
+    @functools.cached_property
+    def _planned(self) -> int:
+        return sum(
             1 if _reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1 for entry in self.entries
         )
 
