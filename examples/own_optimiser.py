@@ -17,5 +17,8 @@ if __name__ == "__main__":
     runs = run("digits", ["adam", lion], seeds=1, work=WORK, out="gnlin-results/own")
     for row in runs:
         (rate,) = row["setting"].values()
+        if row["status"] != "finished":  # it diverged, or a mistake in it is the reason
+            print(f"{row['label']:14} {rate:<8g} {row['status']}: {row['reason']}")
+            continue
         last = {name: values[-1] for name, values in row["curve"].items()}
         print(f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %")

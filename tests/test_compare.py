@@ -454,7 +454,7 @@ def test_runs_that_are_there_are_not_repeated(tiny, kept):
     after = (kept / "records.jsonl").read_text()
     assert after.startswith(before)
     assert len(after.splitlines()) == 4
-    with pytest.raises(RecordsError, match=r"budget of 40 gradient-equivalents, not 20; take another --out"):
+    with pytest.raises(RecordsError, match=r"runs of digits with --work 1, not 0.5; take another --out"):
         run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], out=kept, work=0.5)
 
 
@@ -680,6 +680,24 @@ def test_a_job_travels(tiny):
 def test_what_python_hands_over_is_checked(tiny):
     with pytest.raises(ValueError, match=r"`contestants` must be a sequence; write \['adam'\]"):
         run(tiny, "adam")
+    with pytest.raises(ValueError, match=r"holds GradientTransformation.*takes part as optax_contestant\(name,"):
+        run(tiny, [optax.adam(0.01)])
+
+
+def test_results_of_another_task_of_the_same_name_are_refused(tiny, tmp_path):
+    own = dataclasses.replace(tiny, name="own")
+    words = {"contestants": ["adam:learning_rate=0.01"], "seeds": 1, "work": 0.1, "out": tmp_path}
+    run(own, **words)
+    run(own, **words)
+    halved = jax.tree.map(lambda leaf: leaf / 2 if leaf.ndim == 2 else leaf, own.train)
+    for other in (
+        dataclasses.replace(own, train=halved),
+        dataclasses.replace(own, batch_size=8),
+        dataclasses.replace(own, target=0.1),
+    ):
+        with pytest.raises(RecordsError, match=r"has runs of another task 'own'.*take another name, or another --out"):
+            run(other, **words)
+    assert len(read(tmp_path)) == 1
     with pytest.raises(ValueError, match=r"`sweep` wants a sequence .* write {'damping': \[5\]}"):
         run(tiny, ["gn"], sweep={"damping": 5})
     with pytest.raises(ValueError, match="`batch_size` must be 1 to 40, or None for all data; got 41"):
@@ -813,7 +831,7 @@ def test_processes_share_the_runs(tmp_path):
     result = python(["-m", "gnlin"], "compare", *words, *options)
     assert result.returncode == 0, result.stderr
     assert "run 2 of 2: " in result.stdout  # a log tells of each run; the number is told once, in the label
-    assert re.search(r"run \d of 2: adam:learning_rate=0.01, seed 0\n", result.stdout)
+    assert re.search(r"run \d of 2: adam:learning_rate=0.01, seed 0: finished, train loss \S+, \S+ s", result.stdout)
     assert [record["status"] for record in read(tmp_path)] == ["finished"] * 2
 
 

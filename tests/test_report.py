@@ -173,6 +173,11 @@ def test_a_row_names_what_was_tuned_and_nothing_else():
         assert summarise([run], TASKS)[0].chosen == {}
 
 
+def test_a_tie_is_not_at_the_edge():
+    runs = [record([1.0, 0.5], setting={"learning_rate": rate}, grid=[0.01, 0.1]) for rate in (0.01, 0.1)]
+    assert not summarise(runs, TASKS)[0].at_edge
+
+
 def test_best_setting_at_the_edge_is_marked():
     assert [row.at_edge for row in summarise(entry("sgd", {}, best=1.0), TASKS)] == [True]
     assert [row.at_edge for row in summarise(entry("sgd", {}, best=0.1, grid=(0.1,)), TASKS)] == [False]

@@ -62,6 +62,12 @@ def run(
     problem = TASKS[task]() if isinstance(task, str) else task
     if isinstance(contestants, str):
         raise ValueError(f"`contestants` must be a sequence; write [{contestants!r}]")
+    for item in contestants:
+        if not isinstance(item, (str, Contestant, Entry)):
+            raise ValueError(
+                f"`contestants` holds {type(item).__name__}; an Optax optimiser takes part as "
+                "optax_contestant(name, optimiser_of_number, grid)"
+            )
     for name, values in (sweep or {}).items():
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise ValueError(f"`sweep` wants a sequence of values of each option; write {{{name!r}: [{values!r}]}}")

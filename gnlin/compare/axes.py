@@ -34,6 +34,9 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
         axes.set_ylim(low, high)
         axes.set_yticks(ticks := _ticks(low, high), [f"{tick:g}" for tick in ticks])
     else:
+        if not low_is_good:  # R², say, which has no least value
+            starts = [value for row in rows for record in row.records for value in record["curve"][name][:1]]
+            low = max(low, reference - 6 * abs(reference - min(filter(math.isfinite, starts), default=reference - 1)))
         margin = 0.06 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)
     axes.axhline(reference, color="black", linewidth=0.8, linestyle=(0, (1, 1.5)))

@@ -125,8 +125,7 @@ def make_report(
         console = _console()
         for name in known:
             rows = summary.summarise([record for record in records if record["task"] == name], known)
-            if rows:
-                console.print(report.terminal(rows, known[name]))
+            console.print(report.terminal(rows, known[name]) if rows else f"{name}: no contestant is complete yet.")
         page = report.write(directory, records, known)
         console.print(f"\nReport: {page}", soft_wrap=True, highlight=False)
 
@@ -175,10 +174,16 @@ def _run(study: Study, executor: concurrent.futures.Executor | None, console: Co
             total = study.total - found
             progress.update(bar, description=description, total=total, completed=ended + (done or 0.0) % 1.0)
             if done == 1.0 and not console.is_terminal:  # a log has no bar
-                console.print(f"run {ended} of {total}: {description}", highlight=False, soft_wrap=True, markup=False)
+                say(f"run {found + ended} of {study.total}: {description}: {_outcome(study.records.find(job.blank))}")
+
+        def say(text: str) -> None:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+        if not console.is_terminal:
+            say(f"{study.total} runs, kept in {study.records.path}")
 
         for entry, runs in study.carry_out(listen, executor):
-            console.print(_line(entry, runs), highlight=False, soft_wrap=True, markup=False)
+            say(_line(entry, runs))
 
 
 class _Rate(ProgressColumn):
@@ -199,6 +204,13 @@ def _line(entry: Entry, runs: Sequence[dict]) -> str:
     number = _chosen(entry, next(iter(runs[0]["setting"].values())))
     made = "-".join(str(count) for count in dict.fromkeys((steps[0], steps[-1])))
     return f"{entry.label}{number}: final train loss {losses} ({made} step{'s' if steps[-1] != 1 else ''})"
+
+
+def _outcome(run: Record | None) -> str:
+    """Of one run; failed ones are not found, and are told of with their entry."""
+    if run is None:
+        return "failed"
+    return f"{run['status']}, train loss {run['curve']['loss'][-1]:.1e}, {run['seconds']:.1f} s of training"
 
 
 def _chosen(entry: Entry, number: float) -> str:
@@ -238,7 +250,7 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
         try:
             from distributed import Client
         except ModuleNotFoundError:
-            raise UsageError("--dask needs the package distributed: pip install distributed") from None
+            raise UsageError("--dask needs the extra cluster: pip install distributed") from None
         try:
             client = Client(dask)
         except (ValueError, OSError) as error:

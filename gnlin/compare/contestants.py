@@ -97,7 +97,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "gn",
-            "Damped Gauss-Newton by conjugate gradients, full steps.",
+            "Damped Gauss-Newton by conjugate gradients, full steps; tuned: λ, which falls to it from 1 as "
+            "exp(−step / decay), or, for control=constant, is it throughout.",
             optimisers.gauss_newton,
             tuned="damping",
             grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),

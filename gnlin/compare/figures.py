@@ -104,6 +104,7 @@ def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
         figure, (axes,) = _panels(1, [row.label for row, _ in bands], title)
         value_axis(axes, name, facts, [value for _, found in bands for value in found.median], rows)
         axes.set(xscale="log", xlabel=_NAMES[against])
+        axes.tick_params(axis="x", which="minor", labelsize=5.5)  # named where there is hardly a decade
         ends = []
         for row, found in bands:
             style = _style(number := drawn.index(row))

@@ -84,7 +84,7 @@ def _error(module: str, attempt: Callable[[], Any] | None) -> str | None:
 
 
 def least_squares_unfit(task: Task) -> str | None:
-    return None if task.residuals is not None else f"task {task.name!r} is not least squares"
+    return None if task.residuals is not None else f"task {task.name!r} is not least squares: it has no `residuals`"
 
 
 def jaxopt_unfit(task: Task) -> str | None:

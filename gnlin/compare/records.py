@@ -133,8 +133,19 @@ def read(directory: Path) -> list[Record]:
 
 
 def write_facts(directory: Path, facts: TaskFacts) -> None:
-    """Note what a task is, beside those that the directory has already."""
-    known = {**read_facts(directory), facts.name: facts}
+    """Note what a task is, beside those that the directory has already.
+
+    Raises:
+        RecordsError: the directory has runs of another task of that name, or cannot be written to.
+    """
+    known = read_facts(directory)
+    before = dataclasses.replace(known.get(facts.name, facts), summary=facts.summary)
+    if before != facts and (directory / RECORDS).stat().st_size > 0:
+        raise RecordsError(
+            f"{directory} has runs of another task {facts.name!r}, with other data, target or quality; take another "
+            "name, or another --out"
+        )
+    known[facts.name] = facts
     content = {name: dataclasses.asdict(fact) for name, fact in known.items()}
     temporary = directory / f".{FACTS}"
     try:

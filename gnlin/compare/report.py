@@ -78,11 +78,11 @@ def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> 
     for heading in (
         "final\ntrain\nloss",
         f"held-out\n{quality}\n{unit}".rstrip(),
-        "of the\nnet-\nwork",
-        "sol-\nved",
+        "of the\nnetwork",
+        "solved",
         f"steps\nto loss\n{task.target:g}",
         f"work\nto loss\n{task.target:g}",
-        "seconds\n+ com-\npile",
+        "seconds\n+ to\ncompile",
     ):
         view.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import traceback
 import uuid
+import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import loky
+import numpy as np
 
 import gnlin
 from gnlin.compare.contestants import CONTESTANTS
@@ -213,7 +215,10 @@ class Study:
                     if (records := advance(plan)) is not None:
                         yield plan[1], records
         finally:  # also of what breaks off: what has ended is kept, and what has not begun is not
-            ended = [future for future in waiting if not future.cancel() and future.done() and not _broken(future)]
+            ended = [future for future in waiting if future.done() and not _broken(future)]
+            if not isinstance(executor, loky.ProcessPoolExecutor):  # that one trips over what is cancelled
+                for future in waiting:
+                    future.cancel()
             for future in ended:
                 self.records.add(_result(future, waiting[future][1]))
 
@@ -221,8 +226,8 @@ class Study:
         other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {self.work}
         if other:
             raise RecordsError(
-                f"{self.records.path} holds runs of {self.task.name} with a budget of {other.pop():g} "
-                f"gradient-equivalents, not {self.work:g}; take another --out"
+                f"{self.records.path} holds runs of {self.task.name} with --work {other.pop() / self.task.work:g}, "
+                f"not {self.work / self.task.work:g}; take another --out"
             )
 
 
@@ -273,8 +278,17 @@ def check_entries(task: Task, entries: Sequence[Entry]) -> None:
 def facts(task: Task) -> TaskFacts:
     """What the report says of a task."""
     quality = task.quality
-    summary = describe(task.name) if task.name in TASKS else ""
-    return TaskFacts(task.name, summary, task.target, quality.name, quality.higher_is_better, quality.solved)
+    known = task.name in TASKS
+    summary, data = (describe(task.name), "") if known else ("", _fingerprint(task))
+    return TaskFacts(task.name, summary, task.target, quality.name, quality.higher_is_better, quality.solved, data)
+
+
+def _fingerprint(task: Task) -> str:
+    """Of the data and the shapes: other ones are another task, whatever its name."""
+    with task.precision():
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((task.train, task.held_out))]
+        shapes = str((jax.eval_shape(task.init, jax.random.key(0)), [leaf.shape for leaf in leaves], task.batch_size))
+    return f"{zlib.crc32(b''.join([shapes.encode(), *(leaf.tobytes() for leaf in leaves)])):08x}"
 
 
 def environment() -> dict[str, Any]:

@@ -23,6 +23,7 @@ class TaskFacts:
         quality_name: what the held-out data is asked, with its unit: ``accuracy, %``.
         higher_is_better: whether more of it is better.
         solved: value of it from which the task counts as solved.
+        data: fingerprint of a task from outside; empty for those of the package.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TaskFacts:
     quality_name: str
     higher_is_better: bool
     solved: float
+    data: str = ""
 
     def is_solved(self, value: float) -> bool:
         return value >= self.solved if self.higher_is_better else value <= self.solved
@@ -189,7 +191,7 @@ def _row(group: Sequence[Record], task: TaskFacts) -> Row:
     trials.sort(key=lambda record: tuned(record)[1])
     chosen = choose(trials, task.target)
     records = sorted((r for r in group if r["setting"] == chosen["setting"]), key=lambda record: record["seed"])
-    grid, unfinished = chosen["grid"], [record for record in records if not finished(record)]
+    unfinished = [record for record in records if not finished(record)]
 
     def over(name: str) -> Spread:
         return Spread.over([final(record, name) for record in records])
@@ -205,7 +207,7 @@ def _row(group: Sequence[Record], task: TaskFacts) -> Row:
         label=chosen["label"],
         options=chosen["options"],
         setting=chosen["setting"],
-        at_edge=finished(chosen) and len(grid) > 1 and tuned(chosen)[1] in (min(grid), max(grid)),
+        at_edge=_at_edge(chosen, trials),
         records=tuple(records),
         trials=tuple(trials),
         loss=over("loss"),
@@ -221,6 +223,14 @@ def _row(group: Sequence[Record], task: TaskFacts) -> Row:
         failed=sum(record["status"] == "failed" for record in records),
         reason=next((record["reason"] for record in unfinished if record["reason"]), ""),
     )
+
+
+def _at_edge(chosen: Record, trials: Sequence[Record]) -> bool:
+    """Whether the best trial is the first or last, and better than the one beside it."""
+    if not finished(chosen) or len(trials) == 1:
+        return False
+    beside = trials[1] if chosen is trials[0] else trials[-2] if chosen is trials[-1] else chosen
+    return beside["curve"]["loss"] != chosen["curve"]["loss"]
 
 
 # Curves and sweeps.

@@ -76,6 +76,7 @@ class Program:
             carry = params, self._init(setting, params, batch, key)
             indices = np.zeros((self._longest, self.batch_size or 0), np.int32)
             self._advance = jax.jit(self._trained).lower(setting, carry, indices, 1, self.train, key, 0).compile()
+            jax.block_until_ready(self._advance(setting, carry, indices, 1, self.train, key, 0))  # the first is slow
         self._measure = jax.jit(self._measured).lower((params, shapes), self.train, self.held_out).compile()
         self.compile_seconds = time.perf_counter() - began
 
