@@ -66,6 +66,9 @@ class Program:
             shapes = method.init(params, batch, key)
         else:
             raise ValueError("a method that is not traced must say the `flops` of its step")
+        self.compile_seconds = 0.0
+        if self.start_cost >= work:
+            return  # as its runs will say
         # Evaluations see at most twice as many examples as steps do.
         self._least_pause = 0.5 * task.train_size / (task.batch_size or task.train_size)
         self._longest = max(1, int(max(work / 64, self._least_pause) / self.step_cost))
