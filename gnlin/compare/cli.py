@@ -29,7 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Task as ProgressTask
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import gnlin
@@ -153,15 +153,15 @@ def list_contestants() -> None:
 def _run(study: Study, executor: concurrent.futures.Executor | None, console: Console) -> None:
     """Make all runs under a progress bar; say so when an entry is complete."""
     columns = (
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),  # it gives way to the others
     )
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True, speed_estimate_period=600) as progress:
         found, ended = 0, 0
         bar = progress.add_task("compiling", total=study.total)
 
@@ -191,7 +191,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: ProgressTask) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{60 * speed:.1f} runs/min")
+        return Text("" if speed is None else f"{60 * speed:.3g}/min")
 
 
 def _line(entry: Entry, runs: Sequence[dict]) -> str:
