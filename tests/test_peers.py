@@ -121,10 +121,15 @@ def test_residuals_without_examples_do_not_fit_kfac():
     )
 
 
-@pytest.mark.parametrize("task", [REGRESSION, CLASSIFICATION], ids=["squared", "softmax"])
 @pytest.mark.parametrize(
-    ("build", "control"),
-    [(peers.somax_sgn, "constant"), (peers.somax_sgn, "trust-region"), (peers.somax_egn, "constant")],
+    ("build", "control", "task"),
+    [
+        (peers.somax_sgn, "constant", REGRESSION),
+        (peers.somax_sgn, "trust-region", CLASSIFICATION),
+        (peers.somax_egn, "constant", REGRESSION),
+        (peers.somax_egn, "constant", CLASSIFICATION),
+    ],
+    ids=["sgn-squared", "sgn-trust-region-softmax", "egn-squared", "egn-softmax"],
 )
 def test_somax(build, control, task):
     _skip(peers.somax_absent)
