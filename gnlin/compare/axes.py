@@ -15,13 +15,14 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
     """Scale and limits for `values`, and a line at the target or at what counts as solved.
 
     What should be low has a logarithmic axis, and so, in what is missing to 100, has a percentage that reaches 90.
-    Values above three times those where training began do not stretch the axis: they are drawn at its edge.
+    Values far worse than where training began do not stretch the axis: they are drawn at its edge.
     """
     word, reference = ("target", facts.target) if name == "loss" else ("solved", facts.solved)
     known = np.asarray([reference, *filter(math.isfinite, values)])
+    begun = [value for row in rows for record in row.records for value in record["curve"][name][:1]]
+    starts = list(filter(math.isfinite, begun))
     if low_is_good := name == "loss" or not facts.higher_is_better:
-        starts = [value for row in rows for record in row.records for value in record["curve"][name][:1]]
-        known = known[known <= 3 * max([abs(reference), *filter(math.isfinite, starts)])]
+        known = known[known <= 3 * max([abs(reference), *starts])]
     low, high = known.min(), known.max()
     if low_is_good and low >= 0 < high:
         axes.set_yscale("log")
@@ -35,8 +36,7 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
         axes.set_yticks(ticks := _ticks(low, high), [f"{tick:g}" for tick in ticks])
     else:
         if not low_is_good:  # R², say, which has no least value
-            starts = [value for row in rows for record in row.records for value in record["curve"][name][:1]]
-            low = max(low, reference - 6 * abs(reference - min(filter(math.isfinite, starts), default=reference - 1)))
+            low = max(low, reference - 6 * abs(reference - min(starts, default=reference - 1)))
         margin = 0.06 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)
     axes.axhline(reference, color="black", linewidth=0.8, linestyle=(0, (1, 1.5)))
