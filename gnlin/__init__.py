@@ -15,7 +15,8 @@ from gnlin.linearise import Linearisation, linearise, linearised_value_and_grad
 from gnlin.minimise import MinimiseInfo, minimise
 from gnlin.objective import Objective
 from gnlin.prox_linear import prox_linear
-from gnlin.solve import CG, Dense, Solution, System
+from gnlin.solve import CG, Dense, Kronecker, Solution, System
+from gnlin.subspace import Subspace
 from gnlin.telemetry import anchor, metrics, predict
 
 __version__ = "0.1.0"
@@ -24,11 +25,13 @@ __all__ = [
     "CG",
     "Dense",
     "GainRatio",
+    "Kronecker",
     "Linearisation",
     "MinimiseInfo",
     "Objective",
     "QuadraticModel",
     "Solution",
+    "Subspace",
     "System",
     "TrustRegion",
     "anchor",

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.curvature import QuadraticModel
 from gnlin.tree import Params
 
 
@@ -184,16 +183,23 @@ def damping_at(damping: Damping, count: jax.Array) -> jax.Array:
     return jnp.asarray(damping(count) if callable(damping) else damping, float)
 
 
-def gain_ratio(model: QuadraticModel, new_value: jax.Array, step: Params, rhs: Params) -> jax.Array:
+def gain_ratio(value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params) -> jax.Array:
     """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was predicted.
 
     Near a minimum both decreases drop below the resolution of the loss itself, and their quotient is noise. The loss
     then cannot speak against the step and the gradient, which is still accurate, speaks for it: ρ is 1. No step
     although there was a right-hand side, a solve that failed, is no such case.
+
+    Args:
+        value: loss before the step.
+        new_value: loss after it.
+        change: what the model says of their difference, new − old.
+        step: δ.
+        rhs: the right-hand side that δ was solved for.
     """
-    dtype = tree.accumulation_dtype(model.value)
-    eps = float(jnp.finfo(model.value.dtype).eps)
-    value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (model.value, new_value, -model.change(step)))
+    dtype = tree.accumulation_dtype(value)
+    eps = float(jnp.finfo(value.dtype).eps)
+    value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (value, new_value, -change))
     # 8 units in the last place: a sum over examples is rounded a few times.
     resolution = 8 * eps * jnp.abs(value)
     actual = value - new_value

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.curvature import QuadraticModel, quadratic_model
-from gnlin.damping import Damping, DampingState, GainRatio, check_number, damping_at, gain_ratio
+from gnlin.curvature import LOSS_MODELS, QuadraticModel, quadratic_model
+from gnlin.damping import Damping, GainRatio, check_number, damping_at, gain_ratio
 from gnlin.objective import Objective, check_like_params, check_objective, check_params, visible_objective
-from gnlin.solve import CG, Solution, Solver, System
+from gnlin.solve import CG, Kronecker, Solution, Solver, System
+from gnlin.subspace import Subspace
 from gnlin.tree import Params
 
 
@@ -24,7 +25,8 @@ class ScaleByGaussNewtonState(NamedTuple):
 class GaussNewtonState(NamedTuple):
     count: jax.typing.ArrayLike
     solver: Any
-    damping: DampingState
+    damping: Any  # λ and what its policy remembers; () where it is given
+    last: Params  # the last step; () without momentum
     metrics: dict[str, jax.Array]
 
 
@@ -97,26 +99,32 @@ def scale_by_gauss_newton(
 def gauss_newton(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
-    damping: Damping | GainRatio,
+    damping: Damping | GainRatio | None = None,
     *,
-    solver: Solver = CG(),
+    solver: Solver | None = None,
+    step: Subspace | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Damped Gauss-Newton descent, :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u`.
+    r"""Damped Gauss-Newton descent, with defaults that are meant to be used as they are.
 
-    With a number or a schedule for λ this is `scale_by_gauss_newton` followed by the learning rate. With a
-    `GainRatio` policy the loss on `batch` is evaluated once more at the new parameters and λ follows the gain
-    ratio. Every step is taken; to reject the bad ones use `levenberg_marquardt`.
+    ``gauss_newton(1.0, objective)`` takes the direction from `Kronecker` factors of the Gauss-Newton matrix, its length
+    and some momentum from the linearised model (`Subspace`), and adapts λ to the `GainRatio`; a step that does not
+    lower the loss of its batch is not taken. That is about three gradients for each step.
 
-    Metrics: ``damping``, those of the solver and, with `GainRatio`, ``gain_ratio`` and ``loss`` (at the old
-    parameters).
+    With a number or a schedule for `damping` it is the textbook's
+    :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u`: `CG` solves the system, every step is taken in full,
+    and a small constant λ diverges on softmax losses.
+
+    Metrics: ``damping``, those of the solver and of the step and, where λ is adapted, ``gain_ratio``, ``accepted`` and
+    ``loss`` (at the old parameters).
 
     Args:
         learning_rate: η, a number or a schedule; 1 is the full step.
         objective: the problem.
-        damping: λ, a number, a schedule or a `GainRatio`. A plain small number diverges on softmax
-            losses. `GainRatio` suits full or large batches; on small ones it hears the batch and not the problem, and
-            wants a `minimum` or gives way to a schedule.
-        solver: a record from `gnlin.solve`.
+        damping: λ, a number, a schedule or a `GainRatio`. `None` is ``GainRatio(1e-2, minimum=3e-4)``: on mini-batches
+            the gain ratio hears the batch and not the problem, and would let λ fall too far.
+        solver: a record from `gnlin.solve`; `None` is `Kronecker` where λ is adapted and `CG` where it is given.
+        step: how far to go along the solver's direction; `None` is `Subspace` where λ is adapted or the solver is
+            `Kronecker`, and the full step otherwise.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; extra arguments as in `scale_by_gauss_newton`.
@@ -127,7 +135,7 @@ def gauss_newton(
     Example:
         >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 2.0)
-        >>> tx = gnlin.gauss_newton(1.0, objective, gnlin.GainRatio(1e-2))
+        >>> tx = gnlin.gauss_newton(1.0, objective)
         >>> params = jnp.zeros(1); state = tx.init(params)
         >>> for _ in range(8):
         ...     updates, state = tx.update(None, state, params)
@@ -135,42 +143,60 @@ def gauss_newton(
         >>> bool(abs(params[0] - jnp.log(2.0)) < 1e-6)
         True
     """
-    if not isinstance(damping, GainRatio):
+    adaptive = damping is None or isinstance(damping, GainRatio)
+    policy = GainRatio(1e-2, minimum=3e-4) if damping is None else damping
+    chosen = solver if solver is not None else Kronecker() if adaptive else CG()
+    rule = step if step is not None or not (adaptive or isinstance(chosen, Kronecker)) else Subspace()
+    if rule is None and not isinstance(policy, GainRatio):
         return optax.chain(
-            scale_by_gauss_newton(objective, damping, solver=solver), optax.scale_by_learning_rate(learning_rate)
+            scale_by_gauss_newton(objective, policy, solver=chosen), optax.scale_by_learning_rate(learning_rate)
         )
     check_objective(objective)
-    check_solver(solver)
+    check_solver(chosen)
+    if not adaptive and not callable(damping):
+        check_number("damping", damping)
+    return _with_step(learning_rate, objective, policy, chosen, rule or Subspace())
+
+
+def _with_step(learning_rate, objective, policy, solver, rule) -> optax.GradientTransformationExtraArgs:
+    adaptive = isinstance(policy, GainRatio)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        carry, stats = solver.init(params)
-        policy = damping.init()
+        carry, solver_stats = solver.init(params)
+        last, step_stats = rule.init(params)
         zero = jnp.asarray(0.0, float)
-        metrics = tree.copy({"damping": policy.damping, "gain_ratio": zero, "loss": zero, **stats})
-        return GaussNewtonState(jnp.zeros([], jnp.int32), carry, policy, metrics)
+        metrics = {"damping": zero, **solver_stats, **step_stats}
+        if adaptive:
+            metrics |= {"gain_ratio": zero, "loss": zero, "accepted": jnp.asarray(False)}
+        return GaussNewtonState(
+            jnp.zeros([], jnp.int32), carry, policy.init() if adaptive else (), tree.copy(last), tree.copy(metrics)
+        )
 
     def update_fn(
         updates, state, params: Params = None, *, batch=None, curvature_batch=None, all_params=None, **extra_args
     ):
         del extra_args
         problem = visible_objective(objective, params, all_params)
-        batches = (batch, curvature_batch)
-        strength = state.damping.damping
-        solution, carry, model, rhs = _direction(problem, solver, strength, updates, params, batches, state.solver)
+        strength = state.damping.damping if adaptive else damping_at(policy, state.count)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        step = tree.scale(-1 * jnp.asarray(rate, float), solution.step)
-        ratio = gain_ratio(model, problem.value(tree.add(params, step), batch), step, rhs)
-        metrics = {
-            "damping": strength,
-            "gain_ratio": ratio.astype(float),
-            "loss": model.value.astype(float),
-            **solution.stats,
-        }
-        policy = damping.update(state.damping, ratio)
-        # A batch that is not finite says nothing about the damping.
-        policy = tree.select(jnp.isfinite(model.value), policy, state.damping)
-        return step, GaussNewtonState(optax.safe_increment(state.count), carry, policy, metrics)
+        solution, carry, model, curvature, rhs = _direction(
+            problem, solver, strength, updates, params, (batch, curvature_batch), state.solver
+        )
+        data = batch if curvature_batch is None else curvature_batch
+        loss = LOSS_MODELS[rule.loss_model](problem, curvature.linear.outputs, data)
+        chosen = rule.choose(curvature, loss, strength, solution.step, rhs, state.last, rate)
+        step, metrics, damping = chosen.step, {"damping": strength, **solution.stats, **chosen.stats}, state.damping
+        if adaptive:
+            new_value = problem.value(tree.add(params, step), batch)
+            ratio = gain_ratio(model.value, new_value, chosen.change, step, rhs)
+            accepted = ratio > policy.accept
+            metrics |= {"gain_ratio": ratio.astype(float), "loss": model.value.astype(float), "accepted": accepted}
+            step = tree.select(accepted, step, tree.zeros_like(step))
+            # A batch that is not finite says nothing about the damping.
+            damping = tree.select(jnp.isfinite(model.value), policy.update(damping, ratio), damping)
+        last = step if rule.momentum else ()
+        return step, GaussNewtonState(optax.safe_increment(state.count), carry, damping, last, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -185,7 +211,7 @@ def solve_damped(
 
 
 def _direction(objective, solver, damping, updates, params, batches, carry):
-    """``(solution, carry, model, rhs)``; `batches`: the gradient's, and the curvature's or `None` for the same."""
+    """``(solution, carry, model, curvature's model, rhs)``; `batches`: the gradient's, and the curvature's or `None`."""
     check_params(params, allow_holes=True)
     if updates is not None:
         check_like_params("updates", updates, params, "pass the gradient at `params`")
@@ -194,7 +220,7 @@ def _direction(objective, solver, damping, updates, params, batches, carry):
     curvature = model if curvature_batch is None else quadratic_model(objective, params, curvature_batch)
     # The one linearisation serves gradient and products; what is not used is never computed under jit.
     rhs = model.gradient() if updates is None else updates
-    return *solve_damped(curvature, solver, damping, rhs, carry), model, rhs
+    return *solve_damped(curvature, solver, damping, rhs, carry), model, curvature, rhs
 
 
 def check_solver(solver: Any) -> None:

@@ -139,7 +139,7 @@ def levenberg_marquardt(
             extra_metrics["acceleration"] = size.astype(float)
 
         new_value = problem.value(tree.add(params, step), batch)
-        ratio = gain_ratio(model, new_value, step, rhs)
+        ratio = gain_ratio(model.value, new_value, model.change(step), step, rhs)
         if isinstance(policy, TrustRegion):
             trial = Trial(
                 ratio, model.value - new_value, tree.inner(rhs, step), _length(solution.step, diagonal), radius

@@ -2,6 +2,7 @@
 
 from gnlin.solve.cg import CG
 from gnlin.solve.dense import Dense
-from gnlin.solve.system import RadiusSolver, Solution, Solver, System
+from gnlin.solve.kronecker import Kronecker
+from gnlin.solve.system import Preconditioner, RadiusSolver, Solution, Solver, System
 
-__all__ = ["CG", "Dense", "RadiusSolver", "Solution", "Solver", "System"]
+__all__ = ["CG", "Dense", "Kronecker", "Preconditioner", "RadiusSolver", "Solution", "Solver", "System"]

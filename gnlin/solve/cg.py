@@ -1,7 +1,6 @@
 """Preconditioned conjugate gradients on pytrees."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +8,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.solve.system import Solution, System
+from gnlin.solve.system import Preconditioner, PreconditionerFunction, Solution, System
 from gnlin.tree import Params
-
-# Given a system, the action v ↦ M⁻¹v of a symmetric positive definite M that resembles its matrix.
-Preconditioner = Callable[[System], Callable[[Params], Params]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +36,8 @@ class CG:
         max_steps: most products spent on one solve, warm start aside.
         rtol: tolerance on the relative residual.
         progress_tol: tolerance on relative progress per step; Martens uses 5e-4. 0 turns the rule off.
-        preconditioner: ``System -> (v -> M⁻¹v)``, M symmetric positive definite; `None` is the identity.
+        preconditioner: a record such as `Kronecker()`, or a function ``System -> (v -> M⁻¹v)``, M symmetric positive
+            definite; `None` is the identity.
         warm_start: start from this fraction of the last solution, 0 being from nothing. Costs one product
             and keeps one vector in the state; a start with φ > 0 is dropped in favour of zero.
 
@@ -58,7 +55,7 @@ class CG:
     max_steps: int = 50
     rtol: float = 1e-4
     progress_tol: float = 0.0
-    preconditioner: Preconditioner | None = None
+    preconditioner: Preconditioner | PreconditionerFunction | None = None
     warm_start: float = 0.0
 
     def __post_init__(self):
@@ -71,12 +68,17 @@ class CG:
         # Whether anything is carried is part of the form of the state: a traced number cannot say.
         if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:
             raise ValueError(f"`warm_start` must be a fraction between 0 and 1; got {self.warm_start!r}")
-        if self.preconditioner is not None and not callable(self.preconditioner):
-            raise TypeError(f"`preconditioner` must be a function of the System; got {self.preconditioner!r}")
+        known = self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
+        if isinstance(self.preconditioner, type) or not (known or callable(self.preconditioner)):
+            raise TypeError(
+                "`preconditioner` must be a function of the System or a record such as gnlin.Kronecker(); "
+                f"got {self.preconditioner!r}"
+            )
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
-        carry = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.warm_start else ()
-        return carry, _stats(0, 0.0, False)
+        last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.warm_start else ()
+        kept = self.preconditioner.init_state(params) if isinstance(self.preconditioner, Preconditioner) else ()
+        return (last, kept), _stats(0, 0.0, False)
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
         dtype = tree.accumulation_dtype(rhs)
@@ -84,12 +86,13 @@ class CG:
         def matvec(vector):
             return tree.cast(system.matvec(tree.cast_like(vector, rhs)), dtype)
 
-        precondition = self._preconditioner_of(system, rhs, dtype)
+        last, kept = carry
+        precondition, kept = self._preconditioner_of(system, rhs, dtype, kept)
         size = tree.max_abs(rhs)
         unit = jnp.where(size > 0, size, jnp.ones_like(size))
         b = jax.tree.map(lambda leaf: leaf.astype(dtype) / unit, rhs)
         b_norm = tree.norm(b)
-        start, residual = self._start(matvec, b, unit, carry)
+        start, residual = self._start(matvec, b, unit, last)
 
         final = self._iterate(matvec, precondition, start, residual, b, b_norm)
         relative = jnp.where(b_norm == 0, 0, final.residual_norm / jnp.where(b_norm == 0, 1, b_norm))
@@ -98,19 +101,22 @@ class CG:
         in_range = tree.all_finite(tree.cast_like(solution, rhs))
         solution = tree.select(in_range, solution, tree.zeros_like(solution))
         stats = _stats(final.steps, relative, final.converged & in_range)
-        return Solution(tree.cast_like(solution, rhs), stats), (solution if self.warm_start else ())
+        return Solution(tree.cast_like(solution, rhs), stats), (solution if self.warm_start else (), kept)
 
-    def _preconditioner_of(self, system, rhs, dtype):
+    def _preconditioner_of(self, system, rhs, dtype, kept):
         if self.preconditioner is None:
-            return lambda vector: vector
-        apply = self.preconditioner(system)
-        return lambda vector: tree.cast(apply(tree.cast_like(vector, rhs)), dtype)
+            return lambda vector: vector, kept
+        if isinstance(self.preconditioner, Preconditioner):
+            apply, kept = self.preconditioner.prepare(system, rhs, kept)
+        else:
+            apply = self.preconditioner(system)
+        return lambda vector: tree.cast(apply(tree.cast_like(vector, rhs)), dtype), kept
 
-    def _start(self, matvec, b, unit, carry):
+    def _start(self, matvec, b, unit, last):
         zero = tree.zeros_like(b)
         if not self.warm_start:
             return zero, b
-        start = jax.tree.map(lambda leaf: self.warm_start * (leaf / unit), carry)
+        start = jax.tree.map(lambda leaf: self.warm_start * (leaf / unit), last)
         product = matvec(start)
         objective = tree.inner(start, product) / 2 - tree.inner(b, start)
         useful = objective < 0  # false for a NaN too

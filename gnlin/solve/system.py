@@ -67,6 +67,23 @@ class Solver(Protocol):
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]: ...
 
 
+# A preconditioner without memory: given a system, the action v ↦ M⁻¹v.
+PreconditionerFunction = Callable[[System], Callable[[Params], Params]]
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """A frozen record that approximates the inverse of a system by a symmetric positive definite M⁻¹.
+
+    ``init_state`` returns what is kept from one system to the next, in fixed shapes and dtypes; ``prepare`` the action
+    v ↦ M⁻¹v, on trees in the dtypes of `params`, and the next state.
+    """
+
+    def init_state(self, params: Params) -> Any: ...
+
+    def prepare(self, system: System, params: Params, state: Any) -> tuple[Callable[[Params], Params], Any]: ...
+
+
 @runtime_checkable
 class RadiusSolver(Solver, Protocol):
     """A `Solver` that can also find the least λ at which the step stays within a radius, ‖D^½ x‖ ≤ Δ.

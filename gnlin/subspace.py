@@ -1,0 +1,155 @@
+"""How far to go: the best step in the span of the direction and of the last step, on the linearised model."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gnlin import tree
+from gnlin.curvature import OutputLoss, QuadraticModel, check_loss_model
+from gnlin.tree import Params
+
+
+class Step(NamedTuple):
+    step: Params  # δ, what is added to the parameters
+    change: jax.Array  # the model's change of the loss by δ, damping aside
+    stats: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subspace:
+    r"""Step length, and momentum, from the linearised model.
+
+    With d the direction a solver found and p the last step, α and β minimise
+
+    .. math:: \ell\big(f(\theta) + J\delta\big) + (u - \nabla\ell)^\top \delta
+              + \tfrac{\lambda}{2} \|\delta\|^2, \qquad \delta = -\alpha d + \beta p,
+
+    where u are the incoming updates: a convex problem in two unknowns, for one push-forward of d and one of p (0.6
+    gradients each) and a few evaluations of the loss on known outputs. With ``loss_model="quadratic"`` the loss is
+    its second-order expansion, and α and β are in closed form. The exact loss keeps confident predictions, where
+    the curvature of a softmax vanishes, from promising too much.
+
+    Metrics: ``subspace/length``, α, and ``subspace/momentum``, β.
+
+    Args:
+        momentum: whether p takes part; one vector is then kept in the state.
+        loss_model: ``"exact"`` or ``"quadratic"``.
+        max_norm: longest ‖δ‖; a longer step is shortened to it. `None` for no bound.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
+    sections 6.4 and 7 (with the quadratic model).
+
+    Example:
+        >>> import gnlin
+        >>> gnlin.Subspace(momentum=False)
+        Subspace(momentum=False, loss_model='exact', max_norm=None)
+    """
+
+    momentum: bool = True
+    loss_model: str = "exact"
+    max_norm: float | None = None
+
+    def __post_init__(self):
+        check_loss_model(self.loss_model)
+        if self.max_norm is not None and not (self.max_norm > 0 and math.isfinite(self.max_norm)):
+            raise ValueError(f"`max_norm` must be a positive number, or None for no bound; got {self.max_norm!r}")
+
+    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
+        """``(state, statistics)`` before the first step."""
+        return (tree.zeros_like(params) if self.momentum else ()), _stats(jnp.zeros([2]))
+
+    def choose(
+        self,
+        model: QuadraticModel,
+        loss: OutputLoss,
+        damping: chex.Numeric,
+        direction: Params,
+        rhs: Params,
+        last: Any,
+        rate: chex.Numeric,
+    ) -> Step:
+        """The best step, times `rate`; `loss` is that of a displacement of the outputs, as `loss_model` has it."""
+        directions = [tree.scale(-1, direction), *([last] if self.momentum else [])]
+        dtype = tree.accumulation_dtype(rhs)
+        moved = [model.linear.jvp(each) for each in directions]
+        value = jnp.asarray(model.value, dtype)
+        slopes = jnp.stack(
+            [
+                tree.inner(rhs, d).astype(dtype) - tree.inner(model.cotangent, m).astype(dtype)
+                for d, m in zip(directions, moved, strict=True)
+            ]
+        )
+        gram = jnp.stack([jnp.stack([tree.inner(a, b).astype(dtype) for b in directions]) for a in directions])
+
+        def change(weights):
+            displacement = jax.tree.map(
+                lambda *parts: sum(w.astype(part.dtype) * part for w, part in zip(weights, parts, strict=True)), *moved
+            )
+            return loss(displacement)[0].astype(dtype) - value + slopes @ weights
+
+        def damped(weights):
+            return change(weights) + jnp.asarray(damping, dtype) * weights @ gram @ weights / 2
+
+        # The quadratic model's second evaluation only confirms the first.
+        weights = _minimise(damped, len(directions), dtype, 10 if self.loss_model == "exact" else 1)
+        weights = weights * jnp.asarray(rate, dtype)
+        if self.max_norm is not None:
+            length = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0))
+            weights = weights * jnp.minimum(1, self.max_norm / jnp.where(length > 0, length, 1))
+        usable = jnp.all(jnp.isfinite(weights))
+        weights = jnp.where(usable, weights, 0)
+        step = jax.tree.map(
+            lambda like, *parts: sum(
+                w * part.astype(dtype) for w, part in zip(weights, parts, strict=True)
+            ).astype(like.dtype),
+            rhs,
+            *directions,
+        )
+        return Step(step, change(weights), _stats(jnp.append(weights, 0)[:2]))
+
+
+def _minimise(function, count: int, dtype, evaluations: int) -> jax.Array:
+    """Newton's method from zero for a smooth convex function of a few numbers; an uphill step is shortened."""
+    eps = float(jnp.finfo(dtype).eps)
+
+    def newton(weights):
+        value, slope = jax.value_and_grad(function)(weights)
+        hessian = jax.jacrev(jax.grad(function))(weights)
+        # Directions may differ in length by orders of magnitude, and may be parallel.
+        scale = jnp.sqrt(jnp.maximum(jnp.diagonal(hessian), jnp.finfo(dtype).tiny))
+        system = hessian / jnp.outer(scale, scale) + 10 * eps * jnp.eye(count, dtype=dtype)
+        step = -jnp.linalg.solve(system, slope / scale) / scale
+        return value, jnp.where(jnp.all(jnp.isfinite(step)), step, 0), -slope @ step
+
+    def unfinished(now):
+        weights, value, step, decrement, length, turn = now
+        return (turn < evaluations) & (decrement > 1e-3 * jnp.abs(value - start_value) + eps * jnp.abs(value))
+
+    def turn(now):
+        weights, value, step, decrement, length, count = now
+        trial = weights + length * step
+        new_value, new_step, new_decrement = newton(trial)
+        good = new_value <= value  # false for NaN
+        kept = tree.select(good, (trial, new_value, new_step, new_decrement), (weights, value, step, decrement))
+        return (*kept, jnp.where(good, 1, length / 4), count + 1)
+
+    start = jnp.zeros([count], dtype)
+    start_value, step, decrement = newton(start)
+    if evaluations == 1:
+        return start + step
+    first = (start, start_value, step, decrement, jnp.ones([], dtype), jnp.ones([], jnp.int32))
+    return jax.lax.while_loop(unfinished, turn, first)[0]
+
+
+def _stats(weights: jax.Array) -> dict[str, jax.Array]:
+    return {
+        "subspace/length": jnp.asarray(weights[0], float),
+        "subspace/momentum": jnp.asarray(weights[1], float),
+    }
