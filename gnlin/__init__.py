@@ -1,9 +1,10 @@
 """Iterative linearisation and damped Gauss-Newton as Optax gradient transformations.
 
 Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model
-expanded at an anchor), `curvature` (Gauss-Newton products), `solve` (one linear system, several solvers), then the
-transforms `iterative_linearisation`, `prox_linear`, `damping`, `gauss_newton` and `levenberg_marquardt`, then
-`minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported from here.
+expanded at an anchor), `curvature` (Gauss-Newton products), `layers` (what a linearisation says of the network's
+structure) with `by_example` and `gram` (kernel matrices), `solve` (one linear system, several solvers), then the
+transforms `iterative_linearisation`, `prox_linear`, `damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`,
+then `minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported here.
 """
 
 from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model
@@ -15,7 +16,7 @@ from gnlin.linearise import Linearisation, linearise, linearised_value_and_grad
 from gnlin.minimise import MinimiseInfo, minimise
 from gnlin.objective import Objective
 from gnlin.prox_linear import prox_linear
-from gnlin.solve import CG, Dense, Kronecker, Solution, System
+from gnlin.solve import CG, Blocks, Dense, Dual, Jacobi, Kronecker, Nystrom, Solution, System
 from gnlin.subspace import Subspace
 from gnlin.telemetry import anchor, metrics, predict
 
@@ -23,11 +24,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "Blocks",
     "Dense",
+    "Dual",
     "GainRatio",
+    "Jacobi",
     "Kronecker",
     "Linearisation",
     "MinimiseInfo",
+    "Nystrom",
     "Objective",
     "QuadraticModel",
     "Solution",

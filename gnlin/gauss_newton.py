@@ -110,9 +110,9 @@ def gauss_newton(
     and some momentum from the linearised model (`Subspace`), and adapts λ to the `GainRatio`; a step that does not
     lower the loss of its batch is not taken. That is about three gradients for each step.
 
-    With a number or a schedule for `damping` it is the textbook's
-    :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u`: `CG` solves the system, every step is taken in full,
-    and a small constant λ diverges on softmax losses.
+    With a number or a schedule for `damping` it is the textbook's method,
+    :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u`: `CG` solves the system, and every step is taken in
+    full. A small constant λ then diverges on softmax losses.
 
     Metrics: ``damping``, those of the solver and of the step and, where λ is adapted, ``gain_ratio``, ``accepted`` and
     ``loss`` (at the old parameters).
@@ -120,7 +120,7 @@ def gauss_newton(
     Args:
         learning_rate: η, a number or a schedule; 1 is the full step.
         objective: the problem.
-        damping: λ, a number, a schedule or a `GainRatio`. `None` is ``GainRatio(1e-2, minimum=3e-4)``: on mini-batches
+        damping: λ, a number, a schedule or a `GainRatio`. `None` is ``GainRatio(1e-2, minimum=1e-3)``: on mini-batches
             the gain ratio hears the batch and not the problem, and would let λ fall too far.
         solver: a record from `gnlin.solve`; `None` is `Kronecker` where λ is adapted and `CG` where it is given.
         step: how far to go along the solver's direction; `None` is `Subspace` where λ is adapted or the solver is
@@ -144,7 +144,7 @@ def gauss_newton(
         True
     """
     adaptive = damping is None or isinstance(damping, GainRatio)
-    policy = GainRatio(1e-2, minimum=3e-4) if damping is None else damping
+    policy = GainRatio(1e-2, minimum=1e-3) if damping is None else damping
     chosen = solver if solver is not None else Kronecker() if adaptive else CG()
     rule = step if step is not None or not (adaptive or isinstance(chosen, Kronecker)) else Subspace()
     if rule is None and not isinstance(policy, GainRatio):
@@ -211,7 +211,7 @@ def solve_damped(
 
 
 def _direction(objective, solver, damping, updates, params, batches, carry):
-    """``(solution, carry, model, curvature's model, rhs)``; `batches`: the gradient's, and the curvature's or `None`."""
+    """``(solution, carry, model, model of the curvature, rhs)``; of two `batches` the curvature's may be `None`."""
     check_params(params, allow_holes=True)
     if updates is not None:
         check_like_params("updates", updates, params, "pass the gradient at `params`")

@@ -5,13 +5,12 @@ of a parameter. So the inputs of every such layer can be had without registratio
 written in, and so can the cotangents of its outputs: y is cut out, and made an argument of the linear function.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import Literal
 
 from gnlin.tree import Outputs, Params
 
@@ -39,13 +38,15 @@ class Reading(NamedTuple):
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) of a leaf seen as a matrix: its axes split where the sides are most alike, the later of two ties.
 
-    For convolution kernels (H, W, in, out) that is (H·W·in, out), for attention (features, heads, width) it is
-    (features, heads·width). Vectors and scalars are columns.
+    Attention's (features, heads, width) becomes (features, heads·width). From four axes on, as in the kernels of
+    convolutions, (H, W, in, out) or (out, in, H, W), all but the first or all but the last stay together. Vectors and
+    scalars are columns.
     """
     if len(shape) < 2:
-        return int(np.prod(shape)), 1
-    sides = [(int(np.prod(shape[:split])), int(np.prod(shape[split:]))) for split in range(1, len(shape))]
-    return min(reversed(sides), key=lambda side: abs(np.log(max(side[0], 1) / max(side[1], 1))))
+        return math.prod(shape), 1
+    splits = range(1, len(shape)) if len(shape) < 4 else (1, len(shape) - 1)
+    sides = [(math.prod(shape[:split]), math.prod(shape[split:])) for split in splits]
+    return min(reversed(sides), key=lambda side: abs(math.log(max(side[0], 1) / max(side[1], 1))))
 
 
 def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
@@ -60,9 +61,8 @@ def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
     outputs = jax.tree.structure(jax.eval_shape(jvp, jax.tree.unflatten(structure, shapes)))
 
     inspector = _Inspector([leaf.shape for leaf in shapes])
-    tangents = [_View(index, tuple(range(len(leaf.shape)))) for index, leaf in enumerate(shapes)]
-    inspector.spoil(_run(closed.jaxpr, closed.consts, tangents, inspector))
-    sites = inspector.sites_that_hold()
+    tangents = [_View(index, tuple((axis,) for axis in range(leaf.ndim))) for index, leaf in enumerate(shapes)]
+    sites = inspector.sites_that_hold(run_jaxpr(closed.jaxpr, closed.consts, tangents, inspector))
     read = {index for site in sites.values() for index in (site.weight, site.bias)}
     others = [index for index in range(len(leaves)) if index not in read]
 
@@ -75,7 +75,7 @@ def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
             return [_ABSENT] * len(equation.outvars) if any(value is _ABSENT for value in values) else None
 
         given = [tangents.get(index, _ABSENT) for index in range(len(leaves))]
-        return jax.tree.unflatten(outputs, _run(closed.jaxpr, closed.consts, given, replace))
+        return jax.tree.unflatten(outputs, run_jaxpr(closed.jaxpr, closed.consts, given, replace))
 
     biases = {site.bias_path for site in sites.values() if site.bias is not None}
 
@@ -99,21 +99,24 @@ _CALLS = {
 _ABSENT = object()  # the tangent of a parameter that only enters through layers that were cut out
 
 # (path of an equation, the equation, its inputs) ↦ its outputs, or `None` to compute them.
-_Replace = Callable[[tuple[int, ...], Any, list[Any]], list[Any] | None]
+Replace = Callable[[tuple[int, ...], Any, list[Any]], list[Any] | None]
 
 
-def _run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], replace: _Replace, path=()) -> list[Any]:
+def run_jaxpr(
+    jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], replace: Replace, path: tuple[int, ...] = ()
+) -> list[Any]:
+    """Outputs of a jaxpr, into whose calls of other jaxprs it goes; `replace` may give the outputs of an equation."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
 
     def read(variable):
-        return variable.val if isinstance(variable, Literal) else values[variable]
+        return variable.val if hasattr(variable, "val") else values[variable]  # a literal or a variable
 
     for place, equation in enumerate(jaxpr.eqns):
         here, inputs = (*path, place), [read(variable) for variable in equation.invars]
         name = equation.primitive.name
         if name in _CALLS:
             called = equation.params[_CALLS[name]]
-            outputs = _run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, replace, here)
+            outputs = run_jaxpr(getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, replace, here)
         else:
             outputs = replace(here, equation, inputs)
         if outputs is None:
@@ -134,31 +137,43 @@ def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
 
 
 class _View(NamedTuple):
-    """The tangent of one leaf with its axes in another order, and with new ones of length 1."""
+    """The tangent of one leaf with its axes in another order, with some merged, or with new ones of length 1."""
 
     leaf: int
-    axes: tuple[int | None, ...]  # the leaf's axis at each place; `None` for a new one
+    axes: tuple[tuple[int, ...], ...]  # the leaf's axes at each place; none at a new one
+
+
+class _Addend(NamedTuple):
+    """The product of a layer, inside a plain sum."""
+
+    product: tuple[int, ...]  # its path
+    order: tuple[int, ...]  # its axes, where they are now
+    trail: tuple[int, ...]  # the tangents from the product to this sum
 
 
 class _Tangent(NamedTuple):
-    """Anything else that depends on tangents; `addends` are the products of layers that it is a plain sum with."""
+    """Anything else that depends on tangents, and what it is known to be a sum of."""
 
-    addends: tuple[tuple[int, ...], ...] = ()
+    number: int
+    addends: tuple[_Addend, ...] = ()
 
 
 class _Site(NamedTuple):
+    """A product of a known array with the tangent of a weight."""
+
     weight: int
     inputs: jax.Array
     transposed: bool
     output: jax.ShapeDtypeStruct
-    weight_first: bool  # the product has W's free axes before those of x
+    rows: tuple[int, ...]  # axes of the product that number the rows
+    fan_out: tuple[int, ...]  # and its other axes
     bias: int | None = None
     bias_path: tuple[int, ...] = ()
+    trail: tuple[int, ...] = ()  # the tangents between the product and the sum with the bias
 
     def rows_of(self, cotangent: jax.Array) -> jax.Array:
         """(R, fan-out) of a cotangent shaped like the product."""
-        rows = self.inputs.shape[0]
-        return cotangent.reshape(-1, rows).T if self.weight_first else cotangent.reshape(rows, -1)
+        return cotangent.transpose(*self.rows, *self.fan_out).reshape(self.inputs.shape[0], -1)
 
 
 class _Inspector:
@@ -166,24 +181,31 @@ class _Inspector:
 
     def __init__(self, shapes: list[tuple[int, ...]]):
         self.shapes = shapes
-        self.uses = [0] * len(shapes)
+        self.uses = [0] * len(shapes)  # of each leaf
+        self.readers: list[int] = []  # of each tangent, how many equations read it
         self.sites: dict[tuple[int, ...], _Site] = {}
 
     def __call__(self, path: tuple[int, ...], equation: Any, values: list[Any]) -> list[Any] | None:
         if not any(isinstance(value, (_View, _Tangent)) for value in values):
             return None
-        name = equation.primitive.name
-        if len(values) == 1 and isinstance(values[0], _View):
-            if (view := self._rearranged(name, equation, values[0])) is not None:
-                return [view]
-        elif name == "dot_general" and (site := self._product(equation, *values)) is not None:
-            self.uses[site.weight] += 1
-            self.sites[path] = site
-            return [_Tangent((path,))]
+        self._read(values)
+        name, first = equation.primitive.name, values[0]
+        if name in ("dot_general", "conv_general_dilated"):
+            find = self._product if name == "dot_general" else self._convolution
+            if (site := find(equation, *values)) is not None:
+                self.uses[site.weight] += 1
+                self.sites[path] = site
+                return [self._sum_of([_Addend(path, tuple(range(site.output.ndim)), ())])]
         elif name in ("add", "add_any"):
-            return [self._sum(path, equation, values)]
+            return [self._sum(path, values)]
+        elif isinstance(first, _View) and (view := self._rearranged(name, equation, first)) is not None:
+            return [view]
+        elif isinstance(first, _Tangent) and name == "transpose":
+            order = equation.params["permutation"]
+            moved = [each._replace(order=tuple(each.order[axis] for axis in order)) for each in first.addends]
+            return [self._sum_of(moved)]
         self.spoil(values)
-        return [_Tangent() for _ in equation.outvars]
+        return [self._sum_of([]) for _ in equation.outvars]
 
     def spoil(self, values: Sequence[Any]) -> None:
         """These views are used in a way that is not understood."""
@@ -191,80 +213,147 @@ class _Inspector:
             if isinstance(value, _View):
                 self.uses[value.leaf] += 2
 
-    def sites_that_hold(self) -> dict[tuple[int, ...], _Site]:
-        """Those whose leaves are used nowhere else."""
-        held = {path: site for path, site in self.sites.items() if self.uses[site.weight] == 1}
+    def sites_that_hold(self, outputs: Sequence[Any]) -> dict[tuple[int, ...], _Site]:
+        """Those whose leaves are used nowhere else; a bias only where nothing sees its layer's product without it."""
+        self.spoil(outputs)
+        self._read(outputs)
         return {
-            path: site if site.bias is None or self.uses[site.bias] == 1 else site._replace(bias=None)
-            for path, site in held.items()
+            path: site if self._has_bias(site) else site._replace(bias=None)
+            for path, site in self.sites.items()
+            if self.uses[site.weight] == 1
         }
 
+    def _has_bias(self, site: _Site) -> bool:
+        return site.bias is not None and self.uses[site.bias] == 1 and all(self.readers[n] == 1 for n in site.trail)
+
+    def _read(self, values: Sequence[Any]) -> None:
+        for value in values:
+            if isinstance(value, _Tangent):
+                self.readers[value.number] += 1
+
+    def _sum_of(self, addends: Sequence[_Addend]) -> _Tangent:
+        self.readers.append(0)
+        number = len(self.readers) - 1
+        return _Tangent(number, tuple(each._replace(trail=(*each.trail, number)) for each in addends))
+
+    # Views of a leaf.
+
     def _rearranged(self, name: str, equation: Any, view: _View) -> _View | None:
-        shape = equation.outvars[0].aval.shape
         if name == "convert_element_type":
             return view
         if name == "transpose":
             return view._replace(axes=tuple(view.axes[axis] for axis in equation.params["permutation"]))
+        shape = equation.outvars[0].aval.shape
         if name == "broadcast_in_dim":
-            axes: list[int | None] = [None] * len(shape)
-            for place, axis in zip(equation.params["broadcast_dimensions"], view.axes, strict=True):
-                axes[place] = axis
-            grown = any(axis is None and length > 1 for axis, length in zip(axes, shape, strict=True))
-            stretched = any(
-                axis is not None and self.shapes[view.leaf][axis] != length
-                for axis, length in zip(axes, shape, strict=True)
-            )
-            return None if grown or stretched else _View(view.leaf, tuple(axes))
+            axes: list[tuple[int, ...]] = [()] * len(shape)
+            for place, group in zip(equation.params["broadcast_dimensions"], view.axes, strict=True):
+                axes[place] = group
+            return _View(view.leaf, tuple(axes)) if self._lengths(view.leaf, axes) == shape else None
         if name in ("reshape", "squeeze", "expand_dims"):
-            old = [axis for axis in view.axes if axis is not None and self.shapes[view.leaf][axis] != 1]
-            lengths = [self.shapes[view.leaf][axis] for axis in old]
-            if 1 in self.shapes[view.leaf] or [length for length in shape if length != 1] != lengths:
-                return None  # axes are merged or split, or cannot be told apart
-            remaining = iter(old)
-            return _View(view.leaf, tuple(None if length == 1 else next(remaining) for length in shape))
+            return self._regrouped(view, shape)
         return None
+
+    def _regrouped(self, view: _View, shape: tuple[int, ...]) -> _View | None:
+        """The view with neighbouring axes merged to lengths `shape`; `None` where one would have to be split."""
+        remaining = [axis for group in view.axes for axis in group]
+        axes: list[tuple[int, ...]] = []
+        for length in shape:
+            group: tuple[int, ...] = ()
+            while remaining and self._length(view.leaf, group) < length:
+                group += (remaining.pop(0),)
+            axes.append(group)
+        axes[-1:] = [(*group, *remaining) for group in axes[-1:]]  # axes of length 1
+        return _View(view.leaf, tuple(axes)) if axes and self._lengths(view.leaf, axes) == shape else None
+
+    def _length(self, leaf: int, axes: Sequence[int]) -> int:
+        return math.prod(self.shapes[leaf][axis] for axis in axes)
+
+    def _lengths(self, leaf: int, groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        return tuple(self._length(leaf, group) for group in groups)
+
+    # Layers.
 
     def _product(self, equation: Any, left: Any, right: Any) -> _Site | None:
         weight_first = isinstance(left, _View)
         view, known = (left, right) if weight_first else (right, left)
-        if not isinstance(view, _View) or isinstance(known, (_View, _Tangent)) or None in view.axes:
-            return None
         contracting, batch = equation.params["dimension_numbers"]
-        if batch[0]:
+        if not isinstance(view, _View) or isinstance(known, (_View, _Tangent)) or batch[0]:
             return None
         of_weight, of_known = contracting if weight_first else contracting[::-1]
         pairs = sorted((view.axes[w], x) for w, x in zip(of_weight, of_known, strict=True))
-        fan_in = [axis for axis, _ in pairs]
-        fan_out = [axis for place, axis in enumerate(view.axes) if place not in of_weight]
-        shape = self.shapes[view.leaf]
-        transposed = fan_out + fan_in == list(range(len(shape)))
-        if not transposed and fan_in + fan_out != list(range(len(shape))):
-            return None
-        sides = [int(np.prod([shape[axis] for axis in axes])) for axes in (fan_in, fan_out)]
-        if not fan_in or not fan_out or tuple(sides[::-1] if transposed else sides) != matrix_shape(shape):
+        fan_in = [axis for group, _ in pairs for axis in group]
+        fan_out = [axis for place, group in enumerate(view.axes) if place not in of_weight for axis in group]
+        transposed = self._orientation(view.leaf, fan_in, fan_out)
+        if transposed is None:
             return None
         free = [axis for axis in range(jnp.ndim(known)) if axis not in of_known]
-        inputs = jnp.transpose(known, [*free, *(x for _, x in pairs)]).reshape(-1, sides[0])
-        aval = equation.outvars[0].aval
-        return _Site(view.leaf, inputs, transposed, jax.ShapeDtypeStruct(aval.shape, aval.dtype), weight_first)
+        inputs = jnp.transpose(known, [*free, *(x for _, x in pairs)]).reshape(-1, self._length(view.leaf, fan_in))
+        places = tuple(range(equation.outvars[0].aval.ndim))
+        split = len(places) - len(free) if weight_first else len(free)
+        ends = (places[split:], places[:split]) if weight_first else (places[:split], places[split:])
+        return _Site(view.leaf, inputs, transposed, _shape_of(equation), *ends)
 
-    def _sum(self, path: tuple[int, ...], equation: Any, values: list[Any]) -> _Tangent:
-        bias = next((value for value in values if isinstance(value, _View)), None)
-        addends = tuple(path for value in values if isinstance(value, _Tangent) for path in value.addends)
-        if bias is None or all(isinstance(value, _View) for value in values):
-            self.spoil(values)
-            return _Tangent(addends)
-        shape = equation.outvars[0].aval.shape
-        for product in addends:
-            site = self.sites[product]
-            # b has the axes of y's fan-out, which come last, and is the same in every row.
-            own = [axis for axis in bias.axes if axis is not None]
-            width = int(np.prod(self.shapes[bias.leaf]))
-            last = bias.axes[len(bias.axes) - len(own) :] == tuple(range(len(self.shapes[bias.leaf])))
-            if site.bias is None and not site.weight_first and last and site.output.shape == shape:
-                if site.inputs.shape[0] * width == int(np.prod(shape)):
-                    self.uses[bias.leaf] += 1
-                    self.sites[product] = site._replace(bias=bias.leaf, bias_path=path)
-                    return _Tangent(addends)
-        self.spoil([bias])
-        return _Tangent(addends)
+    def _convolution(self, equation: Any, known: Any, view: Any) -> _Site | None:
+        params = equation.params
+        ordinary = params["feature_group_count"] == params["batch_group_count"] == 1
+        if not isinstance(view, _View) or isinstance(known, (_View, _Tangent)) or not ordinary:
+            return None
+        numbers = params["dimension_numbers"]
+        out, *fan_in = (axis for place in numbers.rhs_spec for axis in view.axes[place])
+        transposed = self._orientation(view.leaf, sorted(fan_in), [out])
+        if len(view.axes) != len(fan_in) + 1 or transposed is None:
+            return None
+        patches = jax.lax.conv_general_dilated_patches(
+            jnp.transpose(known, numbers.lhs_spec),
+            [self._length(view.leaf, view.axes[place]) for place in numbers.rhs_spec[2:]],
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+        )
+        # (N, in · window, positions), and of W the same axes in the order in which the leaf has them.
+        patches = jnp.moveaxis(patches, 1, -1).reshape(-1, *self._lengths(view.leaf, [[axis] for axis in fan_in]))
+        order = [1 + fan_in.index(axis) for axis in sorted(fan_in)]
+        inputs = patches.transpose(0, *order).reshape(len(patches), -1)
+        images, channels, *positions = numbers.out_spec
+        return _Site(view.leaf, inputs, transposed, _shape_of(equation), (images, *positions), (channels,))
+
+    def _orientation(self, leaf: int, fan_in: list[int], fan_out: list[int]) -> bool | None:
+        """Whether W is (fan-out, fan-in) where it is seen as a matrix; `None` where it is that in neither order."""
+        sides = self._length(leaf, fan_in), self._length(leaf, fan_out)
+        axes = list(range(len(self.shapes[leaf])))
+        if not fan_in or not fan_out:
+            return None
+        if fan_in + fan_out == axes and sides == matrix_shape(self.shapes[leaf]):
+            return False
+        return True if fan_out + fan_in == axes and sides[::-1] == matrix_shape(self.shapes[leaf]) else None
+
+    def _sum(self, path: tuple[int, ...], values: list[Any]) -> _Tangent:
+        addends = [addend for value in values if isinstance(value, _Tangent) for addend in value.addends]
+        views = [value for value in values if isinstance(value, _View)]
+        found = self._addend_with(views[0], addends) if len(views) == 1 else None
+        if found is None:
+            self.spoil(views)
+        else:
+            self.uses[views[0].leaf] += 1
+            site = self.sites[found.product]
+            self.sites[found.product] = site._replace(bias=views[0].leaf, bias_path=path, trail=found.trail)
+        return self._sum_of(addends)
+
+    def _addend_with(self, bias: _View, addends: Sequence[_Addend]) -> _Addend | None:
+        """The product that `bias` is added to in every row."""
+        own = [place for place, group in enumerate(bias.axes) if group]
+        in_order = [axis for group in bias.axes for axis in group] == list(range(len(self.shapes[bias.leaf])))
+        for addend in addends:
+            site = self.sites[addend.product]
+            lengths = [site.output.shape[axis] for axis in site.fan_out]
+            fits = [addend.order.index(axis) for axis in site.fan_out] == own
+            fits &= [self._length(bias.leaf, bias.axes[place]) for place in own] == lengths
+            if own and in_order and fits and site.bias is None:
+                return addend
+        return None
+
+
+def _shape_of(equation: Any) -> jax.ShapeDtypeStruct:
+    aval = equation.outvars[0].aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

@@ -89,10 +89,7 @@ class Subspace:
         gram = jnp.stack([jnp.stack([tree.inner(a, b).astype(dtype) for b in directions]) for a in directions])
 
         def change(weights):
-            displacement = jax.tree.map(
-                lambda *parts: sum(w.astype(part.dtype) * part for w, part in zip(weights, parts, strict=True)), *moved
-            )
-            return loss(displacement)[0].astype(dtype) - value + slopes @ weights
+            return loss(_combined(weights, moved))[0].astype(dtype) - value + slopes @ weights
 
         def damped(weights):
             return change(weights) + jnp.asarray(damping, dtype) * weights @ gram @ weights / 2
@@ -103,16 +100,15 @@ class Subspace:
         if self.max_norm is not None:
             length = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0))
             weights = weights * jnp.minimum(1, self.max_norm / jnp.where(length > 0, length, 1))
-        usable = jnp.all(jnp.isfinite(weights))
-        weights = jnp.where(usable, weights, 0)
-        step = jax.tree.map(
-            lambda like, *parts: sum(
-                w * part.astype(dtype) for w, part in zip(weights, parts, strict=True)
-            ).astype(like.dtype),
-            rhs,
-            *directions,
-        )
-        return Step(step, change(weights), _stats(jnp.append(weights, 0)[:2]))
+        step = tree.cast_like(_combined(weights, tree.cast(directions, dtype)), rhs)
+        usable = jnp.all(jnp.isfinite(weights)) & tree.all_finite(step)
+        step, weights = tree.select(usable, (step, weights), tree.zeros_like((step, weights)))
+        return Step(step, jnp.where(usable, change(weights), 0), _stats(jnp.append(weights, 0)[:2]))
+
+
+def _combined(weights: jax.Array, trees: list[Any]) -> Any:
+    """Σ wᵢ tᵢ, in the dtypes of the trees."""
+    return jax.tree.map(lambda *parts: sum(w.astype(p.dtype) * p for w, p in zip(weights, parts, strict=True)), *trees)
 
 
 def _minimise(function, count: int, dtype, evaluations: int) -> jax.Array:
@@ -129,8 +125,8 @@ def _minimise(function, count: int, dtype, evaluations: int) -> jax.Array:
         return value, jnp.where(jnp.all(jnp.isfinite(step)), step, 0), -slope @ step
 
     def unfinished(now):
-        weights, value, step, decrement, length, turn = now
-        return (turn < evaluations) & (decrement > 1e-3 * jnp.abs(value - start_value) + eps * jnp.abs(value))
+        _, value, _, decrement, _, count = now
+        return (count < evaluations) & (decrement > 1e-3 * jnp.abs(value - start_value) + eps * jnp.abs(value))
 
     def turn(now):
         weights, value, step, decrement, length, count = now

@@ -31,6 +31,7 @@ __all__ = [
     "linear_regression",
     "logistic_regression",
     "third_party",
+    "third_party_model",
     "tolerance",
     "train",
 ]
@@ -156,6 +157,17 @@ def third_party(function: Any) -> Any:
     return optax.GradientTransformationExtraArgs(
         _promoting(function.init), _promoting(optax.with_extra_args_support(function).update)
     )
+
+
+def third_party_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A model of another library, under the usual promotion of dtypes and ranks."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _promoting(function):

@@ -89,7 +89,7 @@ def test_options_are_said_in_words():
         ("il:reset=maybe", "il:reset must be yes or no; got 'maybe'"),
         ("sgd:batch=0", "sgd:batch must be mini .the task's., full, or a number of examples; got '0'"),
         ("gn:damping=small", "gn:damping must be a number of at least 0; got 'small'"),
-        ("gn:rtol=nan", "gn:rtol must be a number; got 'nan'"),
+        ("gn-cg:rtol=nan", "gn-cg:rtol must be a number; got 'nan'"),
         ("adam:learning_rate=inf", "adam:learning_rate must be a number of at least 0; got 'inf'"),
         ("peers:batch=full", "'peers' is a family, which takes no options"),
     ],
@@ -132,7 +132,8 @@ def test_contestants_of_ones_own_are_swept_and_may_not_share_a_name():
 
 
 def test_families_stand_for_their_members():
-    assert {entry.contestant.name for entry in entries_of(["gnlin"])} == {"il", "prox-linear", "gn", "lm", "lm-trust"}
+    family = {"il", "prox-linear", "gn", "gn-cg", "lm", "lm-trust"}
+    assert {entry.contestant.name for entry in entries_of(["gnlin"])} == family
     assert [entry.label for entry in entries_of([])] == list(DEFAULT)
     assert len(entries_of(["adam", "adam"])) == 1
 
@@ -725,8 +726,8 @@ def test_a_task_and_an_optimiser_from_outside():
         target=1e-3,
     )
     lion = optax_contestant("lion", lambda rate: optax.lion(rate, weight_decay=0.0), (0.001, 0.01, 0.1))
-    runs = run(task, [lion, "gn:control=constant"], seeds=2)
-    assert {record["label"] for record in runs} == {"lion", "gn:control=constant"}
+    runs = run(task, [lion, "gn-cg:control=constant"], seeds=2)
+    assert {record["label"] for record in runs} == {"lion", "gn-cg:control=constant"}
     assert min(record["curve"]["quality"][-1] for record in runs) < 1e-6
 
 
@@ -801,7 +802,7 @@ def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, 
         (["compare", "digits", "--sweep", "perod=3,4"], "has an option 'perod' to sweep"),
         (["compare", "digits", "--work", "0"], "--work must be positive"),
         (["compare", "digits", "adam:learning_rate=-1"], "adam:learning_rate must be a number of at least 0; got '-1'"),
-        (["compare", "digits", "gn:warm_start=5"], "gn:warm_start=5: `warm_start` must"),
+        (["compare", "digits", "gn-cg:warm_start=5"], "gn-cg:warm_start=5: `warm_start` must"),
         (["report", "nowhere"], "no records.jsonl in nowhere"),
         (["compare", "digits", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
         (["compare", "mnist"], "mnist"),

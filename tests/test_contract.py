@@ -90,6 +90,7 @@ class Case:
 LINEARISED = frozenset({"linearise/loss", "linearise/refreshes", "linearise/age"})
 CG_STATS = frozenset({"cg/steps", "cg/residual", "cg/converged"})
 DENSE_STATS = frozenset({"dense/residual", "dense/converged"})
+STEP = frozenset({"subspace/length", "subspace/momentum", "gain_ratio", "loss", "accepted"})
 LM_STATS = frozenset({"loss", "accepted", "gain_ratio", "damping", "rejections"})
 
 
@@ -179,22 +180,22 @@ def preconditioned(name, solver, stats, key):
     )
 
 
-def descending(name, damping, hyperparameters, metrics=frozenset()):
+def descending(name, damping, hyperparameters, metrics=CG_STATS, key="cg/converged", **options):
     """`gauss_newton` with one kind of damping."""
 
     def build(objective):
-        return gnlin.gauss_newton(0.9, objective, damping)
+        return gnlin.gauss_newton(0.9, objective, damping, **options)
 
     def inject(objective):
-        return optax.inject_hyperparams(gnlin.gauss_newton)(0.9, objective, damping)
+        return optax.inject_hyperparams(gnlin.gauss_newton)(0.9, objective, damping, **options)
 
     return Case(
         f"gauss_newton-{name}",
         build,
         inject,
         hyperparameters,
-        CG_STATS | metrics | {"damping"},
-        notices_nan=lambda _, metrics: not metrics["cg/converged"],
+        metrics | {"damping"},
+        notices_nan=lambda _, metrics: not metrics[key],
         convex_steps=20,
     )
 
@@ -244,7 +245,8 @@ CASES = [
     preconditioned("dense", gnlin.Dense(), DENSE_STATS, "dense/converged"),
     descending("number", 0.2, frozenset({"learning_rate", "damping"})),
     descending("schedule", DAMPING_SCHEDULE, frozenset({"learning_rate", "damping"})),
-    descending("gain-ratio", gnlin.GainRatio(0.2), frozenset({"learning_rate"}), frozenset({"gain_ratio", "loss"})),
+    descending("gain-ratio", gnlin.GainRatio(0.2), frozenset({"learning_rate"}), CG_STATS | STEP, solver=gnlin.CG()),
+    descending("adaptive", None, frozenset({"learning_rate"}), STEP | {"kronecker/finite"}, "kronecker/finite"),
     accepting("cg", CG_STATS, "cg/converged"),
     accepting("dense", DENSE_STATS, "dense/converged", solver=gnlin.Dense()),
     accepting(
@@ -265,7 +267,7 @@ _INTRICATE = (
     "prox_linear-lbfgs",
     "scale_by_gauss_newton-warm-start",
     "scale_by_gauss_newton-dense",
-    "gauss_newton-gain-ratio",
+    "gauss_newton-adaptive",
     "levenberg_marquardt-trust-region",
     "levenberg_marquardt-geodesic",
 )
@@ -396,9 +398,12 @@ def test_map_params_finds_the_copies_of_the_parameters(subject):
     opt_state = subject.tx.init(subject.start())
     mapped = optax.tree_map_params(subject.tx, lambda leaf: leaf + 1, opt_state, transform_non_params=lambda leaf: leaf)
     chex.assert_trees_all_equal_structs(opt_state, mapped)
-    changed = jax.tree.map(lambda old, new: bool(jnp.any(old != new)), opt_state, mapped)
+    changed = jax.tree.leaves_with_path(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), opt_state, mapped))
     shapes = {leaf.shape for leaf in jax.tree.leaves(subject.problem.params)}
-    assert changed == jax.tree.map(lambda leaf: leaf.shape in shapes, opt_state)
+    for (path, found), leaf in zip(changed, jax.tree.leaves(opt_state), strict=True):
+        # Moments of each parameter lie in trees like the parameters', as those of Adafactor do.
+        moments = {".rows", ".columns"} & {str(key) for key in path}
+        assert found == (leaf.shape in shapes) or moments
 
 
 def test_missing_arguments_are_named(subject):

@@ -10,7 +10,7 @@ from jax.experimental import pallas
 import gnlin
 from gnlin.compare.cost import flops, gradient_flops
 from gnlin.compare.meter import metered
-from gnlin.compare.optimisers import gauss_newton, iterative_linearisation
+from gnlin.compare.optimisers import damped_gauss_newton, iterative_linearisation
 from gnlin.compare.tasks.digits import digits
 
 SIZE = 64
@@ -160,7 +160,7 @@ def optax_own():
 def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
     options = {"damping": 0.1, "control": "constant", "learning_rate": 1.0, "solver": "cg", "batch": "mini"}
     (found,), state = step_flops(
-        task, gauss_newton, {**options, "decay": 20.0, "max_steps": 4, "rtol": 0.0, "warm_start": 0.0}, 1
+        task, damped_gauss_newton, {**options, "decay": 20.0, "max_steps": 4, "rtol": 0.0, "warm_start": 0.0}, 1
     )
     assert gnlin.metrics(state)["cg/steps"] == 4
 

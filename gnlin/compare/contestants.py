@@ -97,14 +97,30 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "gn",
+            "Gauss-Newton with Kronecker factors, momentum and adapted damping; tuned: least λ.",
+            optimisers.gauss_newton,
+            tuned="damping",
+            grid=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+            options={
+                "learning_rate": number(1.0),
+                "solver": one_of("kronecker", "cg", "dense"),
+                "max_steps": integer(10),
+                "momentum": switch(True),
+                "loss_model": one_of("exact", "quadratic"),
+                "batch": batch(),
+            },
+            family="gnlin",
+        ),
+        Contestant(
+            "gn-cg",
             "Damped Gauss-Newton by conjugate gradients, full steps; tuned: λ, which falls to it from 1 as "
             "exp(−step / decay), or, for control=constant, is it throughout.",
-            optimisers.gauss_newton,
+            optimisers.damped_gauss_newton,
             tuned="damping",
             grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
             options={
                 "learning_rate": number(1.0),
-                "control": one_of("decay", "constant", "gain-ratio"),
+                "control": one_of("decay", "constant"),
                 "decay": number(20.0),
                 **_SOLVER,
                 "batch": batch(),

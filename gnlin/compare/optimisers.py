@@ -100,13 +100,25 @@ def _solver(task: Task, options: Options) -> Any:
 
 
 def gauss_newton(task: Task, options: Options) -> Method:
+    """What `gnlin.gauss_newton` does by itself; the tuned number is the floor of its damping."""
+    least, steps = options["damping"], options["max_steps"]
+    first: Any = jnp.maximum(least, 1e-2)
+    solver = {"kronecker": gnlin.Kronecker(), "cg": gnlin.CG(steps), "dense": gnlin.Dense()}[options["solver"]]
+    tx = gnlin.gauss_newton(
+        options["learning_rate"],
+        task.objective,
+        gnlin.GainRatio(first, minimum=least),
+        solver=solver,
+        step=gnlin.Subspace(momentum=options["momentum"], loss_model=options["loss_model"]),
+    )
+    return from_optax(task.objective, tx)
+
+
+def damped_gauss_newton(task: Task, options: Options) -> Method:
     """Full steps; with ``control=decay`` λ falls from 1, since a small λ diverges while the outputs still move far."""
     tuned = options["damping"]
-    damping: Any = {
-        "decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned),
-        "constant": tuned,
-        "gain-ratio": gnlin.GainRatio(tuned),
-    }[options["control"]]
+    schedule = {"decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned), "constant": tuned}
+    damping: Any = schedule[options["control"]]
     tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(task, options))
     return from_optax(task.objective, tx)
 

@@ -1,8 +1,25 @@
 """One damped linear system, several solvers."""
 
+from gnlin.solve.blocks import Blocks
 from gnlin.solve.cg import CG
 from gnlin.solve.dense import Dense
+from gnlin.solve.dual import Dual
+from gnlin.solve.jacobi import Jacobi
 from gnlin.solve.kronecker import Kronecker
+from gnlin.solve.nystrom import Nystrom
 from gnlin.solve.system import Preconditioner, RadiusSolver, Solution, Solver, System
 
-__all__ = ["CG", "Dense", "Kronecker", "Preconditioner", "RadiusSolver", "Solution", "Solver", "System"]
+__all__ = [
+    "CG",
+    "Blocks",
+    "Dense",
+    "Dual",
+    "Jacobi",
+    "Kronecker",
+    "Nystrom",
+    "Preconditioner",
+    "RadiusSolver",
+    "Solution",
+    "Solver",
+    "System",
+]

@@ -1,7 +1,8 @@
 """Kronecker factors of the Gauss-Newton matrix: a preconditioner, and a solver by itself."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +14,23 @@ from gnlin.solve.system import Solution, System
 from gnlin.tree import Outputs, Params
 
 
-class Factors(NamedTuple):
-    """Second moments of one leaf, seen as a matrix; a side longer than `max_side` has their diagonal alone."""
+class KroneckerState(NamedTuple):
+    """Second moments of the leaves, seen as matrices, on either side; each tree has the form of the parameters.
 
-    # One more than the sides of the matrix: the constant input that a bias multiplies.
+    They are one longer than the matrix: the last row and column belong to the constant input that a bias multiplies. A
+    side longer than `max_side` has the diagonal alone, and so have vectors.
+    """
+
+    count: jax.Array
+    rows: Params
+    columns: Params
+
+
+class _Factors(NamedTuple):
+    """Those of one leaf."""
+
     rows: jax.Array
     columns: jax.Array
-
-
-class KroneckerState(NamedTuple):
-    count: jax.Array
-    factors: tuple[Factors, ...]  # in the order of the leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Kronecker:
     As a preconditioner, ``CG(preconditioner=Kronecker())``; as a solver, `Kronecker()` gives the direction M⁻¹b, whose
     length is for a step rule to find (`Subspace`, the default of `gauss_newton`). A scaling D of the system is ignored.
 
-    Statistics: ``kronecker/layers``, the leaves that were found in dense layers.
+    Statistics: ``kronecker/finite``; where it is false the direction is zero.
 
     Args:
         decay: of the average over steps, which begins as a plain mean.
@@ -93,81 +100,69 @@ class Kronecker:
         def moments(side: int) -> jax.Array:
             return jnp.zeros([side + 1] * (2 if side <= self.max_side else 1), dtype)
 
-        def factors(leaf):
-            rows, columns = matrix_shape(leaf.shape)
+        def on_side(leaf, side):
             if leaf.ndim < 2:
-                return Factors(jnp.zeros([rows], dtype), jnp.zeros([0], dtype))
-            return Factors(moments(rows), moments(columns))
+                return jnp.zeros([leaf.size if side == 0 else 0], dtype)
+            return moments(matrix_shape(leaf.shape)[side])
 
-        return KroneckerState(jnp.zeros([], jnp.int32), tuple(factors(leaf) for leaf in jax.tree.leaves(params)))
+        sides = [jax.tree.map(functools.partial(on_side, side=side), params) for side in (0, 1)]
+        return KroneckerState(jnp.zeros([], jnp.int32), *sides)
 
     def prepare(
         self, system: System, params: Params, state: KroneckerState
     ) -> tuple[Callable[[Params], Params], KroneckerState]:
         """``(v ↦ M⁻¹v, next state)``."""
         dtype = tree.accumulation_dtype(params)
-        layers, latest = self._moments(system, params, state)
+        layers, pull_back = read_layers(system.jvp, params)
+        before = [_Factors(*each) for each in zip(*map(jax.tree.leaves, (state.rows, state.columns)), strict=True)]
+        latest = self._moments(layers, pull_back, system, params, before, state.count)
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
-        factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.factors, latest)
-        next_state = KroneckerState(state.count + 1, factors)
+        factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
+        sides = [jax.tree.unflatten(jax.tree.structure(params), side) for side in zip(*factors, strict=True)]
+        next_state = KroneckerState(state.count + 1, *(sides or (state.rows, state.columns)))
         return _inverse(layers, factors, jnp.asarray(system.damping, dtype), params), next_state
 
-    def _moments(self, system, params, state) -> tuple[tuple[Layer, ...], tuple[Factors, ...]]:
+    def _moments(self, layers, pull_back, system, params, before, count) -> list[_Factors]:
+        """Those of this system, in the order of the leaves."""
         dtype = tree.accumulation_dtype(params)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-        reading = read_layers(system.jvp, params)
         like = jax.eval_shape(system.jvp, params)
-        sample = root_sample(system.output_hessian, like, key)
-        cotangents, others = reading.pull_back(tree.cast_like(sample, like))
-        found: dict[int, Factors] = {}
-        for layer, cotangent in zip(reading.layers, cotangents, strict=True):
-            inputs, outputs, rows = self._rows(layer.inputs.astype(dtype), cotangent.astype(dtype), state.count)
-            inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[:, :1])], axis=1)
-            outputs = jnp.concatenate([outputs, jnp.zeros_like(outputs[:, :1])], axis=1)
-            like_factors = state.factors[layer.weight]
-            first, second = (outputs, inputs) if layer.transposed else (inputs, outputs)
-            found[layer.weight] = Factors(
-                _second_moment(first, like_factors.rows), _second_moment(second, like_factors.columns)
-            )
-            scales = (rows / len(inputs), 1 / len(inputs))
-            if not layer.transposed:
-                scales = scales[::-1]
-            found[layer.weight] = Factors(
-                *(scale * moment for scale, moment in zip(scales, found[layer.weight], strict=True))
-            )
-        for index, leaf in others.items():
-            like_factors = state.factors[index]
-            if leaf.ndim < 2:
-                found[index] = Factors(jnp.square(leaf.astype(dtype)).ravel(), like_factors.columns)
+        key = jax.random.fold_in(jax.random.key(self.seed), count)
+        cotangents, others = pull_back(tree.cast_like(root_sample(system.output_hessian, like, key), like))
+        found = list(before)  # a bias that belongs to a layer keeps what it has, nothing
+        for layer, cotangent in zip(layers, cotangents, strict=True):
+            inputs, outputs = self._some_rows(layer.inputs.astype(dtype), cotangent.astype(dtype), count)
+            inputs = jnp.pad(inputs, ((0, 0), (0, 1)), constant_values=1) / jnp.sqrt(jnp.asarray(len(inputs), dtype))
+            outputs = jnp.pad(outputs, ((0, 0), (0, 1))) * jnp.sqrt(jnp.asarray(len(cotangent) / len(outputs), dtype))
+            sides = (outputs, inputs) if layer.transposed else (inputs, outputs)
+            found[layer.weight] = _Factors(*map(_second_moment, sides, before[layer.weight]))
+        for index, gradient in others.items():
+            gradient = gradient.astype(dtype)
+            if gradient.ndim < 2:
+                found[index] = _Factors(gradient.ravel() ** 2, before[index].columns)
                 continue
-            matrix = leaf.astype(dtype).reshape(matrix_shape(leaf.shape))
-            size = jnp.linalg.norm(matrix)
-            matrix = jnp.pad(matrix / jnp.sqrt(jnp.where(size > 0, size, 1)), ((0, 1), (0, 1)))
-            found[index] = Factors(
-                _second_moment(matrix.T, like_factors.rows), _second_moment(matrix, like_factors.columns)
-            )
-        unseen = [index for index in range(len(state.factors)) if index not in found]
-        found.update({index: state.factors[index] for index in unseen})  # biases of layers
-        return reading.layers, tuple(found[index] for index in range(len(state.factors)))
+            size = jnp.linalg.norm(gradient)
+            matrix = gradient.reshape(matrix_shape(gradient.shape)) / jnp.sqrt(jnp.where(size > 0, size, 1))
+            matrix = jnp.pad(matrix, ((0, 1), (0, 1)))
+            found[index] = _Factors(*map(_second_moment, (matrix.T, matrix), before[index]))
+        return found
 
-    def _rows(self, inputs, outputs, count):
-        """Some of the rows, another share at each step, and how many there are in all."""
+    def _some_rows(self, inputs, outputs, count):
+        """A share of the rows, another at each step."""
         rows = len(inputs)
         taken = min(rows, max(round(self.fraction * rows), 64))
         start = count * taken % max(rows - taken + 1, 1)
-        inputs, outputs = (jax.lax.dynamic_slice_in_dim(each, start, taken) for each in (inputs, outputs))
-        return inputs, outputs, rows
+        return tuple(jax.lax.dynamic_slice_in_dim(each, start, taken) for each in (inputs, outputs))
 
     # As a solver.
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
-        return self.init_state(params), _stats(0)
+        return self.init_state(params), _stats(False)
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
         apply, carry = self.prepare(system, rhs, carry)
         step = apply(rhs)
-        step = tree.select(tree.all_finite(step), step, tree.zeros_like(step))
-        return Solution(step, _stats(0)), carry
+        sound = tree.all_finite(step)
+        return Solution(tree.select(sound, step, tree.zeros_like(step)), _stats(sound)), carry
 
 
 def root_sample(hessian: Callable[[Outputs], Outputs], like: Outputs, key: jax.Array, steps: int = 8) -> Outputs:
@@ -206,73 +201,75 @@ def _second_moment(rows: jax.Array, like: jax.Array) -> jax.Array:
     return rows.T @ rows if like.ndim == 2 else jnp.sum(rows**2, axis=0)
 
 
-def _inverse(layers, factors, damping, params) -> Callable[[Params], Params]:
-    structure, leaves = jax.tree.structure(params), jax.tree.leaves(params)
+class _Block(NamedTuple):
+    """A matrix-shaped leaf, and the bias that is one more row (side 0) or column (side 1) of it."""
+
+    weight: int
+    bias: int | None
+    side: int
+
+
+def _inverse(
+    layers: Sequence[Layer], factors: Sequence[_Factors], damping: jax.Array, params: Params
+) -> Callable[[Params], Params]:
+    leaves, structure = jax.tree.flatten(params)
     layer_of = {layer.weight: layer for layer in layers}
     biases = {layer.bias for layer in layers}
-    solves = {}
-    for index, leaf in enumerate(leaves):
-        if leaf.ndim < 2:
-            continue
-        layer, sides = layer_of.get(index), matrix_shape(leaf.shape)
-        extended = (False, False)
-        if layer is not None and layer.bias is not None:
-            extended = (not layer.transposed, layer.transposed)
-        trimmed = [_trim(f, side + more) for f, side, more in zip(factors[index], sides, extended, strict=True)]
-        solves[index] = _damped_solves(trimmed, damping)
+    blocks, solves = [], []
+    for index in (index for index, leaf in enumerate(leaves) if leaf.ndim >= 2):
+        layer = layer_of.get(index)
+        block = _Block(index, layer and layer.bias, int(layer.transposed) if layer else 0)
+        lengths = list(matrix_shape(leaves[index].shape))
+        if block.bias is not None:
+            lengths[block.side] += 1
+        moments = [_leading(moment, n) for moment, n in zip(factors[index], lengths, strict=True)]
+        blocks.append(block)
+        solves.append(_damped_solves(moments, damping))
 
     def apply(vector: Params) -> Params:
-        flat = jax.tree.leaves(vector)
-        out: dict[int, jax.Array] = {}
+        flat = [leaf.astype(damping.dtype) for leaf in jax.tree.leaves(vector)]
+        out = list(flat)
+        for block, (solve_rows, solve_columns) in zip(blocks, solves, strict=True):
+            matrix = flat[block.weight].reshape(matrix_shape(flat[block.weight].shape))
+            if block.bias is not None:
+                bias = jnp.expand_dims(flat[block.bias].ravel(), block.side)
+                matrix = jnp.concatenate([matrix, bias], axis=block.side)
+            matrix = solve_columns(solve_rows(matrix).T).T
+            if block.bias is not None:
+                matrix, bias = jnp.split(matrix, [matrix.shape[block.side] - 1], axis=block.side)
+                out[block.bias] = bias.reshape(flat[block.bias].shape)
+            out[block.weight] = matrix.reshape(flat[block.weight].shape)
         for index, leaf in enumerate(flat):
-            if index in biases:
-                continue
-            if leaf.ndim < 2:
-                diagonal = factors[index].rows.reshape(leaf.shape)
-                out[index] = leaf / (diagonal + jnp.where(diagonal + damping > 0, damping, 1))
-                continue
-            rows, columns = solves[index]
-            matrix = leaf.astype(damping.dtype).reshape(matrix_shape(leaf.shape))
-            layer = layer_of.get(index)
-            if layer is None or layer.bias is None:
-                out[index] = columns(rows(matrix).T).T
-            elif layer.transposed:
-                bias = flat[layer.bias].astype(damping.dtype).reshape(-1, 1)
-                solved = columns(rows(jnp.concatenate([matrix, bias], 1)).T).T
-                out[index], out[layer.bias] = solved[:, :-1], solved[:, -1]
-            else:
-                bias = flat[layer.bias].astype(damping.dtype).reshape(1, -1)
-                solved = columns(rows(jnp.concatenate([matrix, bias], 0)).T).T
-                out[index], out[layer.bias] = solved[:-1], solved[-1]
-        return jax.tree.unflatten(
-            structure, [out[i].reshape(leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(flat)]
-        )
+            if leaf.ndim < 2 and index not in biases:
+                diagonal = factors[index].rows.reshape(leaf.shape) + damping
+                out[index] = leaf / jnp.where(diagonal > 0, diagonal, 1)
+        return tree.cast_like(jax.tree.unflatten(structure, out), params)
 
     return apply
 
 
-def _trim(moments: jax.Array, length: int) -> jax.Array:
+def _leading(moments: jax.Array, length: int) -> jax.Array:
     return moments[:length, :length] if moments.ndim == 2 else moments[:length]
 
 
-def _damped_solves(moments, damping):
-    """``(V ↦ (A + π√λ)⁻¹V, V ↦ (S + √λ/π)⁻¹V)``."""
-    means = [jnp.mean(jnp.diagonal(m) if m.ndim == 2 else m) for m in moments]
-    eps = jnp.finfo(damping.dtype).eps
-    ratio = jnp.sqrt(jnp.where((means[0] > 0) & (means[1] > 0), means[0] / jnp.where(means[1] > 0, means[1], 1), 1))
+def _damped_solves(moments: Sequence[jax.Array], damping: jax.Array) -> list[Callable[[jax.Array], jax.Array]]:
+    """``[V ↦ (A + π√λ I)⁻¹V, V ↦ (S + √λ/π I)⁻¹V]``."""
+    means = [jnp.mean(jnp.diagonal(each) if each.ndim == 2 else each) for each in moments]
+    known = (means[0] > 0) & (means[1] > 0)
+    ratio = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
     shares = [ratio * jnp.sqrt(damping), jnp.sqrt(damping) / ratio]
-    return tuple(_solve_with(m, share, mean, eps) for m, share, mean in zip(moments, shares, means, strict=True))
+    return [_solve_with(*each) for each in zip(moments, shares, means, strict=True)]
 
 
-def _solve_with(moments, share, mean, eps):
-    side = len(moments)
+def _solve_with(moments: jax.Array, share: jax.Array, mean: jax.Array) -> Callable[[jax.Array], jax.Array]:
     # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    share = jnp.maximum(share, jnp.where(mean > 0, 10 * side * eps * mean, 1))
+    floor = 10 * len(moments) * float(jnp.finfo(moments.dtype).eps) * mean
+    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))
     if moments.ndim == 1:
-        return lambda vector: vector / (moments + share)[:, None]
-    factor = jax.scipy.linalg.cho_factor(moments + share * jnp.eye(side, dtype=moments.dtype))
-    return lambda vector: jax.scipy.linalg.cho_solve(factor, vector)
+        return lambda matrix: matrix / (moments + share)[:, None]
+    factor = jax.scipy.linalg.cho_factor(moments + share * jnp.eye(len(moments), dtype=moments.dtype))
+    return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)
 
 
-def _stats(layers) -> dict[str, jax.Array]:
-    return {"kronecker/layers": jnp.asarray(layers, jnp.int32)}
+def _stats(finite) -> dict[str, jax.Array]:
+    return {"kronecker/finite": jnp.asarray(finite, bool)}

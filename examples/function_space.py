@@ -1,0 +1,111 @@
+"""Gauss-Newton in function space (`gnlin.Dual`) against conjugate gradients: work and time over outputs and parameters.
+
+python examples/function_space.py             # two networks; --full is the whole table
+
+Systems (G + λI) x = gradient of softmax networks, λ = 1e-3. Work is in gradients on the batch, that of the right-hand side
+and of the linearisation included; "same" is conjugate gradients to the residual that `Dual` reached.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+
+import gnlin
+from gnlin.compare.cost import flops
+from gnlin.compare.meter import metered
+
+DAMPING = 1e-3
+# Widths and number of examples; the last width is C.
+QUICK = [((64, 128, 64, 10), 32), ((64, 512, 512, 10), 32)]
+FULL = [
+    *(((64, 256, 256, 10), examples) for examples in (16, 64, 256)),
+    *(((64, 1024, 1024, 1), examples) for examples in (64, 256, 1024)),
+    *(((784, 1408, 1408, 640, 10), examples) for examples in (16, 64, 128, 256)),
+    *(((784, 1408, 1408, 640, outputs), 64) for outputs in (1, 40)),
+]
+
+
+def network(params, batch):
+    hidden = batch["x"]
+    for index, (w, b) in enumerate(params):
+        hidden = (jnp.tanh(hidden) if index else hidden) @ w + b
+    return hidden
+
+
+def loss(outputs, batch):
+    """Softmax cross-entropy; squared error of a single output."""
+    if outputs.shape[1] == 1:
+        return 0.5 * jnp.mean((outputs[:, 0] - batch["y"]) ** 2)
+    return jnp.mean(jax.nn.logsumexp(outputs, 1) - outputs[jnp.arange(len(outputs)), batch["y"]])
+
+
+OBJECTIVE = gnlin.Objective(network, loss)
+
+
+def problem(widths, examples):
+    key = jax.random.key(0)
+    sizes = list(zip(widths[:-1], widths[1:], strict=True))
+    keys = jax.random.split(key, len(sizes) + 2)
+    params = [(jax.random.normal(k, s) / s[0] ** 0.5, jnp.zeros(s[1])) for k, s in zip(keys, sizes, strict=False)]
+    x = jax.random.normal(keys[-1], (examples, widths[0]))
+    y = jnp.argmax(x @ jax.random.normal(keys[-2], (widths[0], max(widths[-1], 2))), 1)
+    return params, {"x": x, "y": y}
+
+
+def measured(solver, params, batch, unit):
+    """``(gradients, seconds, residual, statistics)`` of one solve."""
+
+    def solve(params, batch):
+        model = gnlin.quadratic_model(OBJECTIVE, params, batch)
+        system = gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, DAMPING)
+        solution, _ = solver.solve(system, model.gradient(), solver.init(params)[0])
+        return solution
+
+    def with_residual(params, batch):
+        solution, gradient = solve(params, batch), jax.grad(OBJECTIVE.value)(params, batch)
+        product = gnlin.ggn_vector_product(OBJECTIVE, params, batch)(solution.step)
+        missing = jax.tree.map(lambda b, g, x: b - g - DAMPING * x, gradient, product, solution.step)
+        return norm(missing) / norm(gradient), solution.stats
+
+    def norm(vector):
+        return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(vector)))
+
+    meter = metered(lambda p, b: solve(p, b).step, params, batch)
+    work = (meter.flops + float(jax.jit(meter.call)(params, batch)[1])) / unit
+    timed = jax.jit(lambda p, b: solve(p, b).step)
+    jax.block_until_ready(timed(params, batch))
+    seconds = []
+    for _ in range(5):  # the least: other programs are at work
+        start = time.perf_counter()
+        jax.block_until_ready(timed(params, batch))
+        seconds.append(time.perf_counter() - start)
+    residual, stats = jax.jit(with_residual)(params, batch)
+    return work, min(seconds), float(residual), stats
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true")
+    print(
+        "| P | N·C | K, pull-backs | Dual: gradients | ms | residual | CG, 20 steps: gradients | ms | residual ", end=""
+    )
+    print("| CG, same: steps | gradients | ms |\n" + "|---:" * 12 + "|")
+    for widths, examples in FULL if parser.parse_args().full else QUICK:
+        params, batch = problem(widths, examples)
+        unit = flops(OBJECTIVE.value_and_grad, params, batch)
+        work, seconds, residual, stats = measured(gnlin.Dual(), params, batch, unit)
+        few = measured(gnlin.CG(max_steps=20, rtol=0.0), params, batch, unit)
+        same = measured(gnlin.CG(max_steps=3000, rtol=residual), params, batch, unit)
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        print(
+            f"| {count:,} | {examples}·{widths[-1]} | {stats['dual/pull_backs']} | {work:.1f} | {1e3 * seconds:.0f} ",
+            end="",
+        )
+        print(f"| {residual:.0e} | {few[0]:.1f} | {1e3 * few[1]:.0f} | {few[2]:.0e} ", end="")
+        print(f"| {same[3]['cg/steps']} | {same[0]:.1f} | {1e3 * same[1]:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The damped system solved in function space, for fewer outputs than parameters."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from gnlin import tree
+from gnlin.gram import inverse_of, kernel_matrix
+from gnlin.solve.system import Solution, Solver, System
+from gnlin.tree import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Dual:
+    r"""Direct solve in function space, for M = N·C outputs (a few thousand) and any number of parameters.
+
+    With the kernel matrix :math:`K = J D^{-1} J^\top` (M × M) the system
+    :math:`(J^\top H J + \lambda D) x = b` is solved for whatever b:
+
+    .. math:: b = J^\top y + b', \qquad x = n + D^{-1} J^\top w, \qquad
+              n = \tfrac1\lambda D^{-1} b', \qquad (HK + \lambda I)\, w = y - H J n.
+
+    This holds for every y. The one taken is the least-squares fit, :math:`(K + \mu I) y = J D^{-1} b` with μ at the
+    level of rounding, which leaves in b' only what no output sees, so that nothing cancels as λ → 0; with y = 0 it is
+    Woodbury's formula, which then loses all digits. Steps of iterative refinement follow while the residual is above
+    √ε and is halved by them. H need not be invertible.
+
+    K is built layer by layer from activations and cotangents (`gnlin.gram`). Where the linearisation shows that each
+    example's outputs depend on its own rows that takes C pull-backs, otherwise one for each of the M outputs. The
+    solve itself takes the work of about three gradients, and :math:`M^3`; memory is about :math:`6 M^2` numbers.
+
+    With `momentum` the step is damped towards μ times the last solution p (SPRING), with
+
+    .. math:: (J^\top H J + \lambda D)\, x = b + \lambda \mu D p,
+
+    which adds μp to n above. In directions that this batch does not see, x keeps what earlier ones found.
+
+    Statistics: ``dual/residual`` (relative), ``dual/converged`` (residual at most √ε), ``dual/refinements`` and
+    ``dual/pull_backs``, through the whole network, for K. A residual that is not even halved gives a zero step.
+
+    Args:
+        momentum: μ in [0, 1); 0 keeps nothing in the state.
+        max_outputs: largest M; memory and time grow as its square and cube.
+        otherwise: solver for batches with more outputs than that, such as `CG`, whose iterates are the same in
+            function space as in the space of parameters. `None` is an error.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range; at update: too many outputs.
+
+    References: Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, section 2.2 and appendix A.3;
+    Goldshlager, Abrahamsen & Lin, A Kaczmarz-inspired approach to accelerate the optimization of neural network
+    wavefunctions (SPRING), arXiv 2401.10190.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([[3.0, 4.0]]) @ p - 1.0)
+        >>> tx = gnlin.gauss_newton(1.0, objective, damping=1e-4, solver=gnlin.Dual())
+        >>> params = jnp.zeros(2)
+        >>> updates, _ = tx.update(None, tx.init(params), params)
+        >>> print(updates.round(3))   # one equation, two unknowns: the shortest step that solves it
+        [0.12 0.16]
+    """
+
+    momentum: float = 0.0
+    max_outputs: int = 4096
+    otherwise: Solver | None = None
+
+    def __post_init__(self):
+        # Whether anything is carried is part of the form of the state: a traced number cannot say.
+        if isinstance(self.momentum, bool | Tracer) or not 0 <= self.momentum < 1:
+            raise ValueError(f"`momentum` must lie in [0, 1); got {self.momentum!r}")
+        if isinstance(self.max_outputs, bool) or not isinstance(self.max_outputs, int) or self.max_outputs < 1:
+            raise ValueError(f"`max_outputs` must be an integer of at least 1; got {self.max_outputs!r}")
+        is_solver = hasattr(self.otherwise, "init") and hasattr(self.otherwise, "solve")
+        if self.otherwise is not None and (isinstance(self.otherwise, type) or not is_solver):
+            raise TypeError(f"`otherwise` must be a solver record such as gnlin.CG(); got {self.otherwise!r}")
+
+    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
+        last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.momentum else ()
+        carry, stats = ((), {}) if self.otherwise is None else self.otherwise.init(params)
+        return (last, carry), {**stats, **_stats(0.0, False)}
+
+    def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
+        last, kept = carry
+        dtype = tree.accumulation_dtype(rhs)
+        start = tree.scale(self.momentum, last) if self.momentum else None
+        stats = {} if self.otherwise is None else self.otherwise.init(rhs)[1]
+        count = tree.size(jax.eval_shape(system.jvp, rhs))
+        if count <= self.max_outputs:
+            found, usable, own = _solve(system, rhs, start)
+            stats = {**stats, **own}
+        elif self.otherwise is not None:
+            total = _with_start(system, tree.cast(rhs, dtype), start)
+            solution, kept = self.otherwise.solve(system, tree.cast_like(total, rhs), kept)
+            found, stats = tree.cast(solution.step, dtype), {**_stats(0.0, False), **solution.stats}
+            usable = tree.all_finite(found)
+        else:
+            raise ValueError(
+                f"`max_outputs` is {self.max_outputs}, but the batch has {count} outputs, whose kernel matrix and its "
+                f"factors take {6 * count**2 * dtype.itemsize / 2**30:.3g} GiB: take a smaller batch (or a smaller "
+                "`curvature_batch`), gnlin.CG() as the solver or as `otherwise`, or raise `max_outputs`"
+            )
+        step = tree.select(usable, found, tree.zeros_like(found))
+        last = tree.select(usable, found, last) if self.momentum else ()
+        return Solution(tree.cast_like(step, rhs), stats), (last, kept)
+
+
+def _with_start(system: System, b: Params, start: Params | None) -> Params:
+    """The right-hand side b + λDμp."""
+    return b if start is None else tree.add_scaled(b, system.damping, system.damp_direction(start))
+
+
+def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
+    """``(x, whether it is usable, statistics)``, x in the accumulation dtype."""
+    dtype = tree.accumulation_dtype(rhs)
+    size = tree.max_abs(rhs)
+    unit = jnp.where(size > 0, size, jnp.ones_like(size))
+    b = tree.scale(1 / unit, tree.cast(rhs, dtype))
+    start = start if start is None else tree.scale(1 / unit, start)
+    total = _with_start(system, b, start)
+    total_norm = tree.norm(total)
+    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs))
+    target = max(float(jnp.finfo(dtype).eps) ** 0.5, 8 * rounding)
+    noise = max(100 * float(jnp.finfo(dtype).eps), 4 * rounding) * total_norm
+    direct, pull_backs = _factorise(system, rhs, noise)
+
+    def measured(x):
+        residual = tree.subtract(total, tree.cast(system.matvec(tree.cast_like(x, rhs)), dtype))
+        return residual, jnp.where(total_norm > 0, tree.norm(residual) / jnp.where(total_norm > 0, total_norm, 1), 0)
+
+    def unfinished(now):
+        return (now.relative > target) & now.halved & (now.count < MAX_REFINEMENTS)
+
+    def refine(now):
+        x = tree.add(now.x, direct(now.residual, None))
+        residual, relative = measured(x)
+        after = _Refinement(x, residual, relative, relative < now.relative / 2, now.count + 1)
+        before = now._replace(halved=jnp.asarray(False), count=now.count + 1)
+        return tree.select(relative < now.relative, after, before)
+
+    x = direct(b, start)
+    first = _Refinement(x, *measured(x), jnp.asarray(True), jnp.zeros([], jnp.int32))
+    final = jax.lax.while_loop(unfinished, refine, first)
+    x = tree.scale(unit, final.x)
+    # A step that leaves half of b unexplained is rounding errors, not a solution.
+    usable = tree.all_finite(tree.cast_like(x, rhs)) & (final.relative < 0.5)
+    converged = usable & (final.relative <= target)
+    return x, usable, _stats(jnp.where(usable, final.relative, 1.0), converged, final.count, pull_backs)
+
+
+# Each takes some four gradients. Where three have not brought the residual down to √ε, λ is below what K resolves.
+MAX_REFINEMENTS = 3
+
+
+class _Refinement(NamedTuple):
+    x: Params
+    residual: Params
+    relative: jax.Array
+    halved: jax.Array  # by the last refinement
+    count: jax.Array
+
+
+def _factorise(system: System, like: Params, noise: jax.Array) -> tuple[Callable[[Params, Params | None], Params], int]:
+    """``((b, μp) ↦ x, pull-backs that K took)``: the formulae of `Dual`, in the accumulation dtype.
+
+    What no output sees of b counts as rounding, and as 0, where its norm is at most `noise`: 1/λ would amplify it.
+    """
+    dtype = tree.accumulation_dtype(like)
+    outputs, inverse = jax.eval_shape(system.jvp, like), inverse_of(system.scaling)
+    damping = jnp.asarray(system.damping, dtype)
+    inverse_damping = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
+    matrix, pull_backs = kernel_matrix(system.jvp, system.vjp, like, system.scaling)
+
+    def forward(vector):
+        return tree.flatten(system.jvp(tree.cast_like(vector, like)), dtype)
+
+    def backward(cotangent):
+        return tree.cast(system.vjp(tree.unflatten(cotangent, outputs)), dtype)
+
+    def hessian(cotangent):
+        return tree.flatten(system.output_hessian(tree.unflatten(cotangent, outputs)), dtype)
+
+    def undamped(vector):  # D⁻¹v
+        return vector if inverse is None else jax.tree.map(lambda d, v: d.astype(dtype) * v, inverse, vector)
+
+    eps, identity = jnp.finfo(dtype).eps, jnp.eye(len(matrix), dtype=dtype)
+    curved = jax.vmap(hessian)(matrix).T  # HK: the rows of K are its columns
+    # μ, and the least λ that is factorised. K and HK are known to ε of their norms, which their traces bound.
+    of_kernel, of_curved = jnp.trace(matrix), jnp.trace(curved)
+    ridge = jnp.where(of_kernel > 0, 3 * eps * of_kernel, 1)
+    least = jnp.where(of_curved > 0, eps * of_curved, 1)
+    fit = jax.scipy.linalg.cho_factor(matrix + ridge * identity)
+    inner = jax.scipy.linalg.lu_factor(curved + jnp.maximum(damping, least) * identity)
+
+    def direct(b, start):
+        y = jax.scipy.linalg.cho_solve(fit, forward(undamped(b)))
+        y = tree.flatten(tree.unflatten(y, outputs), dtype)  # b' has to be what is left by the y that is pulled back
+        unseen = tree.subtract(b, backward(y))
+        null = tree.scale(jnp.where(tree.norm(unseen) > noise, inverse_damping, 0), undamped(unseen))
+        null = null if start is None else tree.add(null, start)
+        w = jax.scipy.linalg.lu_solve(inner, y - hessian(forward(null)))
+        return tree.add(null, undamped(backward(w)))
+
+    return direct, pull_backs
+
+
+def _stats(residual, converged, refinements=0, pull_backs=0) -> dict[str, jax.Array]:
+    return {
+        "dual/residual": jnp.asarray(residual, float),
+        "dual/converged": jnp.asarray(converged, bool),
+        "dual/refinements": jnp.asarray(refinements, jnp.int32),
+        "dual/pull_backs": jnp.asarray(pull_backs, jnp.int32),
+    }

@@ -1,0 +1,124 @@
+"""The diagonal of the Gauss-Newton matrix: a preconditioner."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gnlin import tree
+from gnlin.layers import Reading, read_layers
+from gnlin.solve.kronecker import root_sample
+from gnlin.solve.system import System
+from gnlin.tree import Outputs, Params
+
+
+class JacobiState(NamedTuple):
+    count: jax.Array
+    diagonal: Params  # estimate of diag G, in at least float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Jacobi:
+    r"""Diagonal preconditioner of the damped Gauss-Newton system, ``CG(preconditioner=Jacobi())``.
+
+    .. math:: M = (\operatorname{diag} G + \lambda D)^{\alpha}, \qquad G = J^\top H J.
+
+    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, ε ~ N(0, I), and averaged over steps in the
+    state of the optimiser. For a dense layer y = xW + b, with cotangents s of y,
+
+    .. math:: G_{W_{ij} W_{ij}} = \mathbb E \sum_r x_{ri}^2\, s_{rj}^2, \qquad
+              G_{b_j b_j} = \mathbb E \sum_r s_{rj}^2,
+
+    where the rows r are examples, independent of each other: terms between different rows, which are nothing but noise,
+    are left out. So they are where the outputs couple rows all the same (normalisation over the batch). Other leaves,
+    and layers with other rows than the outputs have (tokens), take the square of the pseudo-gradient,
+    :math:`\operatorname{diag} G = \mathbb E\, (J^\top H^{1/2} \varepsilon)^2`, which is unbiased always.
+
+    M is positive definite: entries below ε times the largest, ε the resolution of their dtype, count as that.
+
+    Args:
+        exponent: α. 1 is Jacobi's; less tempers what the estimate and the missing off-diagonals get wrong.
+        probes: samples ε for each system, pulled back together.
+        decay: of the average over steps, which begins as a plain mean.
+        seed: of the samples.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Martens, Deep learning via Hessian-free optimization, 2010, section 4.7 (α = 3/4, λ inside the power).
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([100.0, 1.0, 0.01]) * p - 1.0)
+        >>> solver = gnlin.CG(rtol=1e-6, preconditioner=gnlin.Jacobi(exponent=1.0, probes=4))
+        >>> tx = gnlin.gauss_newton(1.0, objective, damping=0.0, solver=solver)
+        >>> updates, _ = tx.update(None, tx.init(jnp.zeros(3)), jnp.zeros(3))
+        >>> updates.round(2)
+        Array([1.e-02, 1.e+00, 1.e+02], dtype=float32)
+    """
+
+    exponent: float = 0.75
+    probes: int = 1
+    decay: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.exponent <= 1:
+            raise ValueError(f"`exponent` must lie in [0, 1]; got {self.exponent!r}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` must lie in [0, 1); got {self.decay!r}")
+        for name, least in (("probes", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}")
+
+    def init_state(self, params: Params) -> JacobiState:
+        return JacobiState(jnp.zeros([], jnp.int32), tree.zeros_like(params, tree.accumulation_dtype(params)))
+
+    def prepare(
+        self, system: System, params: Params, state: JacobiState
+    ) -> tuple[Callable[[Params], Params], JacobiState]:
+        """``(v ↦ M⁻¹v, next state)``."""
+        dtype = tree.accumulation_dtype(params)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.count), self.probes)
+        reading, like = read_layers(system.jvp, params), jax.eval_shape(system.jvp, params)
+
+        def estimate(key):
+            sample = root_sample(system.output_hessian, like, key)
+            squares = _squares(reading, tree.cast_like(sample, like), dtype)
+            return [squares[index] for index in range(len(squares))]
+
+        latest = jax.tree.map(lambda samples: jnp.mean(samples, axis=0), jax.vmap(estimate)(keys))
+        leaves, structure = jax.tree.flatten(state.diagonal)
+        keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
+        averaged = [keep * old + (1 - keep) * new.reshape(old.shape) for old, new in zip(leaves, latest, strict=True)]
+        diagonal = jax.tree.unflatten(structure, averaged)
+        return _inverse(system, diagonal, self.exponent), JacobiState(state.count + 1, diagonal)
+
+
+def _squares(reading: Reading, sample: Outputs, dtype) -> dict[int, jax.Array]:
+    """One sample of diag G: a leaf's position ↦ its entries, in their order."""
+    cotangents, others = reading.pull_back(sample)
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(sample)}
+    found = {index: jnp.square(leaf.astype(dtype)) for index, leaf in others.items()}
+    for layer, cotangent in zip(reading.layers, cotangents, strict=True):
+        x, s = layer.inputs.astype(dtype), cotangent.astype(dtype)
+        if lengths == {len(x)}:  # the rows are the examples
+            weight, bias = jnp.square(x).T @ jnp.square(s), jnp.sum(jnp.square(s), axis=0)
+        else:
+            weight, bias = jnp.square(x.T @ s), jnp.square(jnp.sum(s, axis=0))
+        found[layer.weight] = weight.T if layer.transposed else weight
+        if layer.bias is not None:
+            found[layer.bias] = bias
+    return found
+
+
+def _inverse(system: System, diagonal: Params, exponent: float) -> Callable[[Params], Params]:
+    ones = jax.tree.map(jnp.ones_like, diagonal) if system.scaling is None else system.scaling
+    total = tree.add_scaled(diagonal, system.damping, ones)
+    largest = tree.max_abs(total)
+    least = jnp.where(largest == 0, 1, jnp.finfo(largest.dtype).eps * largest)
+    weights = jax.tree.map(lambda leaf: jnp.maximum(leaf, least) ** -exponent, total)
+    return lambda vector: jax.tree.map(lambda w, v: (w * v.astype(w.dtype)).astype(v.dtype), weights, vector)

@@ -1,0 +1,178 @@
+"""Kronecker factors, against their definitions on materialised matrices."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import gnlin
+from gnlin.solve.kronecker import root_sample
+
+
+def problem(rows=90, transposed=False):
+    """tanh network 3-5-4 under a softmax loss, in float64."""
+    x, labels = oracles.normal(rows, 3, seed=0), jnp.arange(rows) % 4
+    shapes = {"in": (3, 5), "bias": (5,), "out": (5, 4)}
+    params = {name: oracles.normal(*shape, seed=1 + i) for i, (name, shape) in enumerate(shapes.items())}
+    if transposed:
+        params |= {"in": params["in"].T, "out": params["out"].T}
+
+    def model(params, batch):
+        first, second = (params["in"].T, params["out"].T) if transposed else (params["in"], params["out"])
+        return jnp.tanh(batch["x"] @ first + params["bias"][None]) @ second
+
+    def loss(outputs, batch):
+        chosen = jnp.take_along_axis(outputs, batch["y"][:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(outputs, axis=1) - chosen)
+
+    return gnlin.Objective(model, loss), params, {"x": x, "y": labels}
+
+
+def system_of(objective, params, batch, damping):
+    model = gnlin.quadratic_model(objective, params, batch)
+    return gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, damping)
+
+
+def vector_like(params):
+    return jax.tree.map(lambda leaf: jnp.sin(3 * leaf), params)
+
+
+def factors_of(state, name):
+    return SimpleNamespace(rows=state.rows[name], columns=state.columns[name])
+
+
+def test_sample_is_the_square_root_of_the_hessian_times_noise(x64):
+    root = np.linalg.qr(oracles.normal(6, 6, seed=0))[0]
+    hessian = jnp.asarray(root * np.asarray([0, 0.1, 0.5, 1, 2, 30]) @ root.T)
+    like, key = jnp.zeros([2, 3]), jax.random.key(1)
+
+    def product(u):
+        return (hessian @ u.ravel()).reshape(2, 3)
+
+    noise = root_sample(lambda u: u, like, key)
+    exact = root * np.sqrt([0, 0.1, 0.5, 1, 2, 30]) @ root.T @ np.asarray(noise).ravel()
+    # Six products span the space; those beyond it must do no harm.
+    for steps in (6, 9):
+        found = root_sample(product, like, key, steps)
+        np.testing.assert_allclose(np.ravel(found), exact, rtol=1e-6, atol=1e-6 * np.linalg.norm(exact))
+    np.testing.assert_allclose(root_sample(lambda u: 4 * u, like, key), 2 * noise, rtol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_inverse_is_that_of_the_damped_kronecker_product(x64, damping):
+    objective, params, batch = problem()
+    kronecker, vector = gnlin.Kronecker(fraction=1.0), vector_like(params)
+    apply, state = kronecker.prepare(system_of(objective, params, batch, damping), params, kronecker.init_state(params))
+    found = apply(vector)
+
+    x = np.asarray(batch["x"])
+    extended = np.concatenate([x, np.ones([len(x), 1])], axis=1)
+    hidden = np.tanh(x @ np.asarray(params["in"]) + np.asarray(params["bias"]))
+    bias, first, second = (factors_of(state, name) for name in ("bias", "in", "out"))
+    np.testing.assert_allclose(first.rows, extended.T @ extended / len(x), rtol=1e-12)
+    np.testing.assert_allclose(second.rows[:-1, :-1], hidden.T @ hidden / len(x), rtol=1e-12)
+    assert not np.any(bias.rows)  # the bias is a row of the weights
+
+    def expected(factors, side, matrix):
+        a, s = np.asarray(factors.rows)[:side, :side], np.asarray(factors.columns)[:-1, :-1]
+        pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(s) / len(s)))
+        a, s = a + pi * np.sqrt(damping) * np.eye(len(a)), s + np.sqrt(damping) / pi * np.eye(len(s))
+        return np.linalg.solve(np.kron(a, s), np.ravel(matrix)).reshape(np.shape(matrix))
+
+    joint = expected(first, 4, np.concatenate([vector["in"], vector["bias"][None]]))
+    np.testing.assert_allclose(found["in"], joint[:-1], rtol=1e-9)
+    np.testing.assert_allclose(found["bias"], joint[-1], rtol=1e-9)
+    np.testing.assert_allclose(found["out"], expected(second, 5, vector["out"]), rtol=1e-9)
+
+
+def test_moments_of_cotangents_have_the_exact_expectation(x64):
+    """tr(A) tr(S) need not be tr(G), but S is Σ sᵀs, and for the last layer that is the sum of the rows' Hessians."""
+    objective, params, batch = problem(rows=40)
+    kronecker = gnlin.Kronecker(fraction=1.0, decay=0.9999)
+    system = system_of(objective, params, batch, 0.1)
+
+    @jax.jit
+    def average(state):
+        return jax.lax.fori_loop(0, 3000, lambda _, state: kronecker.prepare(system, params, state)[1], state)
+
+    outputs = objective.model(params, batch)
+    probabilities = np.asarray(jax.nn.softmax(outputs))
+    hessians = [np.diag(p) - np.outer(p, p) for p in probabilities]
+    state = average(kronecker.init_state(params))
+    found = np.asarray(state.columns["out"])[:-1, :-1]
+    # A mean of 3000 samples of 40 rows each.
+    np.testing.assert_allclose(found, np.mean(hessians, axis=0), atol=0.004)
+
+
+def test_leaves_in_no_layer_have_the_moments_of_their_pseudo_gradient(x64):
+    objective = gnlin.Objective.least_squares(lambda p: jnp.tanh(p["matrix"] * p["matrix"]) * jnp.sum(p["scale"]))
+    params = {"matrix": oracles.normal(3, 2, seed=0), "scale": jnp.asarray([1.0, 2.0])}
+    kronecker = gnlin.Kronecker()
+    system = system_of(objective, params, None, 0.0)
+    _, state = kronecker.prepare(system, params, kronecker.init_state(params))
+    noise = root_sample(lambda u: u, params["matrix"], jax.random.fold_in(jax.random.key(0), 0))
+    gradient = system.vjp(noise)
+    matrix = np.asarray(gradient["matrix"])
+    np.testing.assert_allclose(
+        state.rows["matrix"][:-1, :-1], matrix @ matrix.T / np.linalg.norm(matrix), rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_allclose(
+        state.columns["matrix"][:-1, :-1], matrix.T @ matrix / np.linalg.norm(matrix), rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_allclose(state.rows["scale"], gradient["scale"] ** 2, rtol=1e-9)
+
+
+def test_the_direction_does_not_depend_on_how_weights_are_stored(x64):
+    steps = []
+    for transposed in (False, True):
+        objective, params, batch = problem(transposed=transposed)
+        tx = gnlin.scale_by_gauss_newton(objective, 0.01, solver=gnlin.Kronecker())
+        step, state = tx.update(None, tx.init(params), params, batch=batch)
+        assert gnlin.metrics(state)["kronecker/finite"]
+        steps.append({name: leaf.T if transposed else leaf for name, leaf in step.items()})
+    for name in steps[0]:
+        np.testing.assert_allclose(steps[1][name], steps[0][name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_long_side_has_its_diagonal_alone(x64):
+    objective, params, batch = problem()
+    kronecker, vector = gnlin.Kronecker(fraction=1.0, max_side=4), vector_like(params)
+    apply, state = kronecker.prepare(system_of(objective, params, batch, 0.1), params, kronecker.init_state(params))
+    second = factors_of(state, "out")
+    assert [each[name].ndim for name in ("in", "out") for each in (state.rows, state.columns)] == [2, 1, 1, 2]
+    a, s = np.asarray(second.rows)[:-1], np.asarray(second.columns)[:-1, :-1]
+    pi = np.sqrt(np.mean(a) / (np.trace(s) / len(s)))
+    rows, columns = a + pi * np.sqrt(0.1), s + np.sqrt(0.1) / pi * np.eye(len(s))
+    expected = np.linalg.solve(columns, (np.asarray(vector["out"]) / rows[:, None]).T).T
+    np.testing.assert_allclose(apply(vector)["out"], expected, rtol=1e-9)
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace():
+    objective, params, batch = problem()
+    tx = gnlin.gauss_newton(1.0, objective)
+    update = jax.jit(tx.update)
+    _, state = update(None, tx.init(params), params, batch=batch)
+    step, after = update(None, state, params, batch={**batch, "x": batch["x"].at[0, 0].set(jnp.nan)})
+    assert not np.any(ravel_pytree(step)[0])
+    assert not gnlin.metrics(after)["accepted"]
+    step, _ = update(None, after, params, batch=batch)
+    assert np.all(np.isfinite(ravel_pytree(step)[0]))
+    assert np.any(ravel_pytree(step)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, r"`decay` must lie in \[0, 1\); got 1.0"),
+        ({"fraction": 0}, r"`fraction` must lie in \(0, 1\]; got 0"),
+        ({"max_side": -1}, "`max_side` must be an integer of at least 0; got -1"),
+        ({"seed": True}, "`seed` must be an integer of at least 0; got True"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        gnlin.Kronecker(**options)

@@ -1,0 +1,105 @@
+"""The step rule, against a minimiser that knows nothing of it, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.flatten_util import ravel_pytree
+from scipy.optimize import minimize
+from test_kronecker import problem
+
+import gnlin
+from gnlin.curvature import LOSS_MODELS
+
+
+def choose(rule, damping=0.05, rate=1.0, rhs_of=lambda gradient: gradient, direction_of=None, last_scale=0.1):
+    """``(chosen, reference)``: the rule's step, and φ(α, β) by dense matrices."""
+    objective, params, batch = problem()
+    model = gnlin.quadratic_model(objective, params, batch)
+    flat, unravel = ravel_pytree(params)
+    gradient = oracles.gradient(objective, params, batch)
+    rhs = rhs_of(gradient)
+    direction = rhs if direction_of is None else direction_of(rhs)
+    last = last_scale * np.cos(np.arange(len(flat)))
+    loss = LOSS_MODELS[rule.loss_model](objective, model.linear.outputs, batch)
+    chosen = jax.jit(
+        lambda direction, rhs, last: rule.choose(model, loss, damping, direction, rhs, last, rate)._asdict()
+    )(unravel(jnp.asarray(direction)), unravel(jnp.asarray(rhs)), unravel(jnp.asarray(last)) if rule.momentum else ())
+
+    linearised = oracles.linearised_loss(objective, params, batch)
+    curvature = oracles.ggn_matrix(objective, params, batch)
+
+    def value(step):
+        if rule.loss_model == "exact":
+            change = float(linearised(flat + step)) - float(linearised(flat))
+        else:
+            change = gradient @ step + step @ curvature @ step / 2
+        return change + (rhs - gradient) @ step + damping / 2 * step @ step
+
+    def reference(weights):
+        return value(-weights[0] * direction + (weights[1] * last if rule.momentum else 0))
+
+    return chosen, reference, (direction, last)
+
+
+def weights_of(chosen):
+    return np.asarray([chosen["stats"]["subspace/length"], chosen["stats"]["subspace/momentum"]])
+
+
+@pytest.mark.parametrize("loss_model", ["exact", "quadratic"])
+@pytest.mark.parametrize("momentum", [False, True], ids=["length", "momentum"])
+def test_step_minimises_the_damped_model(x64, loss_model, momentum):
+    rule = gnlin.Subspace(momentum=momentum, loss_model=loss_model)
+    chosen, reference, (direction, last) = choose(rule, direction_of=lambda rhs: 30 * rhs)
+    found = minimize(reference, np.zeros(1 + momentum), method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14})
+    weights = weights_of(chosen)[: 1 + momentum]
+    # Newton's iteration ends when further progress is a thousandth of what was gained.
+    assert reference(weights) <= found.fun + 2e-3 * abs(found.fun)
+    if loss_model == "quadratic":
+        np.testing.assert_allclose(weights, found.x, rtol=1e-4)
+    step = -weights[0] * direction + (weights[1] * last if momentum else 0)
+    np.testing.assert_allclose(ravel_pytree(chosen["step"])[0], step, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(chosen["change"] + 0.05 / 2 * step @ step, reference(weights), rtol=1e-8)
+
+
+def test_other_updates_than_the_gradient_bend_the_model(x64):
+    """Weight decay, say: u = ∇ℓ + wθ."""
+    rule = gnlin.Subspace(loss_model="quadratic")
+    chosen, reference, _ = choose(rule, rhs_of=lambda gradient: gradient + 0.3 * np.sin(np.arange(len(gradient))))
+    found = minimize(reference, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14})
+    np.testing.assert_allclose(weights_of(chosen), found.x, rtol=1e-4)
+
+
+def test_rate_and_norm_are_applied_last(x64):
+    full, _, _ = choose(gnlin.Subspace())
+    half, _, _ = choose(gnlin.Subspace(), rate=0.5)
+    np.testing.assert_allclose(weights_of(half), 0.5 * weights_of(full), rtol=1e-12)
+    length = np.linalg.norm(ravel_pytree(full["step"])[0])
+    bounded, reference, _ = choose(gnlin.Subspace(max_norm=0.1 * float(length)))
+    np.testing.assert_allclose(ravel_pytree(bounded["step"])[0], 0.1 * ravel_pytree(full["step"])[0], rtol=1e-10)
+    np.testing.assert_allclose(
+        bounded["change"] + 0.05 / 2 * (0.1 * length) ** 2, reference(weights_of(bounded)), rtol=1e-8
+    )
+
+
+def test_parallel_zero_and_infinite_directions_are_harmless(x64):
+    parallel, _, _ = choose(gnlin.Subspace(), direction_of=lambda rhs: np.cos(np.arange(len(rhs))))
+    assert np.all(np.isfinite(weights_of(parallel)))
+    still, _, _ = choose(gnlin.Subspace(), last_scale=0.0)
+    alone, _, _ = choose(gnlin.Subspace(momentum=False))
+    np.testing.assert_allclose(weights_of(still)[0], weights_of(alone)[0], rtol=1e-6)
+    broken, _, _ = choose(gnlin.Subspace(), direction_of=lambda rhs: np.full(len(rhs), np.inf))
+    assert not np.any(weights_of(broken))
+    assert not np.any(ravel_pytree(broken["step"])[0])
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("inf"), float("nan")])
+def test_bad_norm(max_norm):
+    with pytest.raises(ValueError, match="`max_norm` must be a positive number, or None for no bound; got"):
+        gnlin.Subspace(max_norm=max_norm)
+
+
+def test_bad_loss_model():
+    with pytest.raises(ValueError, match="`loss_model` must be one of"):
+        gnlin.Subspace(loss_model="cubic")
