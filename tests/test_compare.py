@@ -109,7 +109,7 @@ def test_sweeps_are_crossed_for_those_that_have_the_option():
         "il:period=never",
     ]
     assert [entry.label for entry in entries_of([], {"period": ["1", "4"]})] == ["il:period=1", "il:period=4"]
-    assert [entry.contestant.name for entry in entries_of([], {"damping": ["1"]})] == ["gn", "lm"]
+    assert [entry.contestant.name for entry in entries_of([], {"damping": ["1"]})] == ["gn", "gn-cg", "lm"]
     assert [entry.grid for entry in entries_of(["gn"], {"damping": ["1", "2"]})] == [(1.0,), (2.0,)]
     with pytest.raises(
         ValueError, match="none of the contestants has an option 'periods' to sweep; did you mean 'period'"

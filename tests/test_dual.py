@@ -1,5 +1,6 @@
 """Function-space solves and their kernel matrix against dense references in NumPy."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -155,21 +156,34 @@ CASES = (
 )
 
 
+def _raveled(tree):
+    return ravel_pytree(tree)[0]
+
+
 def _flat(tree):
-    return np.asarray(ravel_pytree(tree)[0])
+    return np.asarray(_raveled(tree))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jacobian_of(model, params, batch):
+    flat, unravel = ravel_pytree(params)
+    return jax.jacrev(lambda vector: ravel_pytree(model(unravel(vector), batch))[0])(flat)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _hessian_of(model, loss, params, batch):
+    outputs, unravel = ravel_pytree(model(params, batch))
+    return jax.hessian(lambda z: loss(unravel(z), batch))(outputs)
 
 
 def _jacobian(case, params):
-    flat, unravel = ravel_pytree(params)
-    return np.asarray(jax.jit(jax.jacrev(lambda v: ravel_pytree(case.model(unravel(v), case.batch))[0]))(flat))
+    return np.asarray(_jacobian_of(case.model, params, case.batch))
 
 
 def _curvature(case, params):
     """JᵀHJ with H the loss's Hessian in the outputs, both materialised."""
-    outputs, unravel = ravel_pytree(jax.jit(case.model)(params, case.batch))
-    hessian = np.asarray(jax.jit(jax.hessian(lambda z: case.loss(unravel(z), case.batch)))(outputs))
     jacobian = _jacobian(case, params)
-    return jacobian.T @ hessian @ jacobian
+    return jacobian.T @ np.asarray(_hessian_of(case.model, case.loss, params, case.batch)) @ jacobian
 
 
 def _system(objective, params, batch, damping, scaling=None):
@@ -263,22 +277,16 @@ def digits_curvature(objective, params, batch):
     return jacobian.reshape(-1, size).T @ weighted.reshape(-1, size) / len(p)
 
 
-@pytest.fixture(scope="module")
-def digits_solve():
+def test_float32_on_digits():
     objective, params, batch = digits()
     curvature = digits_curvature(objective, params, batch)
 
     @jax.jit
-    def solve(damping, rhs, params=params):
+    def solve(damping, rhs):
         system, gradient = _system(objective, params, batch, damping)
         rhs = jax.tree.map(lambda given, own: jnp.where(jnp.isnan(given), own, given), rhs, gradient)
         return rhs, *_solved(Dual(), system, rhs)
 
-    return params, curvature, solve
-
-
-def test_float32_on_digits(digits_solve):
-    params, curvature, solve = digits_solve
     for damping in (1.0, 1e-2, 1e-4, 1e-6):
         # What float32 can know of this system, with the trace for the norm.
         resolution = np.finfo(np.float32).eps * np.trace(curvature) / damping
@@ -288,23 +296,6 @@ def test_float32_on_digits(digits_solve):
             assert residual < max(5e-4, resolution) * np.linalg.norm(_flat(b))
             assert stats["dual/converged"] == (stats["dual/residual"] <= np.finfo(np.float32).eps ** 0.5)
             assert stats["dual/pull_backs"] == 10
-
-
-def test_zero_and_nan(digits_solve):
-    params, _, solve = digits_solve
-    zero = jax.tree.map(jnp.zeros_like, params)
-    _, step, stats = solve(1e-3, zero)
-    assert not np.any(_flat(step))
-    assert stats["dual/converged"]
-    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
-    _, step, stats = solve(1e-3, zero, broken)
-    assert not np.any(_flat(step))
-    assert not stats["dual/converged"]
-    assert stats["dual/residual"] == 1
-    for damping in (0.0, 1e-30):  # a right-hand side that no step explains
-        _, step, stats = solve(damping, jax.tree.map(jnp.cos, params))
-        assert np.all(np.isfinite(_flat(step)))
-        assert not stats["dual/converged"]
 
 
 def _as(dtype, case):
@@ -337,10 +328,10 @@ def test_spring_is_damped_towards_the_last_solution(x64):
 
     (_, state), updates = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), batches))(case.params)
     flat, unravel = ravel_pytree(case.params)
-    last = np.zeros(flat.size)
+    last, gradient_of = np.zeros(flat.size), jax.jit(jax.grad(objective.value))
     for index, s in enumerate(scale):
         moved = case._replace(batch={"x": case.batch["x"] * s})
-        gradient = _flat(jax.jit(jax.grad(objective.value))(unravel(flat), moved.batch))
+        gradient = _flat(gradient_of(unravel(flat), moved.batch))
         # argmin_x  ½ xᵀGx − gᵀx + λ/2 ‖x − μ p‖²
         matrix = _curvature(moved, unravel(flat)) + damping * np.eye(flat.size)
         last = np.linalg.solve(matrix, gradient + damping * momentum * last)
@@ -351,26 +342,38 @@ def test_spring_is_damped_towards_the_last_solution(x64):
     assert gnlin.metrics(state)["dual/converged"]
 
 
-def test_batches_of_solves_and_a_batch_that_is_not_finite(x64):
-    """`vmap` over right-hand sides and λ; the last solution is kept where the next cannot be had."""
+def test_batches_of_solves_and_right_hand_sides_without_a_solution(x64):
+    """`vmap` over systems; where no solution can be had the step is zero, and the last solution is kept."""
     case = _cases()["softmax"]
     objective, solver = gnlin.Objective(case.model, case.loss), Dual(momentum=0.5)
 
-    def solve(damping, factor):
+    def solve(damping, factor, share, other, last):
         system, gradient = _system(objective, case.params, {"x": case.batch["x"] * factor}, damping)
-        solution, (last, _) = solver.solve(system, gradient, (case.params, ()))
-        return solution.step, last
+        rhs = jax.tree.map(lambda g, p: share * g + other * jnp.cos(p), gradient, case.params)
+        solution, (last, _) = solver.solve(system, rhs, (jax.tree.map(lambda p: last * p, case.params), ()))
+        return _raveled(solution.step), _raveled(last), solution.stats
 
-    steps, lasts = jax.jit(jax.vmap(solve))(jnp.array([1.0, 0.1, 0.1]), jnp.array([1.0, 1.0, jnp.nan]))
+    lanes = [
+        # λ, factor of the data, share of the gradient and of another vector in b, last solution
+        (1.0, 1.0, 1.0, 0.0, 1.0),
+        (0.1, 1.0, 1.0, 0.0, 1.0),
+        (0.1, 1.0, 0.0, 0.0, 0.0),  # b is zero
+        (0.1, jnp.nan, 1.0, 0.0, 1.0),
+        (0.0, 1.0, 0.0, 1.0, 1.0),  # no step explains b
+        (1e-30, 1.0, 0.0, 1.0, 1.0),
+    ]
+    steps, lasts, stats = jax.jit(jax.vmap(solve))(*jnp.asarray(lanes).T)
     gradient = _flat(jax.jit(jax.grad(objective.value))(case.params, case.batch))
-    for index, damping in enumerate((1.0, 0.1)):
-        matrix = _curvature(case, case.params) + damping * np.eye(gradient.size)
-        rhs = gradient + damping * 0.5 * _flat(case.params)
-        taken = _flat(jax.tree.map(lambda leaf: leaf[index], steps))  # noqa: B023
-        np.testing.assert_allclose(taken, np.linalg.solve(matrix, rhs), rtol=1e-9, atol=1e-9)
-        np.testing.assert_array_equal(taken, _flat(jax.tree.map(lambda leaf: leaf[index], lasts)))  # noqa: B023
-    assert not np.any(_flat(jax.tree.map(lambda leaf: leaf[2], steps)))
-    np.testing.assert_array_equal(_flat(jax.tree.map(lambda leaf: leaf[2], lasts)), _flat(case.params))
+    curvature, before = _curvature(case, case.params), _flat(case.params)
+    for index in range(2):
+        matrix = curvature + lanes[index][0] * np.eye(gradient.size)
+        expected = np.linalg.solve(matrix, gradient + lanes[index][0] * 0.5 * before)
+        np.testing.assert_allclose(steps[index], expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(steps[:3], lasts[:3])
+    assert not np.any(steps[2:])
+    np.testing.assert_array_equal(lasts[3:], np.stack([before] * 3))
+    assert stats["dual/converged"].tolist() == [True] * 3 + [False] * 3
+    np.testing.assert_array_equal(stats["dual/residual"][2:], [0, 1, 1, 1])
 
 
 def test_a_small_budget_changes_nothing(monkeypatch, x64):

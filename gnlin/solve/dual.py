@@ -61,8 +61,8 @@ class Dual:
         >>> tx = gnlin.gauss_newton(1.0, objective, damping=1e-4, solver=gnlin.Dual())
         >>> params = jnp.zeros(2)
         >>> updates, _ = tx.update(None, tx.init(params), params)
-        >>> print(updates.round(3))   # one equation, two unknowns: the shortest step that solves it
-        [0.12 0.16]
+        >>> [round(float(update), 3) for update in updates]   # the shortest step that solves the one equation
+        [0.12, 0.16]
     """
 
     momentum: float = 0.0
