@@ -29,8 +29,8 @@ from gnlin.layers import Layer, Reading, matrix_shape, read_layers
 from gnlin.tree import Outputs, Params
 
 # Numbers held at once beside the M² of K itself: cotangents and rows that are kept, a block of rows, the
-# intermediate results of the pull-backs that run together. A gigabyte in float32.
-BUDGET = 2**28
+# intermediate results of the pull-backs that run together. Half a gigabyte in float32.
+BUDGET = 2**27
 
 
 class Kernel(NamedTuple):
@@ -59,7 +59,8 @@ def kernel_matrix(
     if examples > 1:
         reading = read_layers(jvp, params)
         colours = count // examples
-        layers, others = _rows_by_example(reading, outputs, examples)
+        layers, others, idle = _rows_by_example(reading, outputs, examples)
+        left -= idle
         for index, cotangents in layers.items():
             layer = reading.layers[index]
             total += _layer_gram(layer, leaves[layer.weight], cotangents.astype(dtype), examples, weights)
@@ -101,11 +102,15 @@ def _order(outputs: Outputs, examples: int) -> np.ndarray:
 # One pull-back for output c of all examples.
 
 
-def _rows_by_example(reading: Reading, outputs: Outputs, examples: int) -> tuple[dict, dict]:
-    """Where examples are proved apart: layer ↦ cotangents (C, N, T, fan-out), other leaf ↦ rows (C, N, size)."""
+def _rows_by_example(reading: Reading, outputs: Outputs, examples: int) -> tuple[dict, dict, set[int | None]]:
+    """Where examples are proved apart: layer ↦ cotangents (C, N, T, fan-out), other leaf ↦ rows (C, N, size).
+
+    And the leaves that have no influence on the outputs.
+    """
     pull_back, shape = jax.make_jaxpr(reading.pull_back, return_shape=True)(outputs)
     structure, like = jax.tree.structure(shape), jax.tree.leaves(outputs)
     colours = tree.size(outputs) // examples
+    idle: set[int | None] = set()
 
     def rows_of(colour):
         hot = (jnp.arange(colours, dtype=jnp.int32) == colour).astype(tree.accumulation_dtype(outputs))
@@ -114,16 +119,17 @@ def _rows_by_example(reading: Reading, outputs: Outputs, examples: int) -> tuple
         parts = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, like, strict=True)]
         found = run_by_example(pull_back, parts, examples)
         of_layers, of_others = jax.tree.unflatten(structure, [_Box(value) for value in found])
-        layers = {
-            index: box.value.array.reshape(examples, -1, box.value.array.shape[1])
-            for index, box in enumerate(of_layers)
-            if isinstance(box.value, ByExample) and box.value.axis == 0
-        }
-        others = {
-            index: box.value.addends.reshape(examples, -1)
-            for index, box in of_others.items()
-            if isinstance(box.value, Summed)
-        }
+        layers, others = {}, {}
+        for index, (value,) in enumerate(of_layers):
+            if isinstance(value, ByExample) and value.axis == 0:
+                layers[index] = value.array.reshape(examples, -1, value.array.shape[1])
+            elif isinstance(value, jax.Array):
+                idle.update((reading.layers[index].weight, reading.layers[index].bias))
+        for index, (value,) in of_others.items():
+            if isinstance(value, Summed):
+                others[index] = value.addends.reshape(examples, -1)
+            elif isinstance(value, jax.Array):  # a linear function that does not depend on its arguments is 0
+                idle.add(index)
         return layers, others
 
     kept, budget = jax.eval_shape(rows_of, jax.ShapeDtypeStruct((), jnp.int32)), BUDGET
@@ -141,9 +147,9 @@ def _rows_by_example(reading: Reading, outputs: Outputs, examples: int) -> tuple
         )
 
     if not any(chosen):
-        return {}, {}
+        return {}, {}, idle
     together = max(1, BUDGET // _intermediates(pull_back.jaxpr))
-    return _map(kept_rows_of, colours, together)
+    return *_map(kept_rows_of, colours, together), idle
 
 
 class _Box(NamedTuple):

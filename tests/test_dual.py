@@ -104,7 +104,7 @@ def pytree(params, batch):
 
 def rows_of_a_pytree(params, batch):
     z = perceptron(params, batch)
-    return {"a": jnp.sum(z, axis=1), "b": z[:, None, :2]}
+    return {"a": jnp.sum(z, axis=1), "b": z[:, :2].reshape(-1, 1, 2)}
 
 
 def _cases():
@@ -133,7 +133,7 @@ def _cases():
         "scalar": case(lambda p, b: jnp.mean(perceptron(p, b)), dense, lambda z, b: jnp.cosh(z), 1),
         "squared": case(perceptron, dense, squared, 4),
         "softmax": case(perceptron, dense, softmax, 4),
-        "one output": case(lambda p, b: perceptron(p, b)[:, 0], dense, squared, 1),
+        "one output": case(lambda p, b: perceptron(p, b)[:, 0], dense + " back", squared, 1),
         "transposed": case(transposed, "in back", softmax, 4),
         "tokens": case(tokens, dense, softmax, 8),
         "pooled": case(pooled, dense + " scale", softmax, 4),
@@ -311,7 +311,7 @@ def test_bfloat16_parameters_have_steps_in_bfloat16():
     matrix = _curvature(wide, wide.params) + np.eye(_flat(step).size)
     expected = np.linalg.solve(matrix, _flat(jax.jit(jax.grad(objective.value))(wide.params, wide.batch)))
     error = np.linalg.norm(_flat(step).astype(np.float32) - expected) / np.linalg.norm(expected)
-    assert error < tolerance(jnp.bfloat16, 8)["rtol"]
+    assert error < tolerance(jnp.bfloat16, 16)["rtol"]  # outputs, cotangents and gradients are rounded, too
 
 
 def test_spring_is_damped_towards_the_last_solution(x64):
