@@ -36,6 +36,10 @@ class Jacobi:
     and layers with other rows than the outputs have (tokens), take the square of the pseudo-gradient,
     :math:`\operatorname{diag} G = \mathbb E\, (J^\top H^{1/2} \varepsilon)^2`, which is unbiased always.
 
+    It pays where curvature differs between parameters by orders of magnitude, as in a regression on features of many
+    scales. For perceptrons on standardised inputs CG needs more iterations with it than without (measured by
+    ``examples/preconditioners.py``), and the fewer the smaller α is.
+
     M is positive definite: entries below ε times the largest, ε the resolution of their dtype, count as that.
 
     Args:
