@@ -262,7 +262,7 @@ def digits():
     def loss(outputs, batch):
         return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
 
-    batch = {"x": jnp.asarray(x[:24] / 8 - 1, jnp.float32), "y": jnp.asarray(y[:24], jnp.int32)}
+    batch = {"x": jnp.asarray(x[:12] / 8 - 1, jnp.float32), "y": jnp.asarray(y[:12], jnp.int32)}
     return gnlin.Objective(model, third_party(loss)), params, batch
 
 
