@@ -112,36 +112,47 @@ def _combined(weights: jax.Array, trees: list[Any]) -> Any:
 
 
 def _minimise(function, count: int, dtype, evaluations: int) -> jax.Array:
-    """Newton's method from zero for a smooth convex function of a few numbers; an uphill step is shortened."""
+    """Newton's method from zero for a smooth convex function of one or two numbers; an uphill step is shortened."""
     eps = float(jnp.finfo(dtype).eps)
+    units = jnp.eye(count, dtype=dtype)
 
     def newton(weights):
-        value, slope = jax.value_and_grad(function)(weights)
-        hessian = jax.jacrev(jax.grad(function))(weights)
+        (value, slope), pull_back = jax.vjp(jax.value_and_grad(function), weights)
+        hessian = jax.vmap(lambda unit: pull_back((jnp.zeros_like(value), unit))[0])(units)
         # Directions may differ in length by orders of magnitude, and may be parallel.
         scale = jnp.sqrt(jnp.maximum(jnp.diagonal(hessian), jnp.finfo(dtype).tiny))
-        system = hessian / jnp.outer(scale, scale) + 10 * eps * jnp.eye(count, dtype=dtype)
-        step = -jnp.linalg.solve(system, slope / scale) / scale
+        step = -_solve_unit_diagonal(hessian / jnp.outer(scale, scale), slope / scale, 10 * eps) / scale
         return value, jnp.where(jnp.all(jnp.isfinite(step)), step, 0), -slope @ step
 
     def unfinished(now):
         _, value, _, decrement, _, count = now
-        return (count < evaluations) & (decrement > 1e-3 * jnp.abs(value - start_value) + eps * jnp.abs(value))
+        return (count < evaluations) & (decrement > (1e-3 + eps) * jnp.abs(value))  # the value at zero is zero
 
     def turn(now):
         weights, value, step, decrement, length, count = now
         trial = weights + length * step
         new_value, new_step, new_decrement = newton(trial)
-        good = new_value <= value  # false for NaN
+        good = (new_value <= value) | (count == 0)  # false for NaN
         kept = tree.select(good, (trial, new_value, new_step, new_decrement), (weights, value, step, decrement))
         return (*kept, jnp.where(good, 1, length / 4), count + 1)
 
-    start = jnp.zeros([count], dtype)
-    start_value, step, decrement = newton(start)
+    zero, nothing = jnp.zeros([count], dtype), jnp.zeros([], dtype)
     if evaluations == 1:
-        return start + step
-    first = (start, start_value, step, decrement, jnp.ones([], dtype), jnp.ones([], jnp.int32))
+        return newton(zero)[1]
+    # The first turn evaluates at zero: compiled once, and not once more before the loop.
+    first = (zero, nothing, zero, jnp.full_like(nothing, jnp.inf), jnp.ones([], dtype), jnp.zeros([], jnp.int32))
     return jax.lax.while_loop(unfinished, turn, first)[0]
+
+
+def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array, jitter: float) -> jax.Array:
+    """Solution for a symmetric matrix with ones on its diagonal, to which `jitter` is added, of one or two rows."""
+    diagonal = matrix[0, 0] + jitter
+    if len(rhs) == 1:
+        return rhs / diagonal
+    # The eigenvectors are (1, 1) and (1, −1).
+    along, across = (rhs[0] + rhs[1]) / 2, (rhs[0] - rhs[1]) / 2
+    along, across = along / (diagonal + matrix[0, 1]), across / (diagonal - matrix[0, 1])
+    return jnp.stack([along + across, along - across])
 
 
 def _stats(weights: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,143 @@
+"""Time of a step, of an iteration of conjugate gradients and of compilation: gnlin beside somax, lineax, jaxopt, kfac-jax.
+
+python examples/speed.py            # digits and diabetes, a few minutes
+python examples/speed.py --quick    # seconds: fewer libraries, fewer repetitions
+
+Everything is timed in one process in shuffled order, and the least of many repetitions counts: other programs only add.
+An iteration is the difference between steps of 25 and of 5 iterations, all of which are made (tolerances are zero). lineax
+and jaxopt solve the same system with gnlin's products; somax brings its own. Compilation is tracing, lowering and XLA's
+part, without any cache, and the least of three. What is not installed is left out.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+
+import gnlin
+from gnlin import tree
+from gnlin.compare.entry import parse
+from gnlin.compare.method import from_optax
+from gnlin.compare.tasks import TASKS
+
+DAMPING = 0.05
+FEW, MANY = 5, 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """Another library's conjugate gradients as a solver of `gnlin.gauss_newton`."""
+
+    solve_system: object
+
+    def init(self, params):
+        return (), {}
+
+    def solve(self, system, rhs, carry):
+        return gnlin.solve.system.Solution(self.solve_system(system.matvec, rhs), {}), carry
+
+
+def lineax(steps):
+    import lineax
+
+    def solve(matvec, rhs):
+        # Its tolerances are absolute at heart: a large system does not meet the smallest that it allows.
+        operator = lineax.FunctionLinearOperator(
+            lambda v: tree.scale(1e4, matvec(v)), jax.eval_shape(lambda: rhs), lineax.positive_semidefinite_tag
+        )
+        solver = lineax.CG(rtol=0.0, atol=0.0, max_steps=steps, stabilise_every=None)
+        return tree.scale(1e4, lineax.linear_solve(operator, rhs, solver, throw=False).value)
+
+    return Foreign(solve)
+
+
+def jaxopt(steps):
+    from jaxopt.linear_solve import solve_cg
+
+    return Foreign(lambda matvec, rhs: solve_cg(matvec, rhs, maxiter=steps, tol=0.0))
+
+
+def solved_by(solver):
+    return lambda task: from_optax(task.objective, gnlin.gauss_newton(0.1, task.objective, DAMPING, solver=solver))
+
+
+def contestant(words, **numbers):
+    """A contestant of the comparison, at the given value of its tuned number."""
+    entry = parse(words)
+    reason = entry.contestant.reason_absent()
+    if reason:
+        print(f"left out: {reason}")
+        return None
+    (value,) = numbers.values()
+    return lambda task: entry.method(task, value)
+
+
+def methods(quick):
+    """``(name, iterations or nothing, task ↦ method)``."""
+    for steps in (FEW, MANY):
+        yield "gnlin, `CG`", steps, solved_by(gnlin.CG(max_steps=steps, rtol=0.0))
+        yield "jaxopt, `solve_cg`", steps, solved_by(jaxopt(steps))
+        if importlib.util.find_spec("lineax"):
+            yield "lineax, `CG`", steps, solved_by(lineax(steps))
+        if not quick:
+            words = f"somax-sgn:damping={DAMPING},rtol=0,max_steps={steps}"
+            yield "somax, `sgn`", steps, contestant(words, learning_rate=0.1)
+    yield "gnlin, defaults", None, contestant("gn", damping=1e-3)
+    if not quick:
+        yield "kfac-jax", None, contestant("kfac", damping=1.0)
+
+
+def compiled(method, params, state, batch, key, repetitions):
+    """``(executable, seconds to trace, lower and compile)``."""
+    seconds = []
+    for _ in range(repetitions):
+        jax.clear_caches()
+        start = time.perf_counter()
+        executable = jax.jit(lambda *arguments: method.step(*arguments)).lower(params, state, batch, key).compile()
+        seconds.append(time.perf_counter() - start)
+    return executable, min(seconds)
+
+
+def measure(task, batch, quick):
+    params, key = task.init(jax.random.key(0)), jax.random.key(1)
+    gradient = jax.jit(task.objective.value_and_grad).lower(params, batch).compile()
+    calls, compilation, seconds = {None: lambda: gradient(params, batch)}, {}, {None: []}
+    for name, steps, build in methods(quick):
+        if build is None:
+            continue
+        method = build(task)
+        state = method.init(params, batch, key)
+        executable, compilation[name, steps] = compiled(method, params, state, batch, key, 1 if quick else 3)
+        calls[name, steps] = lambda run=executable, state=state: run(params, state, batch, key)
+        seconds[name, steps] = []
+    for _ in range(3 if quick else 60):
+        for name in random.sample(list(calls), len(calls)):
+            start = time.perf_counter()
+            jax.block_until_ready(calls[name]())
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: 1e3 * min(times) for name, times in seconds.items()}
+    return best, compilation
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    for name, examples in [("diabetes", None)] if quick else [("digits", 256), ("digits", None), ("diabetes", None)]:
+        task = TASKS[name]()
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:examples]), task.train)
+        best, compilation = measure(task, batch, quick)
+        print(f"\n{name}, {examples or task.train_size} examples; a gradient takes {best[None]:.2f} ms\n")
+        print("| method | ms for an iteration | ms for a step | compilation, s |\n|---|---:|---:|---:|")
+        for method, steps in compilation:
+            if steps != FEW:
+                iteration = f"{(best[method, MANY] - best[method, FEW]) / (MANY - FEW):.3f}" if steps else ""
+                print(f"| {method} | {iteration} | {best[method, steps]:.2f} | {compilation[method, steps]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

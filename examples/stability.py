@@ -1,0 +1,74 @@
+"""`gnlin.gauss_newton(1.0, objective)`, nothing else said, on every task of the comparison: does its loss ever blow up?
+
+python examples/stability.py                               # every task, batches of 32, 128 and full, three seeds; an hour
+python examples/stability.py digits poisson-pinn           # some tasks
+python examples/stability.py --quick                       # seconds: one task, few steps
+
+Each row is one run: the loss over the training data (its first 4096 examples where there are more) at the start, the
+largest and the last of 20 evaluations after it, and the share of steps that were refused.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gnlin
+from gnlin.compare.tasks import TASKS
+
+BATCHES = (32, 128, None)
+PROBE = 4096
+ON_DISK = ("mnist", "cifar10")  # wait for data that is not shipped
+
+
+def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[float], float]:
+    """``(loss at the start and at 20 points after it, share of steps refused)``."""
+    transform = gnlin.gauss_newton(1.0, task.objective)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = transform.update(None, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    train = jax.tree.map(jnp.asarray, task.train)
+    probe = jax.tree.map(lambda leaf: leaf[:PROBE], train)
+    value = jax.jit(task.objective.value)
+    params = task.init(jax.random.key(seed))
+    state = transform.init(params)
+    order = None if batch_size is None else task.batches(seed, steps, batch_size)
+    found, accepted = [float(value(params, probe))], 0
+    for number in range(steps):
+        batch = train if order is None else jax.tree.map(lambda leaf, rows=order[number]: leaf[rows], train)
+        params, state = step(params, state, batch)
+        accepted += bool(gnlin.metrics(state)["accepted"])
+        if (number + 1) % max(1, steps // 20) == 0:
+            found.append(float(value(params, probe)))
+    return found, 1 - accepted / steps
+
+
+def main() -> None:
+    shipped = [name for name in TASKS if name not in ON_DISK]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=shipped, choices=[*shipped, []], metavar="task")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    names, steps, seeds = (["diabetes"], 20, 1) if options.quick else (options.tasks, options.steps, options.seeds)
+    print("| task | batch | seed | start | largest after | last | refused |\n|---|---:|---:|---:|---:|---:|---:|")
+    for name in names:
+        task = TASKS[name]()
+        with task.precision():
+            for size in BATCHES:
+                for seed in range(seeds):
+                    (start, *after), refused = losses(task, size, seed, steps)
+                    print(
+                        f"| {name} | {size or 'full'} | {seed} | {start:.3g} | {max(after):.3g} | {after[-1]:.3g} "
+                        f"| {refused:.0%} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
