@@ -1,6 +1,6 @@
 """Gauss-Newton in function space (`gnlin.Dual`) against conjugate gradients: work and time over outputs and parameters.
 
-python examples/function_space.py             # one network; --full is the whole table
+python examples/function_space.py             # one network; --full is the whole table, --quick a smaller network
 
 Systems (G + λI) x = gradient of softmax networks, λ = 1e-3. Work is in gradients on the batch, that of the right-hand
 side and of the linearisation included; "same" is conjugate gradients to the residual that `Dual` reached.
@@ -21,7 +21,8 @@ from gnlin.compare.meter import metered
 
 DAMPING = 1e-3
 # Widths and number of examples; the last width is C.
-QUICK = [((64, 512, 512, 10), 32)]
+QUICK = [((64, 512, 2), 16)]
+ONE = [((64, 512, 512, 10), 32)]
 FULL = [
     *(((64, 256, 256, 10), examples) for examples in (16, 64, 256)),
     *(((64, 1024, 1024, 1), examples) for examples in (64, 256, 1024)),
@@ -81,11 +82,13 @@ def measured(solver, params, batch, unit):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
     print(
         "| P | N·C | K, pull-backs | Dual: gradients | ms | residual | CG, 20 steps: gradients | ms | residual ", end=""
     )
     print("| CG, same: steps | gradients | ms |\n" + "|---:" * 12 + "|")
-    for widths, examples in FULL if parser.parse_args().full else QUICK:
+    for widths, examples in FULL if given.full else QUICK if given.quick else ONE:
         params, batch = problem(widths, examples)
         unit = flops(OBJECTIVE.value_and_grad, params, batch)
         work, seconds, residual, stats = measured(gnlin.Dual(), params, batch, unit)

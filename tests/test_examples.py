@@ -56,9 +56,11 @@ def test_readme_example_trains(capsys):
     assert losses == pytest.approx([float(loss) for loss in said], rel=0.3)
 
 
-def run_example(name: str, cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "examples" / name)]
+def run_example(name: str, cwd: Path, *arguments: str) -> str:
+    # Here compilation is what takes long, and the threads of LAPACK would wait for those of other tests.
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | quick
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -94,6 +96,52 @@ def test_another_optimiser_takes_part(tmp_path):
 def test_submission_trains(tmp_path):
     output = run_example("algoperf_submission.py", tmp_path)
     assert float(re.search(r"accuracy after 200 steps: ([\d.]+)", output)[1]) > 0.95
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Cells of the body of a Markdown table."""
+    lines = [line.strip("| ").split("|") for line in table.splitlines() if line.startswith("|")]
+    rules = [number for number, line in enumerate(lines) if set("".join(line)) <= set("-:")]
+    return [
+        [cell.strip() for cell in line]
+        for number, line in enumerate(lines)
+        if number not in rules and number + 1 not in rules
+    ]
+
+
+def test_reference_problems_favour_curvature(tmp_path):
+    rows = rows_of(run_example("reference_problems.py", tmp_path, "gn", "sgd", "--quick"))
+    assert [row[:2] for row in rows] == [["diabetes-full", target] for target in ("0.1", "0.01", "0.001")]
+    gauss_newton, descent = rows[0][2:]
+    assert float(gauss_newton) < 40
+    assert descent == "–" or float(descent) > float(gauss_newton)
+
+
+def test_preconditioners_save_iterations(tmp_path):
+    rows = rows_of(run_example("preconditioners.py", tmp_path, "--quick"))
+    (loose, loose_nystrom), (strict, strict_nystrom) = ([int(cell.split()[0]) for cell in row[1:]] for row in rows)
+    assert 0 < loose_nystrom < loose < strict
+    assert strict_nystrom < strict / 2
+
+
+def test_function_space_needs_less_work(tmp_path):
+    (row,) = rows_of(run_example("function_space.py", tmp_path, "--quick"))
+    dual, few, same = float(row[3]), float(row[6]), float(row[10])
+    assert dual < min(few, same)
+    assert float(row[5]) < 1e-4  # its residual
+
+
+def test_defaults_do_not_blow_up(tmp_path):
+    rows = rows_of(run_example("stability.py", tmp_path, "--quick"))
+    assert [row[1] for row in rows] == ["32", "full"]
+    for _, _, _, start, largest, last, _ in rows:
+        assert float(last) <= float(largest) < float(start)
+
+
+def test_speed_is_measured(tmp_path):
+    rows = rows_of(run_example("speed.py", tmp_path, "--quick"))
+    assert [row[0] for row in rows] == ["gnlin, `CG`", "gnlin, defaults"]
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
 
 
 def test_filter_curves_hold_and_are_drawn(tmp_path, capsys):
