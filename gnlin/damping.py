@@ -35,7 +35,7 @@ class Trial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GainRatio:
-    r"""Damping that follows how well the quadratic model predicts the loss (Nielsen's rule).
+    r"""Damping that follows how well a model, quadratic or linearised, predicts the loss (Nielsen's rule).
 
     With the gain ratio ρ = actual decrease / predicted decrease,
 
@@ -49,8 +49,8 @@ class GainRatio:
     Args:
         initial: first λ.
         accept: least gain ratio of a step that counts as good.
-        minimum: smallest λ.
-        maximum: largest λ.
+        minimum: smallest λ, and at least the smallest normal number of its dtype.
+        maximum: largest λ, and at most what its dtype can hold.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -80,7 +80,8 @@ class GainRatio:
             )
 
     def init(self) -> DampingState:
-        return DampingState(jnp.asarray(self.initial, float), jnp.asarray(2.0, float))
+        dtype = jnp.result_type(float)
+        return DampingState(_representable(self.initial, dtype), jnp.asarray(2.0, dtype))
 
     def update(self, state: DampingState, gain_ratio: jax.Array) -> DampingState:
         good = gain_ratio > self.accept  # false for NaN
@@ -89,7 +90,17 @@ class GainRatio:
         shrink = jnp.maximum(1 / 3, 1 - (2 * bounded - 1) ** 3)
         damping = state.damping * jnp.where(good, shrink, state.growth)
         growth = jnp.where(good, 2.0, jnp.minimum(2 * state.growth, 2.0**20))
-        return DampingState(jnp.clip(damping, self.minimum, self.maximum), growth)
+        limits = (_representable(limit, damping.dtype) for limit in (self.minimum, self.maximum))
+        return DampingState(jnp.clip(damping, *limits), growth)
+
+
+def _representable(limit: chex.Numeric, dtype) -> jax.Array:
+    """`limit` as a normal number of `dtype` that can still grow: λ must neither vanish nor overflow for good."""
+    info = jnp.finfo(dtype)
+    least, most = float(info.tiny), float(info.max * info.eps)
+    if isinstance(limit, Tracer):
+        return jnp.clip(limit, least, most).astype(dtype)
+    return jnp.asarray(min(max(float(limit), least), most), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +174,18 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number ≥ 0. Traced arrays pass: their values are not known yet."""
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
         raise TypeError(f"`{name}` must be a number; got {value!r}")
+    shape = getattr(value, "shape", ())
+    if shape != ():
+        raise ValueError(f"`{name}` must be a single number; got an array of shape {shape}")
     if not isinstance(value, Tracer) and not (float(value) >= 0 and math.isfinite(float(value))):
         raise ValueError(f"`{name}` must be finite and at least 0; got {value!r}")
+
+
+def check_damping(damping: Any) -> None:
+    if isinstance(damping, type):
+        raise TypeError(f"`damping` must be a number, a schedule or a record, not a class; got {damping!r}")
+    if not callable(damping):
+        check_number("damping", damping)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -183,6 +204,11 @@ def damping_at(damping: Damping, count: jax.Array) -> jax.Array:
     return jnp.asarray(damping(count) if callable(damping) else damping, float)
 
 
+def resolution(value: jax.Array) -> jax.Array:
+    """Differences of losses of this size are rounding: 8 units in the last place, for a sum is rounded a few times."""
+    return 8 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+
+
 def gain_ratio(value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params) -> jax.Array:
     """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was predicted.
 
@@ -198,12 +224,10 @@ def gain_ratio(value: jax.Array, new_value: jax.Array, change: jax.Array, step: 
         rhs: the right-hand side that δ was solved for.
     """
     dtype = tree.accumulation_dtype(value)
-    eps = float(jnp.finfo(value.dtype).eps)
+    finest = resolution(value).astype(dtype)
     value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (value, new_value, -change))
-    # 8 units in the last place: a sum over examples is rounded a few times.
-    resolution = 8 * eps * jnp.abs(value)
     actual = value - new_value
-    indistinguishable = (jnp.abs(actual) <= resolution) & (jnp.abs(predicted) <= resolution)
+    indistinguishable = (jnp.abs(actual) <= finest) & (jnp.abs(predicted) <= finest)
     indistinguishable &= (tree.max_abs(step) > 0) | (tree.max_abs(rhs) == 0)
     sound = jnp.isfinite(actual) & (predicted > 0)
     ratio = jnp.where(sound, actual / jnp.where(sound, predicted, 1).astype(actual.dtype), -jnp.inf)

@@ -9,9 +9,10 @@ import optax
 
 from gnlin import tree
 from gnlin.curvature import LOSS_MODELS, QuadraticModel, quadratic_model
-from gnlin.damping import Damping, GainRatio, check_number, damping_at, gain_ratio
+from gnlin.damping import Damping, GainRatio, check_damping, check_number, damping_at, gain_ratio
 from gnlin.objective import Objective, check_like_params, check_objective, check_params, visible_objective
 from gnlin.solve import CG, Kronecker, Solution, Solver, System
+from gnlin.solve.system import check_solver
 from gnlin.subspace import Subspace
 from gnlin.tree import Params
 
@@ -52,7 +53,8 @@ def scale_by_gauss_newton(
     Args:
         objective: the problem.
         damping: λ ≥ 0: a number, a schedule of the count, or a hyperparameter injected by Optax.
-        solver: a record from `gnlin.solve`, `CG` or `Dense`.
+        solver: a record from `gnlin.solve`. `Kronecker` does not solve the system: it gives a direction without a
+            length, which is for `gauss_newton`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. A NaN batch gives a zero direction and a metric
@@ -73,9 +75,8 @@ def scale_by_gauss_newton(
         Array([0.5, 1. ], dtype=float32)
     """
     check_objective(objective)
-    check_solver(solver)
-    if not callable(damping):
-        check_number("damping", damping)
+    check_solver("solver", solver)
+    check_damping(damping)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
@@ -108,14 +109,14 @@ def gauss_newton(
 
     ``gauss_newton(1.0, objective)`` takes the direction from `Kronecker` factors of the Gauss-Newton matrix, its length
     and some momentum from the linearised model (`Subspace`), and adapts λ to the `GainRatio`; a step that does not
-    lower the loss of its batch is not taken. That is about three gradients for each step.
+    lower the loss of its batch is not taken. That is three to four gradients for each step.
 
     With a number or a schedule for `damping` it is the textbook's method,
     :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u`: `CG` solves the system, and every step is taken in
     full. A small constant λ then diverges on softmax losses.
 
     Metrics: ``damping``, those of the solver and of the step and, where λ is adapted, ``gain_ratio``, ``accepted`` and
-    ``loss`` (at the old parameters).
+    ``loss`` (at the old parameters). A batch whose loss or gradient is not finite gives no step and leaves λ as it is.
 
     Args:
         learning_rate: η, a number or a schedule; 1 is the full step.
@@ -146,16 +147,20 @@ def gauss_newton(
     adaptive = damping is None or isinstance(damping, GainRatio)
     policy = GainRatio(1e-2, minimum=1e-3) if damping is None else damping
     chosen = solver if solver is not None else Kronecker() if adaptive else CG()
-    rule = step if step is not None or not (adaptive or isinstance(chosen, Kronecker)) else Subspace()
+    rule = step if step is not None else Subspace() if adaptive or isinstance(chosen, Kronecker) else None
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate)
     if rule is None and not isinstance(policy, GainRatio):
         return optax.chain(
             scale_by_gauss_newton(objective, policy, solver=chosen), optax.scale_by_learning_rate(learning_rate)
         )
     check_objective(objective)
-    check_solver(chosen)
-    if not adaptive and not callable(damping):
-        check_number("damping", damping)
-    return _with_step(learning_rate, objective, policy, chosen, rule or Subspace())
+    check_solver("solver", chosen)
+    if rule is None or isinstance(step, type) or not (hasattr(rule, "init") and hasattr(rule, "choose")):
+        raise TypeError(f"`step` must be a record such as gnlin.Subspace(); got {step!r}")
+    if not adaptive:
+        check_damping(damping)
+    return _with_step(learning_rate, objective, policy, chosen, rule)
 
 
 def _with_step(learning_rate, objective, policy, solver, rule) -> optax.GradientTransformationExtraArgs:
@@ -178,6 +183,9 @@ def _with_step(learning_rate, objective, policy, solver, rule) -> optax.Gradient
     ):
         del extra_args
         problem = visible_objective(objective, params, all_params)
+        check_params(params, allow_holes=True)
+        if rule.momentum:
+            check_like_params("opt_state", state.last, params, "call `init` with these parameters")
         strength = state.damping.damping if adaptive else damping_at(policy, state.count)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         solution, carry, model, curvature, rhs = _direction(
@@ -193,8 +201,9 @@ def _with_step(learning_rate, objective, policy, solver, rule) -> optax.Gradient
             accepted = ratio > policy.accept
             metrics |= {"gain_ratio": ratio.astype(float), "loss": model.value.astype(float), "accepted": accepted}
             step = tree.select(accepted, step, tree.zeros_like(step))
-            # A batch that is not finite says nothing about the damping.
-            damping = tree.select(jnp.isfinite(model.value), policy.update(damping, ratio), damping)
+            # Neither a batch that is not finite nor a rate of zero says anything about the damping.
+            telling = jnp.isfinite(model.value) & chosen.sound & (jnp.asarray(rate) != 0)
+            damping = tree.select(telling, policy.update(damping, ratio), damping)
         last = step if rule.momentum else ()
         return step, GaussNewtonState(optax.safe_increment(state.count), carry, damping, last, metrics)
 
@@ -219,10 +228,5 @@ def _direction(objective, solver, damping, updates, params, batches, carry):
     model = quadratic_model(objective, params, batch)
     curvature = model if curvature_batch is None else quadratic_model(objective, params, curvature_batch)
     # The one linearisation serves gradient and products; what is not used is never computed under jit.
-    rhs = model.gradient() if updates is None else updates
+    rhs = tree.cast_like(model.gradient() if updates is None else updates, params)
     return *solve_damped(curvature, solver, damping, rhs, carry), model, curvature, rhs
-
-
-def check_solver(solver: Any) -> None:
-    if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "solve")):
-        raise TypeError(f"`solver` must be a solver record such as gnlin.CG() or gnlin.Dense(); got {solver!r}")

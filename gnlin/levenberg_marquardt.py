@@ -18,10 +18,11 @@ from gnlin.damping import (
     check_positive,
     gain_ratio,
 )
-from gnlin.gauss_newton import check_solver, solve_damped
+from gnlin.gauss_newton import solve_damped
 from gnlin.linearise import primitive_names
 from gnlin.objective import Objective, check_objective, check_params, visible_objective
 from gnlin.solve import CG, RadiusSolver, Solver, System
+from gnlin.solve.system import check_solver
 from gnlin.tree import Batch, Params
 
 
@@ -87,7 +88,7 @@ def levenberg_marquardt(
         Array([1., 1.], dtype=float32)
     """
     check_objective(objective)
-    check_solver(solver)
+    check_solver("solver", solver)
     policy = _policy(initial_damping, solver)
     if scaling not in ("identity", "marquardt"):
         raise ValueError(f'`scaling` must be "identity" or "marquardt"; got {scaling!r}')

@@ -261,6 +261,54 @@ def test_limits_of_damping():
         gnlin.GainRatio(1.0, maximum=0.0)
 
 
+def test_limits_of_damping_fit_its_dtype():
+    """λ neither vanishes nor overflows, from where it would not come back."""
+    policy = gnlin.GainRatio(1e-2, minimum=1e-60, maximum=1e60)
+    low = high = policy.init()
+    for _ in range(150):
+        low, high = policy.update(low, jnp.asarray(1.0)), policy.update(high, jnp.asarray(-1.0))
+    assert 0 < float(low.damping) < 1e-30
+    assert 1e30 < float(high.damping) < float("inf")
+    assert float(policy.update(low, jnp.asarray(-1.0)).damping) > float(low.damping)
+    assert float(policy.update(high, jnp.asarray(1.0)).damping) < float(high.damping)
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), "1", None])
+def test_learning_rate(rate):
+    with pytest.raises((ValueError, TypeError), match=r"`learning_rate` must be (a number|finite and at least 0); got"):
+        gnlin.gauss_newton(rate, OBJECTIVE)
+
+
+@pytest.mark.parametrize("step", [0.5, "exact", gnlin.Subspace])
+def test_step_rule(step):
+    with pytest.raises(TypeError, match=r"`step` must be a record such as gnlin\.Subspace\(\); got"):
+        gnlin.gauss_newton(1.0, OBJECTIVE, step=step)
+
+
+def test_state_of_other_parameters_is_named():
+    transform = gnlin.gauss_newton(1.0, OBJECTIVE)
+    others = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] + 1)), PROBLEM.params)
+    with pytest.raises(ValueError, match="`opt_state`"):
+        transform.update(None, transform.init(others), PROBLEM.params, batch=BATCH)
+
+
+def test_preconditioner_that_is_to_solve():
+    with pytest.raises(TypeError, match=r"`solver` must solve systems; .* gnlin\.CG\(preconditioner=Nystrom\("):
+        gnlin.gauss_newton(1.0, OBJECTIVE, solver=gnlin.Nystrom())  # pyright: ignore[reportArgumentType]
+
+
+def test_preconditioner_must_return_a_function():
+    transform = gnlin.gauss_newton(1.0, OBJECTIVE, 0.1, solver=gnlin.CG(preconditioner=lambda system: 1.0))
+    with pytest.raises(TypeError, match="`preconditioner`, a function of the System, must return the function"):
+        transform.update(None, transform.init(PROBLEM.params), PROBLEM.params, batch=BATCH)
+
+
+@pytest.mark.parametrize("damping", [gnlin.GainRatio, jnp.ones(3)], ids=["class", "array"])
+def test_damping_is_one_number(damping):
+    with pytest.raises((ValueError, TypeError), match=r"`damping` must be (a number, a schedule|a single number)"):
+        gnlin.gauss_newton(1.0, OBJECTIVE, damping)
+
+
 PERIODIC = {
     "linearise_gradients": lambda period: gnlin.linearise_gradients(OBJECTIVE, period),
     "iterative_linearisation": lambda period: gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, period),
@@ -384,9 +432,10 @@ def test_acceleration_out_of_range(size):
     ids=["scale_by_gauss_newton", "gauss_newton", "levenberg_marquardt"],
 )
 def test_solver_that_is_none(build):
-    for solver in ("cg", gnlin.CG):
-        with pytest.raises(TypeError, match=r"`solver` must be a solver record such as gnlin\.CG\(\)"):
-            build(solver)
+    with pytest.raises(TypeError, match=r"`solver` must be a solver record such as gnlin\.CG\(\)"):
+        build("cg")
+    with pytest.raises(TypeError, match=r"`solver` must be a solver record, not its class; write CG\("):
+        build(gnlin.CG)
 
 
 @pytest.mark.parametrize(

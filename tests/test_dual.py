@@ -428,7 +428,7 @@ def test_another_solver_for_too_many_outputs():
         ({"momentum": True}, ValueError, r"`momentum` must lie in \[0, 1\); got True"),
         ({"max_outputs": 0}, ValueError, "`max_outputs` must be an integer of at least 1; got 0"),
         ({"max_outputs": 2.0}, ValueError, "`max_outputs` must be an integer of at least 1; got 2.0"),
-        ({"otherwise": gnlin.CG}, TypeError, "`otherwise` must be a solver record such as"),
+        ({"otherwise": gnlin.CG}, TypeError, "`otherwise` must be a solver record"),
         ({"otherwise": "cg"}, TypeError, "`otherwise` must be a solver record .* got 'cg'"),
         ({"jitter": 1e-6}, TypeError, "unexpected keyword argument 'jitter'"),
     ],

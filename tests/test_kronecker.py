@@ -138,6 +138,44 @@ def test_the_direction_does_not_depend_on_how_weights_are_stored(x64):
         np.testing.assert_allclose(steps[1][name], steps[0][name], rtol=1e-9, atol=1e-12)
 
 
+def test_a_bias_of_two_axes_belongs_to_its_layer_wherever_it_sorts(x64):
+    """Attention's (heads, width), say."""
+    x, weight = oracles.normal(30, 4, seed=0), oracles.normal(4, 2, 3, seed=1)
+    steps = []
+    for name in ("a", "z"):
+
+        def model(params, batch, name=name):
+            return jnp.einsum("ni,ihw->nhw", batch, params["w"]) + params[name][None]
+
+        objective = gnlin.Objective(model, lambda outputs, batch: jnp.mean(jnp.square(outputs - 1)))
+        params = {name: jnp.ones((2, 3)), "w": weight}
+        tx = gnlin.scale_by_gauss_newton(objective, 0.1, solver=gnlin.Kronecker())
+        step, _ = tx.update(None, tx.init(params), params, batch=x)
+        steps.append(step[name])
+    np.testing.assert_allclose(steps[0], steps[1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [65, 79, 127, 128, 300])
+def test_every_row_is_taken_as_often(x64, rows):
+    kronecker, weight = gnlin.Kronecker(decay=0.0), jnp.ones((rows, 1))
+    # One input for each row: the diagonal of A counts how often each is taken.
+    objective = gnlin.Objective(lambda params, batch: batch @ params, lambda outputs, batch: jnp.mean(outputs**2))
+    update = jax.jit(lambda state: kronecker.prepare(system, weight, state)[1])
+    system, counts = system_of(objective, weight, jnp.eye(rows), 0.1), np.zeros(rows)
+    state = kronecker.init_state(weight)
+    for _ in range(rows):
+        state = update(state)
+        counts += np.diagonal(np.asarray(state.rows))[:-1] > 0
+    assert len(set(counts)) == 1
+
+
+def test_an_empty_batch_is_named():
+    objective, params, batch = problem()
+    tx = gnlin.gauss_newton(1.0, objective)
+    with pytest.raises(ValueError, match="`batch` has no examples"):
+        tx.update(None, tx.init(params), params, batch=jax.tree.map(lambda leaf: leaf[:0], batch))
+
+
 def test_a_long_side_has_its_diagonal_alone(x64):
     objective, params, batch = problem()
     kronecker, vector = gnlin.Kronecker(fraction=1.0, max_side=4), vector_like(params)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -94,10 +95,91 @@ def test_parallel_zero_and_infinite_directions_are_harmless(x64):
     assert not np.any(ravel_pytree(broken["step"])[0])
 
 
+@pytest.mark.parametrize("loss_model", ["exact", "quadratic"])
+def test_of_a_zero_direction_nothing_is_asked(loss_model):
+    """Solvers that fail give one; the last step still counts."""
+    with jax.numpy_dtype_promotion("standard"):
+        still, _, _ = choose(gnlin.Subspace(loss_model=loss_model), direction_of=lambda rhs: 0 * rhs)
+        length, momentum = weights_of(still)
+    assert length == 0
+    assert 0 < abs(momentum) < 100
+
+
+def quadratic_bowl(constant):
+    """Linear regression whose loss ends at `constant`, and its batches with targets of either sign."""
+    x, w = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (40, 5)), (1, (5, 3))))
+
+    def loss(outputs, batch):
+        return constant + 0.5 * jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, axis=1))
+
+    objective = gnlin.Objective(lambda params, batch: batch["x"] @ params, loss)
+    return objective, [{"x": x, "y": sign * (x @ w)} for sign in (1, -1)]
+
+
+@pytest.mark.parametrize("constant", [0.0, 10.0, 1000.0])
+def test_damping_survives_convergence(constant):
+    """In float32 decreases drop below the resolution of the loss long before the end: no reason to raise λ."""
+    objective, batches = quadratic_bowl(constant)
+    transform = gnlin.gauss_newton(1.0, objective)
+
+    @jax.jit
+    def train(carry, batch):
+        def step(_, carry):
+            params, state = carry
+            updates, state = transform.update(None, state, params, batch=batch)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 60, step, carry)
+
+    carry = (jnp.zeros((5, 3)), transform.init(jnp.zeros((5, 3))))
+    for batch in batches:
+        carry = train(carry, batch)
+        assert float(objective.value(carry[0], batch)) - constant < 1e-5 * (1 + constant)
+
+
+def _dampings(transform, params, batches):
+    state, found = transform.init(params), []
+    update = jax.jit(lambda state, batch: transform.update(None, state, params, batch=batch))
+    for batch in batches:
+        updates, state = update(state, batch)
+        found.append((float(gnlin.metrics(state)["damping"]), float(jnp.abs(updates).max())))
+    return found
+
+
+def test_a_rate_of_zero_says_nothing_about_the_damping():
+    objective, (batch, _) = quadratic_bowl(0.0)
+    transform = gnlin.gauss_newton(lambda count: jnp.where(count < 8, 0.0, 1.0), objective)
+    *waiting, (damping, largest) = _dampings(transform, jnp.zeros((5, 3)), [batch] * 9)
+    assert {step for _, step in waiting} == {0.0}
+    assert damping == waiting[0][0]
+    assert largest > 0
+
+
+def test_a_gradient_that_is_not_finite_says_nothing_about_the_damping():
+    """An infinite input saturates a tanh: the loss is finite and its gradient is not."""
+
+    def model(params, batch):
+        return jnp.tanh(batch["x"] @ params)
+
+    objective = gnlin.Objective(model, lambda outputs, batch: 0.5 * jnp.mean((outputs - 0.3) ** 2))
+    x = jax.random.normal(jax.random.key(0), (20, 4))
+    assert bool(jnp.isfinite(objective.value(jnp.ones((4, 2)), {"x": x.at[0, 0].set(jnp.inf)})))
+    batches = [{"x": x.at[0, 0].set(jnp.inf)}] * 5 + [{"x": x}]
+    *bad, (damping, largest) = _dampings(gnlin.gauss_newton(1.0, objective), jnp.ones((4, 2)), batches)
+    assert {step for _, step in bad} == {0.0}
+    assert damping == bad[0][0]
+    assert largest > 0
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("inf"), float("nan")])
 def test_bad_norm(max_norm):
-    with pytest.raises(ValueError, match="`max_norm` must be a positive number, or None for no bound; got"):
+    with pytest.raises(ValueError, match=r"`max_norm` must be (positive|finite and at least 0); got"):
         gnlin.Subspace(max_norm=max_norm)
+
+
+def test_bad_momentum():
+    with pytest.raises(TypeError, match="`momentum` must be True or False; got "):
+        gnlin.Subspace(0.1)  # pyright: ignore[reportArgumentType]
 
 
 def test_bad_loss_model():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.solve.system import Solution, Solver, System
+from gnlin.solve.system import Solution, Solver, System, check_solver
 from gnlin.tree import Params
 
 
@@ -54,12 +54,8 @@ class Blocks:
     labels: Any | Callable[[Params], Any]
 
     def __post_init__(self):
-        solvers = self.solver.values() if isinstance(self.solver, Mapping) else [self.solver]
-        for solver in solvers:
-            if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "solve")):
-                raise TypeError(
-                    f"`solver` must be a solver record such as gnlin.CG(), or a dictionary of them; got {solver!r}"
-                )
+        for solver in self.solver.values() if isinstance(self.solver, Mapping) else [self.solver]:
+            check_solver("solver", solver)
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
         leaves = jax.tree.leaves(params)

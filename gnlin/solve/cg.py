@@ -71,7 +71,7 @@ class CG:
             raise ValueError(f"`max_steps` must be an integer of at least 1; got {self.max_steps!r}")
         for name in ("rtol", "progress_tol"):
             value = getattr(self, name)
-            if not isinstance(value, Tracer) and not value >= 0:
+            if not isinstance(value, (int, float, jax.Array)) or not (isinstance(value, Tracer) or value >= 0):
                 raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
         # Whether anything is carried is part of the form of the state: a traced number cannot say.
         if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:
@@ -123,6 +123,11 @@ class CG:
             apply, kept = self.preconditioner.prepare(system, rhs, kept)
         else:
             apply = self.preconditioner(system)
+            if not callable(apply):
+                raise TypeError(
+                    "`preconditioner`, a function of the System, must return the function v ↦ M⁻¹v; "
+                    f"got {type(apply).__name__}"
+                )
         return lambda vector: tree.cast(apply(tree.cast_like(vector, rhs)), dtype), kept
 
     def _start(self, matvec, b, unit, last):

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.gram import inverse_of, kernel_matrix
-from gnlin.solve.system import Solution, Solver, System
+from gnlin.solve.system import Solution, Solver, System, check_solver
 from gnlin.tree import Params
 
 
@@ -80,9 +80,8 @@ class Dual:
             raise ValueError(f"`momentum` must lie in [0, 1); got {self.momentum!r}")
         if isinstance(self.max_outputs, bool) or not isinstance(self.max_outputs, int) or self.max_outputs < 1:
             raise ValueError(f"`max_outputs` must be an integer of at least 1; got {self.max_outputs!r}")
-        is_solver = hasattr(self.otherwise, "init") and hasattr(self.otherwise, "solve")
-        if self.otherwise is not None and (isinstance(self.otherwise, type) or not is_solver):
-            raise TypeError(f"`otherwise` must be a solver record such as gnlin.CG(); got {self.otherwise!r}")
+        if self.otherwise is not None:
+            check_solver("otherwise", self.otherwise)
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
         last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.momentum else ()
@@ -128,7 +127,7 @@ def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, j
     start = start if start is None else tree.scale(1 / unit, start)
     total = _with_start(system, b, start)
     total_norm = tree.norm(total)
-    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs))
+    rounding = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs)), default=0.0)
     target = max(float(jnp.finfo(dtype).eps) ** 0.5, 8 * rounding)
     noise = max(100 * float(jnp.finfo(dtype).eps), 4 * rounding) * total_norm
     direct, pull_backs = _factorise(system, rhs, noise)

@@ -25,8 +25,8 @@ class Jacobi:
 
     .. math:: M = (\operatorname{diag} G + \lambda D)^{\alpha}, \qquad G = J^\top H J.
 
-    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, ε ~ N(0, I), and averaged over steps in the
-    state of the optimiser. For a dense layer y = xW + b, with cotangents s of y,
+    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, ε of independent signs, and averaged over
+    steps in the state of the optimiser. For a dense layer y = xW + b, with cotangents s of y,
 
     .. math:: G_{W_{ij} W_{ij}} = \mathbb E \sum_r x_{ri}^2\, s_{rj}^2, \qquad
               G_{b_j b_j} = \mathbb E \sum_r s_{rj}^2,

@@ -41,12 +41,13 @@ class Kronecker:
 
     .. math:: G_W \approx A \otimes S, \qquad A = \frac1R \sum_r \bar x_r^\top \bar x_r, \qquad
               S = \sum_r s_r^\top s_r, \quad s = \frac{\partial z}{\partial y}^{\!\top} H^{1/2} \varepsilon,
-              \quad \varepsilon \sim N(0, I).
+              \quad \varepsilon_i = \pm 1.
 
     Layers are found in the linearisation of the model, so nothing has to be registered. Other leaves have the row
     and column moments of the pseudo-gradient :math:`V = J^\top H^{1/2} \varepsilon`, whose covariance is G:
     :math:`A = VV^\top / \|V\|`, :math:`S = V^\top V / \|V\|`; vectors that are in no layer have their diagonal.
-    The sample :math:`H^{1/2}\varepsilon` comes from Lanczos' method on H, in output space, for whatever loss.
+    The signs ε are independent, and :math:`H^{1/2}\varepsilon` comes from Lanczos' method on H, in output space, for
+    whatever loss.
 
     Moments are averaged over steps, in the state of the optimiser. The damping λ of the system is shared between
     the factors,
@@ -126,6 +127,8 @@ class Kronecker:
         """Those of this system, in the order of the leaves."""
         dtype = tree.accumulation_dtype(params)
         like = jax.eval_shape(system.jvp, params)
+        if not tree.size(like):
+            raise ValueError("`batch` has no examples, or the model no outputs: there is nothing to take moments of")
         key = jax.random.fold_in(jax.random.key(self.seed), count)
         cotangents, others = pull_back(tree.cast_like(root_sample(system.output_hessian, like, key), like))
         found = list(before)  # a bias that belongs to a layer keeps what it has, nothing
@@ -150,8 +153,10 @@ class Kronecker:
         """A share of the rows, another at each step."""
         rows = len(inputs)
         taken = min(rows, max(round(self.fraction * rows), 64))
-        start = count * taken % max(rows - taken + 1, 1)
-        return tuple(jax.lax.dynamic_slice_in_dim(each, start, taken) for each in (inputs, outputs))
+        if taken == rows:
+            return inputs, outputs
+        chosen = (count * taken + jnp.arange(taken, dtype=count.dtype)) % rows
+        return inputs[chosen], outputs[chosen]
 
     # As a solver.
 
@@ -166,7 +171,9 @@ class Kronecker:
 
 
 def root_sample(hessian: Callable[[Outputs], Outputs], like: Outputs, key: jax.Array, steps: int = 4) -> Outputs:
-    r"""One sample of :math:`H^{1/2}\varepsilon`, ε of independent signs, in at least float32; its covariance is H.
+    r"""One sample of :math:`H^{1/2}\varepsilon`, ε of independent signs, in at least float32.
+
+    Its covariance is H, to the accuracy of so many steps.
 
     Lanczos' method: with ``steps`` products :math:`H Q = Q T` on the Krylov space of ε, and
     :math:`H^{1/2}\varepsilon \approx \|\varepsilon\|\, Q\, T^{1/2} e_1`. Negative eigenvalues of T count as 0.
@@ -225,7 +232,7 @@ def _inverse(
     layer_of = {layer.weight: layer for layer in layers}
     biases = {layer.bias for layer in layers}
     blocks, solves = [], []
-    for index in (index for index, leaf in enumerate(leaves) if leaf.ndim >= 2):
+    for index in (index for index, leaf in enumerate(leaves) if leaf.ndim >= 2 and index not in biases):
         layer = layer_of.get(index)
         block = _Block(index, layer and layer.bias, int(layer.transposed) if layer else 0)
         lengths = list(matrix_shape(leaves[index].shape))

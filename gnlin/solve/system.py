@@ -94,3 +94,13 @@ class RadiusSolver(Solver, Protocol):
     def solve_within(
         self, system: System, rhs: Params, carry: Any, radius: chex.Numeric
     ) -> tuple[Solution, Any, jax.Array]: ...
+
+
+def check_solver(name: str, solver: Any) -> None:
+    """Raise unless `solver`, the argument called `name`, is a record that solves systems."""
+    if isinstance(solver, type):
+        raise TypeError(f"`{name}` must be a solver record, not its class; write {solver.__name__}(...)")
+    if isinstance(solver, Preconditioner) and not hasattr(solver, "solve"):
+        raise TypeError(f"`{name}` must solve systems; a preconditioner is for gnlin.CG(preconditioner={solver!r})")
+    if not (hasattr(solver, "init") and hasattr(solver, "solve")):
+        raise TypeError(f"`{name}` must be a solver record such as gnlin.CG() or gnlin.Dense(); got {solver!r}")
