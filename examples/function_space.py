@@ -80,9 +80,9 @@ def measured(solver, params, batch, unit):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all networks: an hour")
+    parser.add_argument("--quick", action="store_true", help="a small network: half a minute")
     given = parser.parse_args()
     print(
         "| P | N·C | K, pull-backs | Dual: gradients | ms | residual | CG, 20 steps: gradients | ms | residual ", end=""

@@ -114,7 +114,7 @@ def print_tables(name, preconditioners, dampings, seeds, stages, rtols=(1e-1, 1e
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two columns, one λ: seconds")
+    parser.add_argument("--quick", action="store_true", help="two columns, one λ: half a minute")
     parser.add_argument("--full", action="store_true", help="three seeds, variants, five λ, early and late: hours")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="these tasks")
     parser.add_argument("--dampings", nargs="+", type=float, help="these λ")

@@ -2,7 +2,7 @@
 
 python examples/reference_problems.py                      # gn, sgd, muon and lbfgs; a few minutes
 python examples/reference_problems.py gn kfac somax-sgn    # any names of `gnlin contestants`
-python examples/reference_problems.py --quick              # seconds: one problem, little work
+python examples/reference_problems.py --quick              # half a minute: one problem, little work
 
 The unit is one gradient of the batch that the problem trains on. Everyone has five trials on seed 0, and the best goes
 on to seeds 1 and 2; the figure is the median of three seeds, and a dash where that did not get there. Runs are kept in

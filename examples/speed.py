@@ -1,7 +1,7 @@
 """Time of a step, of an iteration of conjugate gradients and of compilation: gnlin beside other libraries.
 
 python examples/speed.py            # digits and diabetes, a few minutes
-python examples/speed.py --quick    # seconds: gnlin alone, few repetitions
+python examples/speed.py --quick    # half a minute: gnlin alone, few repetitions
 
 Everything is timed in one process in shuffled order, and the least of many repetitions counts: other programs only add.
 An iteration is the difference between steps of 25 and of 5 iterations, all of which are made (tolerances are zero).
@@ -142,7 +142,7 @@ def measure(task, examples, quick):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="gnlin alone, few repetitions: half a minute")
     quick = parser.parse_args().quick
     for name, examples in [("diabetes", None)] if quick else [("digits", 256), ("digits", None), ("diabetes", None)]:
         task = TASKS[name]()

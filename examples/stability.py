@@ -2,7 +2,7 @@
 
 python examples/stability.py                               # every task, batches of 32, 128 and full; an hour or two
 python examples/stability.py digits poisson-pinn           # some tasks
-python examples/stability.py --quick                       # seconds: one task, few steps
+python examples/stability.py --quick                       # half a minute: one task, few steps
 
 Each row is one run: the loss over the training data (its first 4096 examples where there are more) at the start, the
 largest and the last of 20 evaluations after it, and the share of steps that were refused.
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", default=BATCHES, help="numbers of examples, or full")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one task, 20 steps: half a minute")
     options = parser.parse_args()
     names, steps, seeds = options.tasks or shipped, options.steps, options.seeds
     if options.quick:
