@@ -90,14 +90,16 @@ class Transformer(nn.Module):
         return nn.Dense(3)(nn.gelu(nn.Dense(7)(x)))
 
 
-def attention_of_flax():
-    model = Transformer()
-    function = third_party_model(lambda params: model.apply(params, SEQUENCE))
-    return function, third_party_model(model.init)(jax.random.key(0), SEQUENCE)
+def attention_of_flax(params):
+    return third_party_model(lambda params: Transformer().apply(params, SEQUENCE))(params)
+
+
+def parameters_of_flax():
+    return third_party_model(jax.jit(Transformer().init))(jax.random.key(0), SEQUENCE)
 
 
 KERNEL = {"k": normal(3, 3, 3, 4), "b": normal(4), "c": normal(64, 2)}
-# name, function, parameters, pairs (weight, bias) that are layers
+# name, function, parameters (or what makes them), pairs (weight, bias) that are layers
 CASES = [
     ("perceptron", perceptron, WEIGHTS, ["ab", "cd"]),
     ("transposed weights", transposed, TRANSPOSED, ["ab", "cd"]),
@@ -112,12 +114,13 @@ CASES = [
     ("shared weights", shared, {"a": normal(3, 3), "b": normal(3), "c": normal(3, 2)}, ["c"]),
     ("inside a loop", looped, {"a": normal(3, 3), "c": normal(3, 2)}, ["c"]),
     ("without its bias", seen_without_its_bias, {**WEIGHTS, "e": normal(4, 2)}, ["a", "c", "e"]),
-    ("flax", *attention_of_flax(), None),
+    ("flax", attention_of_flax, parameters_of_flax, None),
 ]
 
 
 @pytest.mark.parametrize(("function", "params", "pairs"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_inputs_and_cotangents_make_the_gradient(function, params, pairs):
+    params = params() if callable(params) else params
     outputs, jvp = jax.linearize(function, params)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     reading = read_layers(jvp, params)
