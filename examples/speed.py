@@ -5,8 +5,9 @@ python examples/speed.py --quick    # half a minute: gnlin alone, few repetition
 
 Everything is timed in one process in shuffled order, and the least of many repetitions counts: other programs only add.
 An iteration is the difference between steps of 25 and of 5 iterations, all of which are made (tolerances are zero).
-lineax and jaxopt solve the same system with gnlin's products; somax brings its own. Compilation is tracing, lowering
-and XLA's part, without any cache, and the least of three. What is not installed is left out.
+lineax and jaxopt solve the same system with gnlin's products; somax and optimistix (least squares, without damping)
+bring their own. Compilation is tracing, lowering and XLA's part, without any cache, and the least of three. What is not
+installed is left out.
 """
 
 import argparse
@@ -84,12 +85,15 @@ def solved_by(solver):
 def contestant(words, **numbers):
     """A contestant of the comparison, at the given value of its tuned number."""
     entry = parse(words)
-    reason = entry.contestant.reason_absent()
-    if reason:
-        print(f"left out: {reason}")
-        return None
     (value,) = numbers.values()
-    return lambda task: entry.method(task, value)
+
+    def method(task):
+        reason = entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
+        if reason:
+            print(f"left out: {entry.label}: {reason}")
+        return None if reason else entry.method(task, value)
+
+    return method
 
 
 def methods(quick):
@@ -102,6 +106,8 @@ def methods(quick):
                 yield "lineax, `CG`", steps, solved_by(lineax(steps))
             words = f"somax-sgn:damping={DAMPING},rtol=0,max_steps={steps}"
             yield "somax, `sgn`", steps, contestant(words, learning_rate=0.1)
+            words = f"optimistix-gn:solver=cg,rtol=0,max_steps={steps}"
+            yield "optimistix, `GaussNewton`", steps, contestant(words, learning_rate=1.0)
     yield "gnlin, defaults", None, trained_by(lambda objective: gnlin.gauss_newton(1.0, objective))
     if not quick:
         yield "kfac-jax", None, contestant("kfac", damping=1.0)
@@ -124,9 +130,9 @@ def measure(task, examples, quick):
     gradient = jax.jit(task.objective.value_and_grad).lower(params, batch).compile()
     calls, compilation, seconds = {None: lambda: gradient(params, batch)}, {}, {None: []}
     for name, steps, build in methods(quick):
-        if build is None:
-            continue
         method = build(task)
+        if method is None:
+            continue
         state = method.init(params, batch, key)
         executable, compilation[name, steps] = compiled(method, params, state, batch, key, 1 if quick else 3)
         calls[name, steps] = lambda run=executable, state=state: run(params, state, batch, key)
