@@ -224,9 +224,8 @@ def accepting(name, stats, key, *, initial_damping=1.0, **options):
 CASES = [
     linearised("every-step-sgd", third_party(optax.sgd(0.5)), 30, period=1),
     linearised("every-third-adam", third_party(optax.adam(0.05)), 250, period=3),
-    linearised("never-momentum", third_party(optax.sgd(0.1, momentum=0.5)), 80, period=None),
+    linearised("never-momentum", third_party(optax.sgd(0.1, momentum=0.5)), 80, period=None, loss_model="quadratic"),
     linearised("schedule-adam", third_party(optax.adam(0.05)), 250, period=PERIOD_SCHEDULE),
-    linearised("quadratic-sgd", third_party(optax.sgd(0.5)), 30, period=3, loss_model="quadratic"),
     cycles("plain-adam", third_party(optax.adam(0.05)), 250),
     cycles("reset-momentum", third_party(optax.sgd(0.2, momentum=0.5)), 60, reset_inner=True),
     cycles(
@@ -236,19 +235,16 @@ CASES = [
         line_search=(1.0, 0.5, 0.25),
         metrics=frozenset({"line_search/alpha"}),
     ),
-    prox("sgd", third_party(optax.sgd(0.3)), 20),
     # Adam started afresh moves each parameter by its rate however near the solution is.
     prox("adam-quadratic", third_party(optax.adam(0.02)), 100, loss_model="quadratic", convex_accuracy=0.1),
     prox("lbfgs", third_party(optax.lbfgs()), 5, extras=for_line_searches),
     preconditioned("cg", gnlin.CG(max_steps=20), CG_STATS, "cg/converged"),
     preconditioned("warm-start", gnlin.CG(max_steps=20, warm_start=0.9), CG_STATS, "cg/converged"),
     preconditioned("dense", gnlin.Dense(), DENSE_STATS, "dense/converged"),
-    descending("number", 0.2, frozenset({"learning_rate", "damping"})),
     descending("schedule", DAMPING_SCHEDULE, frozenset({"learning_rate", "damping"})),
     descending("gain-ratio", gnlin.GainRatio(0.2), frozenset({"learning_rate"}), CG_STATS | STEP, solver=gnlin.CG()),
     descending("adaptive", None, frozenset({"learning_rate"}), STEP | {"kronecker/finite"}, "kronecker/finite"),
     accepting("cg", CG_STATS, "cg/converged"),
-    accepting("dense", DENSE_STATS, "dense/converged", solver=gnlin.Dense()),
     accepting(
         "trust-region",
         DENSE_STATS | {"radius"},

@@ -354,7 +354,7 @@ def test_line_search_judges_where_the_rounded_update_leads():
     assert objective.value(params) <= objective.value(back)
 
 
-@pytest.mark.parametrize("name", ["Chwirut1", "MGH17", "Misra1a"])
+@pytest.mark.parametrize("name", ["MGH17", "Misra1a"])
 def test_derivatives_of_fits_whose_parameters_differ_by_orders_of_magnitude(x64, name):
     fit = nist.load(name)
     objective = gnlin.Objective.least_squares(nist.residuals(name))
