@@ -124,7 +124,8 @@ def test_public_names_explain_themselves(name):
 
 
 def run(code: str, *flags: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # As installed: compiled to byte code once and not at every import.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, *flags, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
