@@ -5,23 +5,12 @@ others compute for themselves is written for the usual rules: see `problems.thir
 float32; a test in double precision asks for the fixture `x64`. Doctests elsewhere see JAX as a user does.
 """
 
-import atexit
 import os
-import shutil
-import tempfile
 
 # Most of the time here is compilation. LLVM's optimisations change neither results nor the counts of operations.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 )
-# What one process has compiled serves the other workers and the programs that tests start.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    cache = tempfile.mkdtemp(prefix="gnlin-tests-")
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-
 import jax
 import pytest
 from hypothesis import settings
