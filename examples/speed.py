@@ -82,16 +82,15 @@ def solved_by(solver):
     return trained_by(lambda objective: gnlin.gauss_newton(0.1, objective, DAMPING, solver=solver))
 
 
-def contestant(words, **numbers):
+def contestant(words, number):
     """A contestant of the comparison, at the given value of its tuned number."""
     entry = parse(words)
-    (value,) = numbers.values()
 
     def method(task):
         reason = entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
         if reason:
             print(f"left out: {entry.label}: {reason}")
-        return None if reason else entry.method(task, value)
+        return None if reason else entry.method(task, number)
 
     return method
 
@@ -105,12 +104,12 @@ def methods(quick):
             if importlib.util.find_spec("lineax"):
                 yield "lineax, `CG`", steps, solved_by(lineax(steps))
             words = f"somax-sgn:damping={DAMPING},rtol=0,max_steps={steps}"
-            yield "somax, `sgn`", steps, contestant(words, learning_rate=0.1)
+            yield "somax, `sgn`", steps, contestant(words, 0.1)
             words = f"optimistix-gn:solver=cg,rtol=0,max_steps={steps}"
-            yield "optimistix, `GaussNewton`", steps, contestant(words, learning_rate=1.0)
+            yield "optimistix, `GaussNewton`", steps, contestant(words, 1.0)
     yield "gnlin, defaults", None, trained_by(lambda objective: gnlin.gauss_newton(1.0, objective))
     if not quick:
-        yield "kfac-jax", None, contestant("kfac", damping=1.0)
+        yield "kfac-jax", None, contestant("kfac", 1.0)
 
 
 def compiled(method, params, state, batch, key, repetitions):

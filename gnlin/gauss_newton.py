@@ -88,6 +88,7 @@ def scale_by_gauss_newton(
     ):
         del extra_args
         problem = visible_objective(objective, params, all_params)
+        check_params(params, allow_holes=True)
         strength = damping_at(damping, state.count)
         batches = (batch, curvature_batch)
         solution, carry, *_ = _direction(problem, solver, strength, updates, params, batches, state.solver)
@@ -145,18 +146,18 @@ def gauss_newton(
         True
     """
     adaptive = damping is None or isinstance(damping, GainRatio)
-    policy = GainRatio(1e-2, minimum=1e-3) if damping is None else damping
+    policy: Any = GainRatio(1e-2, minimum=1e-3) if damping is None else damping
     chosen = solver if solver is not None else Kronecker() if adaptive else CG()
     rule = step if step is not None else Subspace() if adaptive or isinstance(chosen, Kronecker) else None
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate)
-    if rule is None and not isinstance(policy, GainRatio):
+    if rule is None:
         return optax.chain(
             scale_by_gauss_newton(objective, policy, solver=chosen), optax.scale_by_learning_rate(learning_rate)
         )
     check_objective(objective)
     check_solver("solver", chosen)
-    if rule is None or isinstance(step, type) or not (hasattr(rule, "init") and hasattr(rule, "choose")):
+    if isinstance(rule, type) or not (hasattr(rule, "init") and hasattr(rule, "choose")):
         raise TypeError(f"`step` must be a record such as gnlin.Subspace(); got {step!r}")
     if not adaptive:
         check_damping(damping)
@@ -221,7 +222,6 @@ def solve_damped(
 
 def _direction(objective, solver, damping, updates, params, batches, carry):
     """``(solution, carry, model, model of the curvature, rhs)``; of two `batches` the curvature's may be `None`."""
-    check_params(params, allow_holes=True)
     if updates is not None:
         check_like_params("updates", updates, params, "pass the gradient at `params`")
     batch, curvature_batch = batches

@@ -71,7 +71,8 @@ class CG:
             raise ValueError(f"`max_steps` must be an integer of at least 1; got {self.max_steps!r}")
         for name in ("rtol", "progress_tol"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float, jax.Array)) or not (isinstance(value, Tracer) or value >= 0):
+            is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
+            if not is_number or not (isinstance(value, Tracer) or value >= 0):
                 raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
         # Whether anything is carried is part of the form of the state: a traced number cannot say.
         if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:

@@ -206,7 +206,7 @@ def root_sample(hessian: Callable[[Outputs], Outputs], like: Outputs, key: jax.A
 
 
 def _signs(key: jax.Array, count: int, dtype) -> jax.Array:
-    """Independent signs, 32 from each random word: with the words for a normal each, they took half a gradient."""
+    """Independent signs, 32 from each random word: a normal from each took half the time of a gradient."""
     words = jax.random.bits(key, [-(-count // 32), 1], jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
     return jnp.where(bits.ravel()[:count] == 1, 1, -1).astype(dtype)
