@@ -2,21 +2,38 @@
 
 Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model
 expanded at an anchor), `curvature` (Gauss-Newton products), `layers` (what a linearisation says of the network's
-structure) with `by_example` and `gram` (kernel matrices), `solve` (one linear system, several solvers), then the
-transforms `iterative_linearisation`, `prox_linear`, `damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`,
-then `minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported here.
+structure) with `by_example`, `rows` (of the Jacobian) and `gram` (their products), `batches` (parts of a batch), `kernel` (the neural tangent
+kernel) and `alignment` (how kernels compare), `solve` (one linear system, several solvers), then the transforms:
+`period` (how long an anchor is kept), `iterative_linearisation`, `drift` (how far the kernel moves), `prox_linear`,
+`damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`; the spectral condition, with `fans` (what is a matrix),
+`spectral` and `parametrisation`; `lazy` (linearised training in closed form), `minimise` (a driver) and `telemetry`
+(what the state says). `compare`, the command line, is never imported here.
 """
 
+from gnlin.alignment import effective_rank, kernel_alignment, kernel_distance, kernel_spectrum
 from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model
 from gnlin.damping import GainRatio, TrustRegion
+from gnlin.drift import measure_kernel_drift
+from gnlin.fans import Fans
 from gnlin.gauss_newton import gauss_newton, scale_by_gauss_newton
 from gnlin.iterative_linearisation import iterative_linearisation, linearise_gradients
+from gnlin.kernel import empirical_ntk, ntk_vector_product
+from gnlin.lazy import LazyTraining, lazy_training
 from gnlin.levenberg_marquardt import levenberg_marquardt
 from gnlin.linearise import Linearisation, linearise, linearised_value_and_grad
 from gnlin.minimise import MinimiseInfo, minimise
 from gnlin.objective import Objective
+from gnlin.parametrisation import (
+    SpectralNorms,
+    scale_by_maximal_update_adam,
+    scale_by_maximal_update_sgd,
+    spectral_init,
+    spectral_report,
+)
+from gnlin.period import LayerPeriods, RelativeGap
 from gnlin.prox_linear import prox_linear
 from gnlin.solve import CG, Blocks, Dense, Dual, Jacobi, Kronecker, Nystrom, Solution, System
+from gnlin.spectral import scale_by_spectral_condition
 from gnlin.subspace import Subspace
 from gnlin.telemetry import anchor, metrics, predict
 
@@ -27,30 +44,48 @@ __all__ = [
     "Blocks",
     "Dense",
     "Dual",
+    "Fans",
     "GainRatio",
     "Jacobi",
     "Kronecker",
+    "LayerPeriods",
+    "LazyTraining",
     "Linearisation",
     "MinimiseInfo",
     "Nystrom",
     "Objective",
     "QuadraticModel",
+    "RelativeGap",
     "Solution",
+    "SpectralNorms",
     "Subspace",
     "System",
     "TrustRegion",
     "anchor",
+    "effective_rank",
+    "empirical_ntk",
     "gauss_newton",
     "ggn_vector_product",
     "iterative_linearisation",
+    "kernel_alignment",
+    "kernel_distance",
+    "kernel_spectrum",
+    "lazy_training",
     "levenberg_marquardt",
     "linearise",
     "linearise_gradients",
     "linearised_value_and_grad",
+    "measure_kernel_drift",
     "metrics",
     "minimise",
+    "ntk_vector_product",
     "predict",
     "prox_linear",
     "quadratic_model",
     "scale_by_gauss_newton",
+    "scale_by_maximal_update_adam",
+    "scale_by_maximal_update_sgd",
+    "scale_by_spectral_condition",
+    "spectral_init",
+    "spectral_report",
 ]

@@ -53,7 +53,7 @@ def run_by_example(function: Any, arguments: Sequence[jax.Array], examples: int)
         outputs = None
         if kinds == {Summed}:
             outputs = _linear_in_addends(equation, values)
-        elif kinds == {ByExample} and (rule := _RULES.get(equation.primitive.name)) is not None:
+        elif kinds == {ByExample} and (rule := RULES.get(equation.primitive.name)) is not None:
             outputs = rule(equation, values, examples)
         return [MIXED] * len(equation.outvars) if outputs is None else outputs
 
@@ -73,10 +73,10 @@ def _linear_in_addends(equation: Any, values: list[Any]) -> list[Any]:
 # Rules: (equation, inputs, N) ↦ outputs, or `None` where examples would be mixed. All inputs that depend on the
 # arguments are `ByExample`; the others are arrays.
 
-_Rule = Callable[[Any, list[Any], int], list[Any] | None]
+Rule = Callable[[Any, list[Any], int], list[Any] | None]
 
 
-def _computed(equation: Any, values: list[Any], axis: int) -> list[Any]:
+def computed(equation: Any, values: list[Any], axis: int) -> list[Any]:
     arrays = [value.array if isinstance(value, ByExample) else value for value in values]
     return [ByExample(output, axis) for output in apply_equation(equation, arrays)]
 
@@ -88,7 +88,7 @@ def _split(array: jax.Array, axis: int, examples: int) -> jax.Array:
     return jnp.moveaxis(split, axis, 0)
 
 
-def _elementwise(equation, values, examples):
+def elementwise(equation, values, examples):
     del examples
     axes = {value.axis for value in values if isinstance(value, ByExample)}
     shape = equation.outvars[0].aval.shape
@@ -101,10 +101,10 @@ def _elementwise(equation, values, examples):
         stretches = len(own) == len(shape) and all(a in (b, 1) for a, b in zip(own, shape, strict=True))
         if not (own == () or stretches) or (isinstance(value, ByExample) and own[axis] != shape[axis]):
             return None
-    return _computed(equation, values, axis)
+    return computed(equation, values, axis)
 
 
-def _apart_from_axes(name: str) -> _Rule:
+def apart_from_axes(name: str) -> Rule:
     """Operations along the axes that their parameter `name` says, which keep the others."""
 
     def rule(equation, values, examples):
@@ -115,21 +115,21 @@ def _apart_from_axes(name: str) -> _Rule:
         all_depend = all(isinstance(value, ByExample) or jnp.ndim(value) > 0 for value in values)
         if len(axes) > 1 or not all_depend or not axes.isdisjoint(touched):
             return None
-        return _computed(equation, values, axes.pop())
+        return computed(equation, values, axes.pop())
 
     return rule
 
 
-def _reduce_sum(equation, values, examples):
+def reduce_sum(equation, values, examples):
     (value,), axes = values, equation.params["axes"]
     if value.axis not in axes:
-        return _computed(equation, values, value.axis - sum(axis < value.axis for axis in axes))
+        return computed(equation, values, value.axis - sum(axis < value.axis for axis in axes))
     return [Summed(jnp.sum(_split(value.array, value.axis, examples), axis=tuple(axis + 1 for axis in axes)))]
 
 
 def _transpose(equation, values, examples):
     del examples
-    return _computed(equation, values, equation.params["permutation"].index(values[0].axis))
+    return computed(equation, values, equation.params["permutation"].index(values[0].axis))
 
 
 def _reshape(equation, values, examples):
@@ -140,7 +140,7 @@ def _reshape(equation, values, examples):
     for axis, length in enumerate(shape):
         # Blocks of consecutive entries stay what they are where as many come before, and the axis holds N of them.
         if math.prod(shape[:axis]) == before and length % examples == 0 and length:
-            return _computed(equation, values, axis)
+            return computed(equation, values, axis)
     return None
 
 
@@ -148,7 +148,7 @@ def _broadcast(equation, values, examples):
     del examples
     axis = equation.params["broadcast_dimensions"][values[0].axis]
     kept = equation.params["shape"][axis] == values[0].array.shape[values[0].axis]
-    return _computed(equation, values, axis) if kept else None
+    return computed(equation, values, axis) if kept else None
 
 
 def _slice(equation, values, examples):
@@ -157,7 +157,7 @@ def _slice(equation, values, examples):
     strides = params["strides"] or (1,) * value.array.ndim
     length = value.array.shape[value.axis]
     whole = (params["start_indices"][value.axis], params["limit_indices"][value.axis], strides[value.axis])
-    return _computed(equation, values, value.axis) if whole == (0, length, 1) else None
+    return computed(equation, values, value.axis) if whole == (0, length, 1) else None
 
 
 def _stack(equation, values, examples):
@@ -166,13 +166,13 @@ def _stack(equation, values, examples):
     axis = axes.pop()
     if axes or axis is None:
         return None
-    return _computed(equation, values, axis + (equation.params["axis"] <= axis))
+    return computed(equation, values, axis + (equation.params["axis"] <= axis))
 
 
 def _unstack(equation, values, examples):
     del examples
     axis, along = values[0].axis, equation.params["axis"]
-    return None if axis == along else _computed(equation, values, axis - (along < axis))
+    return None if axis == along else computed(equation, values, axis - (along < axis))
 
 
 def _pad(equation, values, examples):
@@ -181,24 +181,25 @@ def _pad(equation, values, examples):
     if not isinstance(operand, ByExample) or isinstance(padding, ByExample):
         return None
     untouched = equation.params["padding_config"][operand.axis] == (0, 0, 0)
-    return _computed(equation, values, operand.axis) if untouched else None
+    return computed(equation, values, operand.axis) if untouched else None
 
 
 def _dot_general(equation, values, examples):
     place = next(place for place, value in enumerate(values) if isinstance(value, ByExample))
     value, other = values[place], values[1 - place]
-    if isinstance(other, ByExample):
-        return None
     contracting, batch = equation.params["dimension_numbers"]
     own_contracting, own_batch = contracting[place], batch[place]
+    if isinstance(other, ByExample):  # of examples with examples, only those of each with itself
+        paired = (value.axis, other.axis) in zip(own_batch, batch[1 - place], strict=True)
+        return computed(equation, values, own_batch.index(value.axis)) if paired else None
     if value.axis in own_batch:
-        return _computed(equation, values, own_batch.index(value.axis))
+        return computed(equation, values, own_batch.index(value.axis))
     if value.axis not in own_contracting:
         free = [axis for axis in range(value.array.ndim) if axis not in (*own_contracting, *own_batch)]
         position = len(own_batch) + free.index(value.axis)
         if place == 1:
             position += other.ndim - len(contracting[0]) - len(batch[0])
-        return _computed(equation, values, position)
+        return computed(equation, values, position)
     # The sum over examples, left open: each example's share is contracted by itself.
     other_axis = contracting[1 - place][own_contracting.index(value.axis)]
     shares = [_split(value.array, value.axis, examples), _split(other, other_axis, examples)]
@@ -218,9 +219,9 @@ def _convolution(equation, values, examples):
     if left and right:
         return None
     if left and values[0].axis == numbers.lhs_spec[0]:
-        return _computed(equation, values, numbers.out_spec[0])
+        return computed(equation, values, numbers.out_spec[0])
     if right and values[1].axis == numbers.rhs_spec[0]:
-        return _computed(equation, values, numbers.out_spec[1])
+        return computed(equation, values, numbers.out_spec[1])
     features = (numbers.lhs_spec[1], numbers.rhs_spec[1])
     if values[1 if right else 0].axis != features[1 if right else 0]:
         return None
@@ -229,7 +230,7 @@ def _convolution(equation, values, examples):
     return [Summed(jax.vmap(lambda own, other: apply_equation(equation, [own, other])[0])(*shares))]
 
 
-def _pooling(equation, values, examples):
+def pooling(equation, values, examples):
     del examples
     axes = {value.axis for value in values if isinstance(value, ByExample)}
     axis, params = axes.pop(), equation.params
@@ -237,20 +238,20 @@ def _pooling(equation, values, examples):
     dilated = any(params.get(name, (1,) * (axis + 1))[axis] != 1 for name in ("base_dilation", "window_dilation"))
     if axes or not alone or dilated or params["padding"][axis] != (0, 0):
         return None
-    return _computed(equation, values, axis)
+    return computed(equation, values, axis)
 
 
-_RULES: dict[str, _Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("convert_element_type", "reduce_precision", "copy", "neg", "add", "add_any", "sub", "mul", "div", "select_n"),
-        _elementwise,
+        elementwise,
     ),
-    "rev": _apart_from_axes("dimensions"),
-    "concatenate": _apart_from_axes("dimension"),
-    **dict.fromkeys(("cumsum", "split"), _apart_from_axes("axis")),
+    "rev": apart_from_axes("dimensions"),
+    "concatenate": apart_from_axes("dimension"),
+    **dict.fromkeys(("cumsum", "split"), apart_from_axes("axis")),
     "stack": _stack,
     "unstack": _unstack,
-    "reduce_sum": _reduce_sum,
+    "reduce_sum": reduce_sum,
     "transpose": _transpose,
     **dict.fromkeys(("reshape", "squeeze"), _reshape),
     "broadcast_in_dim": _broadcast,
@@ -258,5 +259,5 @@ _RULES: dict[str, _Rule] = {
     "pad": _pad,
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
-    **dict.fromkeys(("select_and_scatter_add", "reduce_window_sum"), _pooling),
+    **dict.fromkeys(("select_and_scatter_add", "reduce_window_sum"), pooling),
 }

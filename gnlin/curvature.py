@@ -7,13 +7,14 @@ linearised model. Every product is a push-forward, a product with H in output sp
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import optax
 
 from gnlin import tree
 from gnlin.linearise import Linearisation, linearise, linearise_function
-from gnlin.objective import Objective
+from gnlin.objective import Objective, with_constants
 from gnlin.tree import Batch, Outputs, Params
 
 # Displacement δz of the outputs from those at the anchor ↦ (model of the loss there, its gradient in δz).
@@ -104,6 +105,30 @@ def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., ja
     def value_fn(params, batch=None):
         del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
         return loss(linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)))[0]
+
+    return value_fn
+
+
+def partly_linearised_loss(
+    objective: Objective, anchor: Params, exact: Any, loss_model: LossModel, data: Batch
+) -> Callable[..., jax.Array]:
+    """Q as a function of all parameters, ``(params, batch=None) -> scalar``; those that are `exact` are not linearised.
+
+    At parameters (a, b), b exact, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
+    """
+    objective.check_params(anchor)
+
+    def part(params, chosen):
+        return jax.tree.map(lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact)
+
+    fixed = part(anchor, chosen=False)
+
+    def value_fn(params, batch=None):
+        del batch  # as in `linearised_loss`
+        params = tree.cast_like(params, anchor)
+        linear = linearise(with_constants(objective, part(params, chosen=True)), fixed, data)
+        loss = LOSS_MODELS[loss_model](objective, linear.outputs, data)
+        return loss(linear.jvp(tree.subtract(part(params, chosen=False), fixed)))[0]
 
     return value_fn
 

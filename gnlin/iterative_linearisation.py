@@ -24,13 +24,12 @@ update will start from the true model at θ, and `predict` then evaluates the tr
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss
+from gnlin.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss, partly_linearised_loss
 from gnlin.linearise import Linearisation, linearise, primitive_names
 from gnlin.objective import (
     Objective,
@@ -38,24 +37,24 @@ from gnlin.objective import (
     check_line_search,
     check_objective,
     check_params,
-    check_period,
     check_transformation,
     visible_objective,
     without_loss,
 )
+from gnlin.period import LayerPeriods, Period, RelativeGap, check_period, cycle_length
 from gnlin.tree import Batch, Params
 
-Period = int | None | Callable[[Any], chex.Numeric]
-
-_FOREVER = -1  # value of `remaining` for an anchor that never moves
 # A cycle of K steps saves one push-forward, a fraction 2/(5K) of its work; beyond this K that is not worth a branch.
 _LONGEST_SKIPPING_PERIOD = 10
 
 
 class LinearisedGradientsState(NamedTuple):
     count: jax.typing.ArrayLike
-    remaining: jax.Array  # updates that the anchor still serves; 0: the next update moves it
+    remaining: (
+        Any  # updates that the anchor still serves; 0: the next update moves it; of `LayerPeriods`, for each leaf
+    )
     anchor: Params
+    gap: Any  # `GapState` of a `RelativeGap`
     metrics: dict[str, jax.Array]
 
 
@@ -81,12 +80,14 @@ def linearise_gradients(
     A step costs 5/3 of a gradient, and with ``period=1`` exactly a gradient.
 
     Metrics: ``linearise/loss`` (Q at the parameters given), ``linearise/refreshes`` (times the anchor moved),
-    ``linearise/age`` (updates since then).
+    ``linearise/age`` (updates since then); with `RelativeGap` also ``linearise/gap`` (what its last look found); with
+    `LayerPeriods` refreshes and age for each label, ``linearise/refreshes/<label>``.
 
     Args:
         objective: the problem.
-        period: K ≥ 1; `None` for never (linearised training); or a schedule, evaluated at the count of updates each
-            time the anchor moves and rounded to at least 1.
+        period: K ≥ 1; `None` for never (linearised training); a schedule, evaluated at the count of updates each
+            time the anchor moves and rounded to at least 1; a `RelativeGap`, to move the anchor when the linearisation
+            no longer holds; or `LayerPeriods`, to linearise some layers only, or each group at its own pace.
         loss_model: ``"exact"`` keeps the loss; ``"quadratic"`` expands it too, to second order at f(φ): the
             Gauss-Newton model of Abreu et al.
 
@@ -118,12 +119,17 @@ def linearise_gradients(
         check_params(params, allow_holes=True)
         return LinearisedGradientsState(
             count=jnp.zeros([], jnp.int32),
-            remaining=jnp.zeros([], jnp.int32),
+            remaining=_each_leaf(period, params, lambda label: jnp.zeros([], jnp.int32)),
             anchor=tree.copy(params),
+            gap=period.init() if isinstance(period, RelativeGap) else (),
             metrics={
                 "linearise/loss": jnp.asarray(0.0, float),
-                "linearise/refreshes": jnp.zeros([], jnp.int32),
-                "linearise/age": jnp.zeros([], jnp.int32),
+                **{
+                    name + suffix: jnp.zeros([], jnp.int32)
+                    for suffix in _suffixes(period)
+                    for name in ("linearise/refreshes", "linearise/age")
+                },
+                **({"linearise/gap": jnp.asarray(0.0, float)} if isinstance(period, RelativeGap) else {}),
             },
         )
 
@@ -192,6 +198,9 @@ def iterative_linearisation(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     alphas = check_line_search(line_search)
+    if isinstance(period, LayerPeriods) and (reset_inner or alphas is not None):
+        name = "reset_inner" if reset_inner else "line_search"
+        raise ValueError(f"`{name}` wants cycles that end for all layers at once; give one `period`, not LayerPeriods")
     linearised = linearise_gradients(objective, period, loss_model=loss_model)
 
     def init_fn(params):
@@ -242,30 +251,78 @@ def _linearised_step(
     """``(Q(θ), ∇Q(θ), Q, state)`` of one update."""
     check_params(params, allow_holes=True)
     check_like_params("opt_state", state.anchor, params, "call tx.init(params) for these parameters")
-    fresh = state.remaining == 0
     always = isinstance(period, int) and period == 1
-    anchor = params if always else tree.select(fresh, params, state.anchor)
+    anchor = params if always else next_anchor(state, params)
+    if isinstance(period, LayerPeriods):
+        exact = _each_leaf(period, anchor, lambda label: check_period(period.periods[label]) == 1)
+        value_fn = partly_linearised_loss(objective, anchor, exact, loss_model, batch)
+        value, grads = jax.value_and_grad(value_fn)(params)
+        return value, grads, value_fn, _after(period, state, anchor, value)
+    fresh = state.remaining == 0
     linear = linearise(objective, anchor, batch)
     loss = LOSS_MODELS[loss_model](objective, linear.outputs, batch)
     if always:
         # θ = φ: the displacement is zero, and both models of the loss have the gradient of the loss itself.
         value, cotangent = jax.value_and_grad(objective.loss_of)(linear.outputs, batch)
     else:
-        value, cotangent = loss(_displacement(linear, params, fresh, period))
-
-    served = jnp.where(fresh, _cycle_length(period, state.count), state.remaining)
-    refreshes = state.metrics["linearise/refreshes"] + fresh.astype(jnp.int32)
-    after = LinearisedGradientsState(
-        count=optax.safe_increment(state.count),
-        remaining=jnp.where(served > 0, served - 1, served),
-        anchor=anchor,
-        metrics={
-            "linearise/loss": value.astype(float),
-            "linearise/refreshes": refreshes,
-            "linearise/age": jnp.where(fresh, 0, optax.safe_increment(state.metrics["linearise/age"])),
-        },
-    )
+        moved = _displacement(linear, params, fresh, period)
+        value, cotangent = loss(moved)
+    after = _after(period, state, anchor, value)
+    if isinstance(period, RelativeGap):
+        gap, stale = period.look(
+            state.gap,
+            after.metrics["linearise/age"],
+            moved,
+            lambda: objective.outputs_and_aux(params, batch)[0],
+            linear.outputs,
+        )
+        remaining = jnp.where(stale, 0, after.remaining)
+        after = after._replace(remaining=remaining, gap=gap, metrics={**after.metrics, "linearise/gap": gap.gap})
     return value, linear.vjp(cotangent), linearised_loss(linear, loss), after
+
+
+def next_anchor(state: LinearisedGradientsState, params: Params) -> Params:
+    """The anchor of an update at `params`."""
+    if jax.tree.structure(state.remaining) != jax.tree.structure(params):
+        return tree.select(state.remaining == 0, params, state.anchor)
+    return jax.tree.map(lambda left, new, old: jnp.where(left == 0, new, old), state.remaining, params, state.anchor)
+
+
+def linearised_state(opt_state: Any) -> LinearisedGradientsState | None:
+    """The state of iterative linearisation in `opt_state`, however nested; `None` where there is none."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LinearisedGradientsState))
+    found = [node for node in nodes if isinstance(node, LinearisedGradientsState)]
+    if len(found) > 1:
+        raise ValueError(
+            f"`opt_state` holds {len(found)} anchors, so the model being trained is not one linearisation. "
+            "Pass the part of the state that belongs to one transform."
+        )
+    return found[0] if found else None
+
+
+def _after(period: Period, state: LinearisedGradientsState, anchor: Params, value: jax.Array):
+    """State after an update with this anchor, at which Q was `value`."""
+
+    def count_down(period, left):
+        served = jnp.where(left == 0, cycle_length(period, state.count), left)
+        return jnp.where(served > 0, served - 1, served)
+
+    metrics = {**state.metrics, "linearise/loss": value.astype(float)}
+    if isinstance(period, LayerPeriods):
+        labels, left = period.label_of_leaves(anchor), jax.tree.leaves(state.remaining)
+        first = dict(zip(reversed(labels), reversed(left), strict=True))
+        remaining = jax.tree.unflatten(
+            jax.tree.structure(anchor),
+            [count_down(period.periods[label], each) for label, each in zip(labels, left, strict=True)],
+        )
+    else:
+        first, remaining = {"": state.remaining}, count_down(period, state.remaining)
+    for label, left in first.items():
+        suffix = f"/{label}" if isinstance(period, LayerPeriods) else ""
+        refreshes, age = f"linearise/refreshes{suffix}", f"linearise/age{suffix}"
+        metrics[refreshes] += (left == 0).astype(jnp.int32)
+        metrics[age] = jnp.where(left == 0, 0, optax.safe_increment(metrics[age]))
+    return state._replace(count=optax.safe_increment(state.count), remaining=remaining, anchor=anchor, metrics=metrics)
 
 
 def _displacement(linear: Linearisation, params: Params, fresh: jax.Array, period: Period) -> Any:
@@ -284,11 +341,19 @@ def _skipping_pays(linear: Linearisation, period: Period) -> bool:
     return "conv_general_dilated" not in names
 
 
-def _cycle_length(period: Period, count: jax.typing.ArrayLike) -> jax.Array:
-    if period is None:
-        return jnp.asarray(_FOREVER, jnp.int32)
-    length = period(count) if callable(period) else period
-    return jnp.maximum(jnp.round(jnp.asarray(length, float)), 1).astype(jnp.int32)
+# Layers at their own pace.
+
+
+def _suffixes(period: Period) -> list[str]:
+    """What the names of metrics end with."""
+    return [f"/{label}" for label in period.periods] if isinstance(period, LayerPeriods) else [""]
+
+
+def _each_leaf(period: Period, params: Params, value: Callable[[Any], Any]) -> Any:
+    """A value for the whole network, or for each leaf by its label."""
+    if not isinstance(period, LayerPeriods):
+        return value(None)
+    return jax.tree.unflatten(jax.tree.structure(params), [value(each) for each in period.label_of_leaves(params)])
 
 
 def _best_along(

@@ -90,10 +90,11 @@ def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
     return Reading(layers, pull_back)
 
 
-# Walking through a jaxpr. Primitives that do nothing but call another ↦ the parameter that holds it.
-_CALLS = {
+# Walking through a jaxpr. Primitives that do nothing but call another ↦ the parameter that holds it; versions differ.
+CALLS = {
     **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call"), "call_jaxpr"),
+    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 
 _ABSENT = object()  # the tangent of a parameter that only enters through layers that were cut out
@@ -114,8 +115,8 @@ def run_jaxpr(
     for place, equation in enumerate(jaxpr.eqns):
         here, inputs = (*path, place), [read(variable) for variable in equation.invars]
         name = equation.primitive.name
-        if name in _CALLS:
-            called = equation.params[_CALLS[name]]
+        if name in CALLS:
+            called = equation.params[CALLS[name]]
             outputs = run_jaxpr(getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, replace, here)
         else:
             outputs = replace(here, equation, inputs)
@@ -131,6 +132,23 @@ def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # from JAX 0.9 the parameters alone
     outputs = equation.primitive.bind(*functions, *inputs, **params)
     return outputs if equation.primitive.multiple_results else [outputs]
+
+
+class ScanSplit(NamedTuple):
+    """Which inputs of a scan are its constants, its carry, and what it goes over; the carry is first of its outputs."""
+
+    constants: range
+    carried: range
+    scanned: range
+
+
+def split_scan(equation: Any) -> ScanSplit:
+    """Read off the ranks, for not all versions of JAX say it: what is scanned or stacked has an axis more outside."""
+    body = equation.params["jaxpr"]
+    scanned = sum(v.aval.ndim > aval.ndim for v, aval in zip(equation.invars, body.in_avals, strict=True))
+    stacked = sum(v.aval.ndim > aval.ndim for v, aval in zip(equation.outvars, body.out_avals, strict=True))
+    carried, kept = len(body.out_avals) - stacked, len(body.in_avals) - scanned
+    return ScanSplit(range(kept - carried), range(kept - carried, kept), range(kept, kept + scanned))
 
 
 # What an input of an equation can be, beside a known array.

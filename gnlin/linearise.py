@@ -104,11 +104,15 @@ def primitive_names(jaxpr: Any) -> Iterator[str]:
     """Names of the primitives in a jaxpr, those of its inner jaxprs included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None
-        ):
-            if (found := _as_jaxpr(inner)) is not None:
-                yield from primitive_names(found)
+        for inner in inner_jaxprs(equation):
+            yield from primitive_names(inner)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """Jaxprs among the parameters of an equation: of what it calls, its branches, a loop's body and condition."""
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None):
+        if (found := _as_jaxpr(value)) is not None:
+            yield found
 
 
 def _as_jaxpr(value: Any) -> Any:

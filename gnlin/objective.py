@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.tree import Batch, Outputs, Params
@@ -107,7 +105,7 @@ class Objective:
 
     def outputs_and_aux(self, params: Params, batch: Batch = None) -> tuple[Outputs, Any]:
         """``(outputs, aux)`` of the model, `aux` being `None` without `has_aux`."""
-        check_params(params, allow_holes=isinstance(self.model, _Filled))
+        self.check_params(params)
         self.check_batch(batch)
         returned = _call("model", self.model, params, batch)
         if self.has_aux:
@@ -134,6 +132,9 @@ class Objective:
             )
         return value
 
+    def check_params(self, params: Params) -> None:
+        check_params(params, allow_holes=isinstance(self.model, _Filled))
+
     def check_batch(self, batch: Batch) -> None:
         if batch is None and not self.is_bound:
             raise ValueError(
@@ -146,6 +147,14 @@ def half_sum_of_squares(residuals: Outputs, batch: Batch = None) -> jax.Array:
     r""":math:`\tfrac12\sum_i r_i^2`, accumulated in at least float32."""
     del batch
     return tree.inner(residuals, residuals) / 2
+
+
+def without_binding(objective: Objective, batch: Batch) -> tuple[Objective, Batch]:
+    """The objective as a function of data, and its data, where `bind` has closed over it."""
+    model, loss = objective.model, objective.loss
+    if not (isinstance(model, _Bound) and isinstance(loss, _Bound)):
+        return objective, batch
+    return dataclasses.replace(objective, model=model.function, loss=loss.function, is_bound=False), model.batch
 
 
 def check_objective(objective: Any) -> None:
@@ -188,20 +197,6 @@ def check_transformation(name: str, tx: Any) -> None:
         raise TypeError(f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}")
 
 
-def check_period(period: Any) -> Any:
-    """The period, with whole numbers as `int`."""
-    if period is None or callable(period) or isinstance(period, Tracer):
-        return period
-    whole = isinstance(period, (int, np.integer)) and not isinstance(period, bool)
-    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
-    whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
-    if not whole:
-        raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
-    if not period >= 1:  # true for NaN
-        raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
-    return int(period) if isinstance(period, (int, np.integer)) else period
-
-
 def check_line_search(line_search: Any) -> tuple[float, ...] | None:
     if line_search is None:
         return None
@@ -235,7 +230,7 @@ def visible_objective(objective: Objective, params: Params, all_params: Params |
         tree.fill_holes(params, all_params)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`all_params` must be the whole tree of parameters that was masked: {error}") from error
-    return dataclasses.replace(objective, model=_Filled(objective.model, all_params))
+    return with_constants(objective, all_params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -255,6 +250,11 @@ class _WithoutBatch:
     def __call__(self, argument, batch=None):
         del batch
         return self.function(argument)
+
+
+def with_constants(objective: Objective, constants: Params) -> Objective:
+    """The objective as a function of the parameters that are holes in `constants`; those have holes elsewhere."""
+    return dataclasses.replace(objective, model=_Filled(objective.model, constants))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

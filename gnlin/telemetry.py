@@ -7,21 +7,30 @@ from typing import Any
 import jax
 
 from gnlin import tree
+from gnlin.drift import KernelDriftState
 from gnlin.gauss_newton import GaussNewtonState, ScaleByGaussNewtonState
-from gnlin.iterative_linearisation import IterativeLinearisationState, LinearisedGradientsState
+from gnlin.iterative_linearisation import (
+    IterativeLinearisationState,
+    LinearisedGradientsState,
+    linearised_state,
+    next_anchor,
+)
 from gnlin.levenberg_marquardt import LevenbergMarquardtState
 from gnlin.linearise import linearise
 from gnlin.objective import Objective
 from gnlin.prox_linear import ProxLinearState
+from gnlin.spectral import SpectralConditionState
 from gnlin.tree import Batch, Outputs, Params
 
 _STATES = (
     GaussNewtonState,
     IterativeLinearisationState,
+    KernelDriftState,
     LevenbergMarquardtState,
     LinearisedGradientsState,
     ProxLinearState,
     ScaleByGaussNewtonState,
+    SpectralConditionState,
 )
 
 
@@ -45,7 +54,7 @@ def anchor(opt_state: Any) -> Params:
         >>> gnlin.anchor(tx.init(jnp.ones(2)))
         Array([1., 1.], dtype=float32)
     """
-    found = _linearised_state(opt_state)
+    found = linearised_state(opt_state)
     if found is None:
         raise ValueError("`opt_state` holds no anchor: no linearise_gradients or iterative_linearisation is in it")
     return found.anchor
@@ -75,12 +84,12 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
         >>> gnlin.predict(objective, state, 2 * jnp.ones(1))                # 1 + 2 (2 − 1)
         Array([3.], dtype=float32)
     """
-    found = _linearised_state(opt_state)
+    found = linearised_state(opt_state)
     if found is None:
         return objective.outputs_and_aux(params, batch)[0]
     # An anchor seen through a mask is linearised in its visible leaves; the others are at their current values.
     current = tree.fill_holes(found.anchor, params)
-    return linearise(objective, tree.select(found.remaining == 0, params, current), batch).predict(params)
+    return linearise(objective, next_anchor(found._replace(anchor=current), params), batch).predict(params)
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
@@ -110,16 +119,6 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
             collected[f"{name}/{seen[name]}" if seen[name] else name] = value
             seen[name] += 1
     return collected
-
-
-def _linearised_state(opt_state: Any) -> LinearisedGradientsState | None:
-    found = [state for state in _states(opt_state) if isinstance(state, LinearisedGradientsState)]
-    if len(found) > 1:
-        raise ValueError(
-            f"`opt_state` holds {len(found)} anchors, so the model being trained is not one linearisation. "
-            "Pass the part of the state that belongs to one transform."
-        )
-    return found[0] if found else None
 
 
 def _states(node: Any) -> Iterator[Any]:

@@ -473,6 +473,8 @@ def test_preconditioner_that_is_no_function():
         (gnlin.scale_by_gauss_newton, (OBJECTIVE, 0.1), "slover"),
         (gnlin.gauss_newton, (1.0, OBJECTIVE, 0.1), "momentum"),
         (gnlin.levenberg_marquardt, (OBJECTIVE,), "damping"),
+        (gnlin.scale_by_spectral_condition, (), "steps"),
+        (gnlin.Fans, (), "fan_in"),
         (gnlin.CG, (), "maxiter"),
         (gnlin.Dense, (), "jitter"),
         (gnlin.GainRatio, (1.0,), "acceptance"),

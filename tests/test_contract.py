@@ -94,7 +94,7 @@ STEP = frozenset({"subspace/length", "subspace/momentum", "gain_ratio", "loss", 
 LM_STATS = frozenset({"loss", "accepted", "gain_ratio", "damping", "rejections"})
 
 
-def linearised(name, inner, convex_steps, *, period, loss_model="exact"):
+def linearised(name, inner, convex_steps, *, period, loss_model="exact", metrics=LINEARISED):
     """`linearise_gradients` chained with an inner optimiser."""
 
     def build(objective):
@@ -108,8 +108,8 @@ def linearised(name, inner, convex_steps, *, period, loss_model="exact"):
         f"linearise_gradients-{name}",
         build,
         inject,
-        frozenset() if period is None else frozenset({"period"}),
-        LINEARISED,
+        frozenset({"period"} if isinstance(period, int) or callable(period) else ()),
+        metrics,
         guard=guarded,
         convex_steps=convex_steps,
     )
@@ -130,6 +130,62 @@ def cycles(name, inner, convex_steps, *, metrics=frozenset(), **options):
         inject,
         frozenset({"period"}),
         LINEARISED | metrics,
+        guard=guarded,
+        convex_steps=convex_steps,
+    )
+
+
+def first_and_rest(params):
+    """Labels of the leaves, whatever the parameters."""
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, ["first", *["rest"] * (len(leaves) - 1)][: len(leaves)])
+
+
+LAYERWISE = frozenset(f"linearise/{what}/{label}" for what in ("refreshes", "age") for label in ("first", "rest"))
+DRIFT = frozenset({"kernel/alignment", "kernel/centred_alignment", "kernel/distance", "kernel/age"})
+
+
+def drifting(name, inner, convex_steps):
+    """`measure_kernel_drift` around iterative linearisation that keeps an anchor as long as it holds."""
+    probe = jax.tree.map(lambda leaf: leaf[:5], classifier().batches[0])
+
+    def build(objective, measure=gnlin.measure_kernel_drift):
+        kept = gnlin.iterative_linearisation(inner, objective, gnlin.RelativeGap(0.3))
+        return measure(kept, objective, probe, 2)
+
+    def inject(objective):
+        return build(objective, optax.inject_hyperparams(gnlin.measure_kernel_drift, static_args="every"))
+
+    return Case(
+        f"measure_kernel_drift-{name}",
+        build,
+        inject,
+        frozenset(),
+        DRIFT | LINEARISED | {"linearise/gap"},
+        guard=guarded,
+        convex_steps=convex_steps,
+    )
+
+
+def spectral(name, inner, convex_steps):
+    """`linearise_gradients`, an inner optimiser and `scale_by_spectral_condition`, at a rate that falls."""
+    rate = third_party(optax.exponential_decay(0.2, transition_steps=1, decay_rate=0.9))
+
+    def build(objective, scale=gnlin.scale_by_spectral_condition):
+        first = gnlin.linearise_gradients(objective, 2)
+        return optax.chain(first, inner, scale(), third_party(optax.scale_by_learning_rate(rate)))
+
+    def inject(objective):
+        factory = optax.inject_hyperparams(gnlin.scale_by_spectral_condition, static_args="lanczos_steps")
+        return build(objective, factory)
+
+    metrics = LINEARISED | {"spectral/largest", "spectral/smallest"}
+    return Case(
+        f"scale_by_spectral_condition-{name}",
+        build,
+        inject,
+        frozenset(),
+        metrics,
         guard=guarded,
         convex_steps=convex_steps,
     )
@@ -226,6 +282,21 @@ CASES = [
     linearised("every-third-adam", third_party(optax.adam(0.05)), 250, period=3),
     linearised("never-momentum", third_party(optax.sgd(0.1, momentum=0.5)), 80, period=None, loss_model="quadratic"),
     linearised("schedule-adam", third_party(optax.adam(0.05)), 250, period=PERIOD_SCHEDULE),
+    linearised(
+        "relative-gap-adam",
+        third_party(optax.adam(0.05)),
+        250,
+        period=gnlin.RelativeGap(0.2, every=2, longest=20),
+        metrics=LINEARISED | {"linearise/gap"},
+    ),
+    linearised(
+        "layers-sgd",
+        third_party(optax.sgd(0.5)),
+        30,
+        period=gnlin.LayerPeriods({"first": 3, "rest": 1}, first_and_rest),
+        metrics=LAYERWISE | {"linearise/loss"},
+    ),
+    drifting("adam", third_party(optax.adam(0.05)), 250),
     cycles("plain-adam", third_party(optax.adam(0.05)), 250),
     cycles("reset-momentum", third_party(optax.sgd(0.2, momentum=0.5)), 60, reset_inner=True),
     cycles(
@@ -235,6 +306,7 @@ CASES = [
         line_search=(1.0, 0.5, 0.25),
         metrics=frozenset({"line_search/alpha"}),
     ),
+    spectral("sgd", optax.identity(), 80),
     # Adam started afresh moves each parameter by its rate however near the solution is.
     prox("adam-quadratic", third_party(optax.adam(0.02)), 100, loss_model="quadratic", convex_accuracy=0.1),
     prox("lbfgs", third_party(optax.lbfgs()), 5, extras=for_line_searches),
@@ -260,6 +332,9 @@ CASES = [
 _INTRICATE = (
     "linearise_gradients-every-third-adam",
     "iterative_linearisation-line-search-sgd",
+    "linearise_gradients-layers-sgd",
+    "measure_kernel_drift-adam",
+    "scale_by_spectral_condition-sgd",
     "prox_linear-lbfgs",
     "scale_by_gauss_newton-warm-start",
     "scale_by_gauss_newton-dense",
@@ -397,8 +472,8 @@ def test_map_params_finds_the_copies_of_the_parameters(subject):
     changed = jax.tree.leaves_with_path(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), opt_state, mapped))
     shapes = {leaf.shape for leaf in jax.tree.leaves(subject.problem.params)}
     for (path, found), leaf in zip(changed, jax.tree.leaves(opt_state), strict=True):
-        # Moments of each parameter lie in trees like the parameters', as those of Adafactor do.
-        moments = {".rows", ".columns"} & {str(key) for key in path}
+        # Moments lie in trees like the parameters', as Adafactor's; singular vectors and counters too.
+        moments = {".rows", ".columns", ".vectors", ".remaining"} & {str(key) for key in path}
         assert found == (leaf.shape in shapes) or moments
 
 

@@ -131,6 +131,13 @@ def test_function_space_needs_less_work(tmp_path):
     assert float(row[5]) < 1e-4  # its residual
 
 
+def test_kernels_are_faster_than_jacobians(tmp_path):
+    *times, memory, _, _ = rows_of(run_example("kernels.py", tmp_path, "--quick"))
+    assert [row[2] for row in times] == ["full", "diagonal", "trace"]
+    assert all(float(row[6]) < 1e-5 for row in times)
+    assert float(memory[4]) < float(memory[3])
+
+
 def test_defaults_do_not_blow_up(tmp_path):
     rows = rows_of(run_example("stability.py", tmp_path, "--quick"))
     assert [row[1] for row in rows] == ["32", "full"]
@@ -142,6 +149,28 @@ def test_speed_is_measured(tmp_path):
     rows = rows_of(run_example("speed.py", tmp_path, "--quick"))
     assert [row[0] for row in rows] == ["gnlin, `CG`", "gnlin, defaults"]
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
+
+
+def test_spectral_norms_are_known(tmp_path):
+    norms, *costs = rows_of(run_example("spectral_norms.py", tmp_path, "--quick"))
+    assert float(norms[3]) < 2  # per cent
+    assert [row[1] for row in costs] == ["128", "256"]
+    assert float(costs[1][2].rstrip("%")) < 5
+
+
+def test_features_are_mapped(tmp_path):
+    kept, never, all_layers, none = rows_of(run_example("feature_learning.py", tmp_path, "diabetes", "--quick"))
+    assert [row[0] for row in (kept, never, all_layers, none)] == ["4", "never", "111", "000"]
+    assert int(kept[2]) > int(never[2]) == 1
+    assert never[3:6] == ["1", "1", "0"]
+
+
+def test_width_transfer_finds_rates(tmp_path):
+    rows = rows_of(run_example("width_transfer.py", tmp_path, "--quick"))
+    assert [row[0] for row in rows] == ["Adam", "Adam, spectral *"]
+    for row in rows:
+        own, of_narrowest = map(float, row[-2:])
+        assert own <= of_narrowest < 2.3  # what guessing loses
 
 
 def test_filter_curves_hold_and_are_drawn(tmp_path, capsys):

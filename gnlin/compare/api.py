@@ -41,7 +41,8 @@ def run(
 
     Returns:
         One plain dictionary for each run: ``task``, ``label``, ``options``, ``setting``, ``seed``, ``status``,
-        ``reason``, ``steps``, ``seconds``, and ``curve`` with ``step``, ``cost`` (gradient-equivalents), ``seconds``,
+        ``reason``, ``steps``, ``seconds``, ``metrics`` (what `gnlin.metrics` says of the last state), and ``curve``
+        with ``step``, ``cost`` (gradient-equivalents), ``seconds``,
         ``loss``, ``quality``, ``network_loss`` and ``network_quality`` at each evaluation.
 
     Raises:

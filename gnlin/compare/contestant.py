@@ -104,6 +104,15 @@ def number(default: float) -> Option:
     return Option(default, finite, "a number")
 
 
+def positive(default: float) -> Option:
+    def parse(text):
+        if not finite(text) > 0:
+            raise ValueError(text)
+        return float(text)
+
+    return Option(default, parse, "a number above 0")
+
+
 def switch(default: bool) -> Option:
     return Option(default, lambda text: {"yes": True, "no": False}[text], "yes or no")
 
@@ -113,7 +122,7 @@ def one_of(default: str, *others: str) -> Option:
     return Option(default, lambda text: words[words.index(text)], f"one of {', '.join(words)}")
 
 
-def period(default: int) -> Option:
+def period(default: int | None) -> Option:
     def parse(text):
         return None if text == "never" else _positive_integer(text)
 

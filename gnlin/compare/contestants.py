@@ -4,7 +4,7 @@ Everyone has five trials. Learning rates lie a factor 4 apart, values of λ a fa
 """
 
 from gnlin.compare import optimisers, peers
-from gnlin.compare.contestant import Contestant, Options, batch, integer, number, one_of, period, switch
+from gnlin.compare.contestant import Contestant, Options, batch, integer, number, one_of, period, positive, switch
 
 _RATES = (0.001, 0.004, 0.016, 0.064, 0.256)
 _SGD_RATES = (0.01, 0.04, 0.16, 0.64, 2.56)
@@ -77,6 +77,22 @@ CONTESTANTS: dict[str, Contestant] = {
                 "loss_model": one_of("exact", "quadratic"),
                 "reset": switch(False),
                 "line_search": switch(False),
+                "batch": batch(),
+            },
+            family="gnlin",
+        ),
+        Contestant(
+            "il-gap",
+            "Iterative linearisation: the anchor moves when the network is off its linearisation by a share `gap`.",
+            optimisers.linearised_while_it_holds,
+            grid=_rates_of_inner,
+            options={
+                "gap": positive(0.2),
+                "patience": integer(2),
+                "every": integer(1),
+                "longest": period(None),
+                "inner": one_of("adam", "sgd", "adamw", "muon"),
+                "momentum": number(0.9),
                 "batch": batch(),
             },
             family="gnlin",

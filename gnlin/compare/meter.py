@@ -15,13 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from gnlin.compare.cost import compiled_flops, inner_jaxprs, jaxpr_flops, live_equations, unseen_flops
-
-# Primitives that do nothing but call a jaxpr ↦ which of their parameters it is; versions of JAX differ.
-_CALLS = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
+from gnlin.layers import CALLS, apply_equation, split_scan
 
 
 class Metered(NamedTuple):
@@ -92,13 +86,10 @@ def _apply(equation: Any, inputs: list[Any]) -> tuple[Sequence[Any], jax.Array |
             before = lengths.matvec + lengths.vecmat
             own = [*inputs[before : before + lengths.solve], *inputs[sum(lengths) :]]
             return _evaluate(params["jaxprs"].solve, own)
-        if name in _CALLS:
-            return _evaluate(params[_CALLS[name]], inputs)
+        if name in CALLS:
+            return _evaluate(params[CALLS[name]], inputs)
         raise NotImplementedError(f"the work of loops or branches within {name!r} cannot be counted")
-    bound = equation.primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # from JAX 0.9 the parameters alone
-    outputs = equation.primitive.bind(*functions, *inputs, **params)
-    return (outputs if equation.primitive.multiple_results else [outputs]), None
+    return apply_equation(equation, inputs), None
 
 
 def _while(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax.Array]:
@@ -119,12 +110,9 @@ def _while(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax
 
 
 def _scan(equation: Any, inputs: list[Any]) -> tuple[list[Any], jax.Array]:
-    """What is scanned over, and what is stacked, has an axis more outside than inside; the carry has not."""
     body, how = equation.params["jaxpr"], {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-    scanned = sum(jnp.ndim(given) > aval.ndim for given, aval in zip(inputs, body.in_avals, strict=True))
-    stacked = sum(v.aval.ndim > aval.ndim for v, aval in zip(equation.outvars, body.out_avals, strict=True))
-    carried, kept = len(body.out_avals) - stacked, len(inputs) - scanned
-    constants, start, rows = inputs[: kept - carried], inputs[kept - carried : kept], inputs[kept:]
+    constants, start, rows = ([inputs[place] for place in places] for places in split_scan(equation))
+    carried = len(start)
 
     def turn(carry, row):
         outputs, more = _evaluate(body, [*constants, *carry[1:], *row])

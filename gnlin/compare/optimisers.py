@@ -86,6 +86,13 @@ def iterative_linearisation(task: Task, options: Options) -> Method:
     return method._replace(cycle=options["period"] or 1)
 
 
+def linearised_while_it_holds(task: Task, options: Options) -> Method:
+    rule = gnlin.RelativeGap(options["gap"], options["patience"], options["every"], options["longest"])
+    return from_optax(
+        task.objective, gnlin.iterative_linearisation(_INNER[options["inner"]](options), task.objective, rule)
+    )
+
+
 def prox_linear(task: Task, options: Options) -> Method:
     inner = _INNER[options["inner"]](options)
     tx = gnlin.prox_linear(inner, task.objective, options["steps"], loss_model=options["loss_model"])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import gnlin
 from gnlin import Objective
 from gnlin.compare.cost import batch_shapes, flops, params_shapes
 from gnlin.compare.entry import Entry
@@ -126,6 +127,7 @@ class Program:
             "seconds": seconds,
             "compile_seconds": self.compile_seconds + compile_seconds,
             "cost_per_step": mean,
+            "metrics": {name: float(value) for name, value in gnlin.metrics(carry[1]).items()},
             "curve": curve,
         }
 

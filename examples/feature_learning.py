@@ -1,0 +1,126 @@
+"""How much the features of a network move, and which layers have to: two maps of iterative linearisation.
+
+python examples/feature_learning.py digits-cnn      # or sparse-parity; an hour, and resumed where it was stopped
+python examples/feature_learning.py digits --quick
+
+The first table has a row for each period K of the anchor: how far the kernel of the trained model has come from that at
+the start, on 64 held-out examples, and what the model is worth. The second has one for each choice of layers that are
+linearised at the start for good (0), while the others follow their true gradient (1). Runs are kept in gnlin-results/,
+of which ``gnlin report`` makes a page.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections import defaultdict
+
+import jax
+import optax
+
+import gnlin
+from gnlin.compare import Contestant, Option, from_optax, run
+from gnlin.compare.contestant import batch, period
+from gnlin.compare.tasks import TASKS
+
+RATES = (0.001, 0.004, 0.016)
+PERIODS = (1, 2, 4, 16, 64, 256, 1024, None)
+
+
+def drifting(task, options):
+    """Iterative linearisation of Adam whose kernel is looked at every 50 steps."""
+    probe = jax.tree.map(lambda leaf: leaf[:64], task.held_out)
+    period = options["period"]
+    inner = gnlin.iterative_linearisation(optax.adam(options["learning_rate"]), task.objective, period)
+    method = from_optax(task.objective, gnlin.measure_kernel_drift(inner, task.objective, probe, every=50))
+    return method._replace(cycle=period or 1)
+
+
+def layer_of_leaves(params):
+    """The number of its layer for each leaf: leaves with the same parent are a layer."""
+    paths = [path[:-1] for path, _ in jax.tree.leaves_with_path(params)]
+    order = sorted(set(paths), key=paths.index)
+    return jax.tree.unflatten(jax.tree.structure(params), [order.index(path) for path in paths])
+
+
+def learning_in_some_layers(task, options):
+    """Adam; layers marked 0 are linearised at the start for good."""
+    periods = {layer: 1 if mark == "1" else None for layer, mark in enumerate(options["layers"])}
+    layers = gnlin.LayerPeriods(periods, layer_of_leaves)
+    tx = gnlin.iterative_linearisation(optax.adam(options["learning_rate"]), task.objective, layers)
+    return from_optax(task.objective, tx)
+
+
+LAYERS = Option("", str, "a 0 or 1 for each layer")
+DRIFT = Contestant("il-drift", "Watched.", drifting, grid=RATES, options={"period": period(16), "batch": batch()})
+SOME = Contestant(
+    "il-layers", "In part.", learning_in_some_layers, grid=RATES, options={"layers": LAYERS, "batch": batch()}
+)
+
+
+def finished(runs, option):
+    """Value of the option ↦ the runs, one for each seed, at the setting that was chosen."""
+    by_setting = defaultdict(list)
+    for record in runs:
+        by_setting[record["options"][option], record["setting"]["learning_rate"]].append(record)
+    chosen = {}
+    for (value, _), records in by_setting.items():
+        if len(records) > len(chosen.get(value, [])):
+            chosen[value] = records
+    return chosen
+
+
+def mean(records, read):
+    values = [read(record) for record in records]
+    spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def print_drift(runs):
+    print("| K | rate | anchors | centred alignment | alignment | distance | training loss | held out |")
+    print("|---" * 8 + "|")
+    for kept, records in finished(runs, "period").items():
+        cells = [
+            "never" if kept is None else str(kept),
+            f"{records[0]['setting']['learning_rate']:g}",
+            mean(records, lambda r: r["metrics"]["linearise/refreshes"]),
+            *(
+                mean(records, lambda r, name=name: r["metrics"][f"kernel/{name}"])
+                for name in ("centred_alignment", "alignment", "distance")
+            ),
+            mean(records, lambda r: r["curve"]["loss"][-1]),
+            mean(records, lambda r: r["curve"]["quality"][-1]),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_layers(runs):
+    print("\n| layers that learn features | rate | training loss | held out |\n" + "|---" * 4 + "|")
+    for layers, records in finished(runs, "layers").items():
+        loss, quality = (mean(records, lambda r, name=name: r["curve"][name][-1]) for name in ("loss", "quality"))
+        print(f"| {layers} | {records[0]['setting']['learning_rate']:g} | {loss} | {quality} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="two rows of each, a twentieth of the work, one seed")
+    given = parser.parse_args()
+    task = TASKS[given.task]()
+    marks = ["".join(each) for each in itertools.product("10", repeat=len(layers_of(task)))]
+    periods, seeds, work = PERIODS, given.seeds, 1.0
+    if given.quick:
+        periods, marks, seeds, work = (4, None), [marks[0], marks[-1]], 1, 0.05
+    out = f"gnlin-results/feature-learning-{given.task}"
+    kept = {"seeds": seeds, "work": work, "out": out}
+    print_drift(run(given.task, [DRIFT], sweep={"period": ["never" if k is None else k for k in periods]}, **kept))
+    print_layers(run(given.task, [SOME], sweep={"layers": marks}, **kept))
+
+
+def layers_of(task):
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    return set(jax.tree.leaves(layer_of_leaves(params)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Does the best learning rate stay put as a network widens? With and without the spectral condition.
+
+python examples/width_transfer.py                          # widths 64 and 256, one seed: a minute or two
+python examples/width_transfer.py --full                   # widths 64 to 2048, three seeds: some twenty minutes
+python examples/width_transfer.py --quick                  # seconds
+
+Perceptrons 64-width-width-10 with tanh on scikit-learn's digits, in mini-batches of 128, by rates that fall linearly to
+zero. For each optimiser and width the rate is searched in factors of two, from the best one of the width before, until
+the best has two worse ones on either side; what counts is the loss over the training data at the end, mean over
+seeds. A row shows the best rate at every width, then, at the widest, the loss with its own best rate and with the best
+rate of the narrowest. SGD has momentum 0.9. Optimisers with an asterisk start from `spectral_init`, the others from
+normal weights / √fan-in.
+"""
+
+import argparse
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gnlin
+from gnlin.compare.tasks import TASKS
+from gnlin.compare.tasks.networks import init_perceptron
+
+WORSE = 2  # rates on either side of the best that have to be worse
+
+
+def spectral(inner):
+    return lambda rate: optax.chain(inner, gnlin.scale_by_spectral_condition(), optax.scale_by_learning_rate(rate))
+
+
+def followed_by(optimiser, multipliers):
+    return lambda rate: optax.chain(optimiser(rate), multipliers)
+
+
+momentum = functools.partial(optax.sgd, momentum=0.9)
+
+# name: (rate ↦ transform, whether it starts from `spectral_init`, rate to begin the search at)
+METHODS = {
+    "SGD": (momentum, False, 2.0**-4),
+    "SGD, multipliers *": (followed_by(momentum, gnlin.scale_by_maximal_update_sgd()), True, 2.0**-3),
+    "SGD, spectral *": (spectral(optax.trace(0.9)), True, 2.0**-4),
+    "Adam": (optax.adam, False, 2.0**-8),
+    "Adam, multipliers *": (followed_by(optax.adam, gnlin.scale_by_maximal_update_adam()), True, 2.0**-2),
+    "Adam, spectral *": (spectral(optax.scale_by_adam()), True, 2.0**-4),
+}
+
+
+def start(key, width: int, by_condition: bool):
+    params = init_perceptron(key, (64, width, width, 10))
+    if by_condition:
+        for layer, each in zip(params, jax.random.split(key, len(params)), strict=True):
+            layer["w"] = gnlin.spectral_init(each, layer["w"].shape)
+    return params
+
+
+class Search:
+    """Losses by rate of one optimiser at one width; what was run once is kept."""
+
+    def __init__(self, method: str, width: int, steps: int, seeds: int):
+        build, by_condition, _ = METHODS[method]
+        task = TASKS["digits"]()
+        train = jax.tree.map(jnp.asarray, task.train)
+        self.found: dict[float, float] = {}
+
+        @jax.jit
+        def run(rate, key, order):
+            tx = build(optax.linear_schedule(rate, 0.0, steps))
+
+            def step(carry, rows):
+                params, state = carry
+                grads = jax.grad(task.objective.value)(params, jax.tree.map(lambda leaf: leaf[rows], train))
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            params = start(key, width, by_condition)
+            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), order)
+            return task.objective.value(params, train)
+
+        orders = [np.stack(list(task.batches(seed, steps, 128))) for seed in range(seeds)]
+        self.run = lambda rate: [float(run(rate, jax.random.key(i), each)) for i, each in enumerate(orders)]
+
+    def loss(self, rate: float) -> float:
+        if rate not in self.found:
+            mean = float(np.mean(self.run(rate)))
+            self.found[rate] = mean if math.isfinite(mean) else math.inf
+        return self.found[rate]
+
+    def best(self, begin: float) -> float:
+        """The rate 2ᵏ begin that is better than `WORSE` neighbours on either side."""
+        best = begin
+        while True:
+            around = [best * 2.0**k for k in range(-WORSE, WORSE + 1)]
+            better = min(around, key=self.loss)
+            if better == best:
+                return best
+            best = better
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="widths 64 to 2048 and three seeds")
+    parser.add_argument("--quick", action="store_true", help="widths 8 and 16, few steps, two optimisers")
+    parser.add_argument("--steps", type=int, default=55, help="mini-batches, 11 to an epoch")
+    options = parser.parse_args()
+    widths, seeds, methods = (64, 256), 1, list(METHODS)
+    if options.full:
+        widths, seeds = (64, 256, 1024, 2048), 3
+    if options.quick:
+        widths, methods, options.steps = (8, 16), ["Adam", "Adam, spectral *"], 10
+    last = f"{widths[-1]}, rate"
+    print(f"| optimiser | {' | '.join(map(str, widths))} | loss at {last} its own | loss at {last} of {widths[0]} |")
+    print("|---|" + "---:|" * (len(widths) + 2))
+    for method in methods:
+        rate, rates = METHODS[method][2], []
+        for width in widths:
+            search = Search(method, width, options.steps, seeds)
+            rate = search.best(rate)
+            rates.append(rate)
+        cells = [f"2^{math.log2(each):.0f}" for each in rates]
+        cells += [f"{search.loss(each):.3g}" for each in (rate, rates[0])]
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
