@@ -214,7 +214,7 @@ def columns(of_a, of_b, params: Params, left: frozenset[int], inverse: Params | 
     count, structure = tree.size(outputs), jax.tree.structure(params)
     weights = [None] * structure.num_leaves if inverse is None else jax.tree.leaves(inverse)
 
-    def kernelproduct_of(place):
+    def kernel_product(place):
         basis = tree.unflatten(jnp.zeros([count], dtype).at[place].set(1), outputs)
         pulled = jax.tree.leaves(pull(basis))
         for index, leaf in enumerate(pulled):

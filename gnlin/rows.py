@@ -1,8 +1,8 @@
 """Rows of a linearised model's Jacobian, one pull-back for each output of an example.
 
 One pull-back serves output c of all N examples at once: C pull-backs instead of N·C. That is right only where each
-example's outputs depend on its own rows, which `by_example` proves from the equations of the pull-back. Of a dense layer
-the rows are kept as what they are made of, its inputs and cotangents, where that is less.
+example's outputs depend on its own rows, which `by_example` proves from the equations of the pull-back. Of a dense
+layer the rows are kept as what they are made of, its inputs and cotangents, where that is less.
 """
 
 import math
@@ -50,8 +50,10 @@ class Found(NamedTuple):
         dropped = {index for kind in kinds for index in kind if layers.get(index, {index}) & left}
         if missing := self.left.union(*(layers.get(index, {index}) for index in dropped)) - left:
             raise LeftOutError(missing)
-        factored, whole = ({index: row for index, row in kind.items() if index not in dropped} for kind in kinds)
-        return Rows(factored, whole)
+        return Rows(
+            {index: row for index, row in self.rows.factored.items() if index not in dropped},
+            {index: row for index, row in self.rows.whole.items() if index not in dropped},
+        )
 
 
 class LeftOutError(Exception):
