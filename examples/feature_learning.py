@@ -5,8 +5,8 @@ python examples/feature_learning.py digits --quick
 
 The first table has a row for each period K of the anchor: how far the kernel of the trained model has come from that at
 the start, on 64 held-out examples, and what the model is worth. The second has one for each choice of layers that are
-linearised at the start for good (0), while the others follow their true gradient (1). Runs are kept in gnlin-results/,
-of which ``gnlin report`` makes a page.
+linearised at the start for good (0), while the others follow their true gradient (1). Runs are kept in two directories
+in gnlin-results/, of which ``gnlin report`` makes pages with figures.
 """
 
 import argparse
@@ -111,10 +111,12 @@ def main():
     periods, seeds, work = PERIODS, given.seeds, 1.0
     if given.quick:
         periods, marks, seeds, work = (4, None), [marks[0], marks[-1]], 1, 0.05
-    out = f"gnlin-results/feature-learning-{given.task}"
-    kept = {"seeds": seeds, "work": work, "out": out}
-    print_drift(run(given.task, [DRIFT], sweep={"period": ["never" if k is None else k for k in periods]}, **kept))
-    print_layers(run(given.task, [SOME], sweep={"layers": marks}, **kept))
+    kept = {"seeds": seeds, "work": work}
+    out = f"gnlin-results/{given.task}"
+    sweep = {"period": ["never" if k is None else k for k in periods]}
+    print_drift(run(given.task, [DRIFT], sweep=sweep, out=f"{out}-drift", **kept))
+    print_layers(run(given.task, [SOME], sweep={"layers": marks}, out=f"{out}-layers", **kept))
+    print(f"\nFor figures: gnlin report {out}-drift; gnlin report {out}-layers")
 
 
 def layers_of(task):

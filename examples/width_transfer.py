@@ -3,6 +3,7 @@
 python examples/width_transfer.py                          # widths 64 and 256, one seed: a minute or two
 python examples/width_transfer.py --full                   # widths 64 to 2048, three seeds: some twenty minutes
 python examples/width_transfer.py --quick                  # seconds
+python examples/width_transfer.py --full --figure FILE.svg # and the losses by rate, drawn
 
 Perceptrons 64-width-width-10 with tanh on scikit-learn's digits, in mini-batches of 128, by rates that fall linearly to
 zero. For each optimiser and width the rate is searched in factors of two, from the best one of the width before, until
@@ -15,11 +16,13 @@ normal weights / √fan-in.
 import argparse
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 import gnlin
 from gnlin.compare.tasks import TASKS
@@ -100,11 +103,32 @@ class Search:
             best = better
 
 
+def draw(path: Path, losses: dict[str, dict[int, dict[float, float]]]) -> None:
+    """Loss by rate: a panel for each optimiser, a line for each width."""
+    across = min(3, len(losses))
+    down = math.ceil(len(losses) / across)
+    figure = Figure(figsize=(2.6 * across, 2.3 * down), layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
+    for axes, (method, by_width) in zip(panels, losses.items(), strict=False):
+        for width, by_rate in by_width.items():
+            known = sorted((rate, loss) for rate, loss in by_rate.items() if math.isfinite(loss))
+            axes.plot(*zip(*known, strict=True), marker=".", label=f"width {width}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(method, fontsize=9)
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel("training loss at the end", fontsize=9)
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="widths 64 to 2048 and three seeds")
     parser.add_argument("--quick", action="store_true", help="widths 8 and 16, few steps, two optimisers")
     parser.add_argument("--steps", type=int, default=55, help="mini-batches, 11 to an epoch")
+    parser.add_argument("--figure", type=Path, help="file for a figure of the losses by rate: SVG, PNG or PDF")
     options = parser.parse_args()
     widths, seeds, methods = (64, 256), 1, list(METHODS)
     if options.full:
@@ -114,15 +138,19 @@ def main() -> None:
     last = f"{widths[-1]}, rate"
     print(f"| optimiser | {' | '.join(map(str, widths))} | loss at {last} its own | loss at {last} of {widths[0]} |")
     print("|---|" + "---:|" * (len(widths) + 2))
+    losses: dict[str, dict[int, dict[float, float]]] = {}
     for method in methods:
         rate, rates = METHODS[method][2], []
         for width in widths:
             search = Search(method, width, options.steps, seeds)
             rate = search.best(rate)
             rates.append(rate)
+            losses.setdefault(method, {})[width] = search.found
         cells = [f"2^{math.log2(each):.0f}" for each in rates]
         cells += [f"{search.loss(each):.3g}" for each in (rate, rates[0])]
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    if options.figure:
+        draw(options.figure, losses)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from gnlin.compare.summary import (
     choose,
     damping_lines,
     incomplete,
+    moving_metrics,
     reached,
     summarise,
     sweeps,
@@ -263,6 +264,29 @@ def test_period_curve_has_a_line_for_each_choice_of_other_options():
     np.testing.assert_allclose([point.finals("network_quality") for point in lines[0].points], np.subtract(expected, 1))
     np.testing.assert_allclose(lines[0].points[0].finals("loss"), [0.05, 0.055, 0.06])
     assert swept(rows) == ["period"]
+
+
+def test_metrics_that_move_along_a_sweep_are_drawn(tmp_path):
+    runs = sweep_of_periods() + sweep_of_periods("adam", None)
+    for run in runs:  # those of the second sweep are from a version that kept none
+        if run["options"]["inner"] == "sgd":
+            alignment = 1.0 if run["options"]["period"] is None else 0.7 + 0.01 * run["seed"]
+            run["metrics"] = {"kernel/alignment": alignment, "linearise/age": 5.0, "linearise/gap": math.nan}
+    rows = summarise(runs, TASKS)
+    assert moving_metrics(sweeps(rows, "period")) == ["kernel/alignment"]
+    line = next(line for line in sweeps(rows, "period") if line.options["inner"] == "sgd")
+    assert [point.finals("kernel/alignment") for point in line.points] == [[0.7, 0.71, 0.72]] * 3 + [[1.0] * 3]
+    (drawn,) = (picture for picture in figures.pictures(rows, FACTS) if picture.kind == "state")
+    (panel,) = drawn.figure.axes
+    assert (drawn.name, panel.get_ylabel()) == ("period-state", "kernel/alignment")
+    means = [each.get_ydata() for each in panel.lines if len(each.get_ydata()) == 3 and each.get_linestyle() != "None"]
+    assert any(np.allclose(mean, 0.71) for mean in means)
+    page = report.write(tmp_path, runs, TASKS).read_text(encoding="utf-8")
+    assert "State of the optimiser at the end" in page
+    lines = read_csv(tmp_path / "runs.csv")
+    assert [json.loads(line["metrics"]).get("kernel/alignment") for line in lines] == [
+        run.get("metrics", {}).get("kernel/alignment") for run in runs
+    ]
 
 
 def test_a_sweep_needs_three_numbers():

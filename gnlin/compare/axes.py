@@ -46,6 +46,19 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
     axes.set_ylabel(plain("training loss" if name == "loss" else f"held-out {facts.quality_name}"))
 
 
+def metric_axis(axes: Axes, name: str, values: Sequence[float]) -> None:
+    """Scale and limits for `values` of a metric: logarithmic where they are positive and far apart."""
+    low, high = min(values), max(values)
+    if 0 < 30 * low < high:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.6, high * 1.6)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        margin = 0.06 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
+    axes.set_ylabel(plain(name))
+
+
 def _shortfall(per_cent: Any) -> Any:
     """Logarithmic in what is missing to 100 %, which itself stands where 99.8 % otherwise would."""
     return -np.log10(np.maximum(100.2 - np.asarray(per_cent), 1e-6))

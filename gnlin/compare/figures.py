@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
 from matplotlib.ticker import NullLocator
 
-from gnlin.compare.axes import plain, value_axis, within
+from gnlin.compare.axes import metric_axis, plain, value_axis, within
 from gnlin.compare.summary import (
     Line,
     Row,
@@ -23,6 +24,7 @@ from gnlin.compare.summary import (
     damping_lines,
     final,
     finished,
+    moving_metrics,
     sweeps,
     swept,
     thinned,
@@ -62,7 +64,7 @@ class Picture:
 
     Attributes:
         name: stem of its files, less the task.
-        kind: curve, sweep or sensitivity.
+        kind: curve, sweep, state or sensitivity.
         title: what is drawn against what.
         against: the horizontal axis: a part of the curve, an option, or the tuned number.
         left_out: labels of rows that are not drawn.
@@ -85,10 +87,10 @@ def pictures(rows: Sequence[Row], facts: TaskFacts) -> list[Picture]:
     if not rows:
         return []
     with matplotlib.rc_context(_STYLE):
-        return [*_curves(rows, facts), *_sweeps(rows, facts), *_sensitivity(rows, facts)]
+        return [*_curves(rows, facts), *_sweeps(rows, facts), *_states(rows, facts), *_sensitivity(rows, facts)]
 
 
-# Three kinds of figures.
+# Four kinds of figures.
 
 
 def _curves(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
@@ -155,18 +157,11 @@ def _sweep(
 ) -> Figure:
     """Final quality above final loss; the vertical axes have room for all of `scale`."""
     figure, panels = _panels(2, [line.label for line in lines], title)
-    values = sorted({point.value for line in lines for point in line.points})
-    finite = [value for value in values if value < math.inf]
-    never = 8 * max(finite, default=1.0)
     for axes, names in zip(panels, (("network_quality", "quality"), ("loss",)), strict=True):
         finals = [value for line in scale for point in line.points for name in names for value in point.finals(name)]
         value_axis(axes, names[-1], facts, finals, rows)
-        axes.set_xscale("log" if values[0] > 0 else "linear")
         ends = []
-        for number, line in enumerate(lines):
-            # Lines that share their values stand a little apart.
-            nudge = 1.05 ** (number - (len(lines) - 1) / 2) if option != "damping" and values[0] > 0 else 1.0
-            places = [nudge * min(point.value, never) for point in line.points]
+        for line, places in zip(lines, _along(axes, lines, option), strict=True):
             if names[0] != names[-1] and any(p.finals(names[0]) != p.finals(names[-1]) for p in line.points):
                 look = {"linewidth": 0.6, "markerfacecolor": "white", "alpha": 0.6}
                 _plot_means(axes, line, places, names[0], {**styles[line.label], **look})
@@ -175,12 +170,6 @@ def _sweep(
             _plot_runs(axes, line, places, names[-1], styles[line.label]["color"])
             if line not in scale:
                 _name_periods(axes, line, names[-1])
-        if len(values) < 10:
-            names_of_values = ["never" if value == math.inf else f"{value:g}" for value in values]
-            axes.set_xticks([min(value, never) for value in values], names_of_values)
-            axes.xaxis.set_minor_locator(NullLocator())
-        if values[-1] == math.inf:
-            _break(axes, math.sqrt(finite[-1] * never))
         _label_ends(axes, ends)
     panels[-1].set_xlabel(words(option))
     look = {"color": "black", "markersize": 4}
@@ -193,6 +182,26 @@ def _sweep(
     looks = {"frameon": False, "fontsize": 6.5, "columnspacing": 1.2, "handletextpad": 0.4}
     panels[0].legend(list(keys.values()), list(keys), loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=4, **looks)
     return figure
+
+
+def _states(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
+    """What the optimiser's last state says along an option, a panel for each metric."""
+    for option in swept(rows):
+        lines = sweeps(rows, option)
+        if not (names := moving_metrics(lines)):
+            continue
+        title = f"{facts.name}: state of the optimiser at the end"
+        figure, panels = _panels(len(names), [line.label for line in lines], title, least=1.5)
+        for axes, name in zip(panels, names, strict=True):
+            metric_axis(axes, name, [value for line in lines for point in line.points for value in point.finals(name)])
+            ends = []
+            for number, (line, places) in enumerate(zip(lines, _along(axes, lines, option), strict=True)):
+                style = _style(number)
+                ends.append((line.label, *_plot_means(axes, line, places, name, style), style))
+                _plot_runs(axes, line, places, name, style["color"])
+            _label_ends(axes, [end for end in ends if math.isfinite(end[2])])
+        panels[-1].set_xlabel(words(option))
+        yield Picture(f"{option}-state", "state", title, figure, option)
 
 
 def _sensitivity(rows: Sequence[Row], facts: TaskFacts) -> Iterable[Picture]:
@@ -250,11 +259,11 @@ def _wrapped(label: str) -> str:
     return textwrap.fill(breakable(label), 24, break_on_hyphens=False)
 
 
-def _panels(count: int, labels: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
-    """Panels one above the other, with room on the right for `labels`."""
+def _panels(count: int, labels: Sequence[str], title: str, least: float = 2.5) -> tuple[Figure, list[Axes]]:
+    """Panels one above the other, at least so many inches high, with room on the right for `labels`."""
     lines = [line for label in labels for line in _wrapped(label).splitlines()] or [""]
     right = 0.5 + max(map(len, lines)) * 0.6 * _LABEL_SIZE / 72
-    height = max(3.3 if count == 1 else 2.5, len(lines) * _LINE_HEIGHT / 72 + 0.2)
+    height = max(3.3 if count == 1 else least, len(lines) * _LINE_HEIGHT / 72 + 0.2)
     above, below, between = 0.4 if count == 1 else 0.55, 0.45, 0.35
     total = count * height + (count - 1) * between + above + below
     figure = Figure(figsize=(_WIDTH, total))
@@ -265,6 +274,25 @@ def _panels(count: int, labels: Sequence[str], title: str) -> tuple[Figure, list
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     return figure, panels
+
+
+def _along(axes: Axes, lines: Sequence[Line], option: str) -> list[list[float]]:
+    """The horizontal axis of an option, once the vertical one has its limits: where the points of each line stand."""
+    values = sorted({point.value for line in lines for point in line.points})
+    finite = [value for value in values if value < math.inf]
+    never = 8 * max(finite, default=1.0)
+    axes.set_xscale("log" if values[0] > 0 else "linear")
+    if len(values) < 10:
+        names = ["never" if value == math.inf else f"{value:g}" for value in values]
+        axes.set_xticks([min(value, never) for value in values], names)
+        axes.xaxis.set_minor_locator(NullLocator())
+    # Lines that share their values stand a little apart.
+    apart = 1.05 if option != "damping" and values[0] > 0 else 1.0
+    nudges = [apart ** (number - (len(lines) - 1) / 2) for number in range(len(lines))]
+    places = [[nudge * min(p.value, never) for p in line.points] for nudge, line in zip(nudges, lines, strict=True)]
+    if values[-1] == math.inf:
+        _break(axes, math.sqrt(finite[-1] * never))
+    return places
 
 
 def _plot_means(
@@ -312,11 +340,10 @@ def _name_periods(axes: Axes, line: Line, name: str) -> None:
 
 def _break(axes: Axes, place: float) -> None:
     """Two strokes through the horizontal axis."""
-    middle = (axes.transScale + axes.transLimits).transform((place, axes.get_ylim()[0]))[0]
-    look = {"transform": axes.transAxes, "clip_on": False, "zorder": 5}
-    axes.plot([middle - 0.012, middle + 0.012], [0, 0], color="white", linewidth=3, **look)
-    for side in (middle - 0.012, middle + 0.012):
-        axes.plot([side - 0.008, side + 0.008], [-0.02, 0.02], color="black", linewidth=0.8, **look)
+    strokes = Path([(-1, -1), (-0.2, 1), (0.2, -1), (1, 1)], [Path.MOVETO, Path.LINETO] * 2)
+    look: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
+    axes.plot(place, 0, "s", color="white", markersize=4, **look)
+    axes.plot(place, 0, marker=strokes, color="black", fillstyle="none", markersize=7, markeredgewidth=0.8, **look)
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Mapping[str, Any]]]) -> None:

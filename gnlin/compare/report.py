@@ -29,6 +29,7 @@ from gnlin.compare.summary import (
     final,
     finished,
     incomplete,
+    metrics_of,
     reached,
     summarise,
     tuned,
@@ -213,6 +214,7 @@ def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[
             f"{name}_to_target": math.nan if index is None else curve[name][index]
             for name in ("step", "cost", "seconds")
         },
+        "metrics": json.dumps(metrics_of(record)),
         **{key: record.get(key, "") for key in ("command", "time")},
         "environment": json.dumps(record.get("environment", {})),
     }

@@ -43,9 +43,14 @@ def finished(record: Record) -> bool:
 
 
 def final(record: Record, name: str) -> float:
-    """The last value of a curve; NaN for a run that diverged or failed."""
-    values = record["curve"][name]
+    """The last value of a curve, or a metric of the last state; NaN for a run that diverged or failed."""
+    values = record["curve"].get(name, [metrics_of(record).get(name, math.nan)])
     return values[-1] if finished(record) and values else math.nan
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+    """What the optimiser's last state says; nothing in records of older versions."""
+    return record.get("metrics", {})
 
 
 def tuned(record: Record) -> tuple[str, float]:
@@ -322,6 +327,18 @@ def sweeps(rows: Sequence[Row], option: str, least: int = 3) -> list[Line]:
 def swept(rows: Sequence[Row]) -> list[str]:
     """Options of which some contestant has enough values for a line."""
     return [option for option in dict.fromkeys(name for row in rows for name in row.options) if sweeps(rows, option)]
+
+
+def moving_metrics(lines: Sequence[Line]) -> list[str]:
+    """Metrics of the last state that are not the same all along each of the lines; ages but say when the run ended."""
+    ways = [[record for point in line.points for record in point.records if finished(record)] for line in lines]
+    names = dict.fromkeys(name for records in ways for record in records for name in metrics_of(record))
+    return [
+        name
+        for name in names
+        if not name.endswith("/age")
+        and any(len({value for r in records if math.isfinite(value := final(r, name))}) > 1 for records in ways)
+    ]
 
 
 def tuning_line(row: Row) -> Line:
