@@ -1,6 +1,6 @@
 """How much the features of a network move, and which layers have to: two maps of iterative linearisation.
 
-python examples/feature_learning.py digits-cnn      # or sparse-parity; an hour, and resumed where it was stopped
+python examples/feature_learning.py digits-cnn      # or sparse-parity; minutes, and resumed where it was stopped
 python examples/feature_learning.py digits --quick
 
 The first table has a row for each period K of the anchor: how far the kernel of the trained model has come from that at

@@ -1,7 +1,6 @@
 """How much damping: a number, a schedule, or a rule that listens to the gain ratio."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
+from gnlin.checks import check_number, check_positive
 from gnlin.tree import Params
 
 
@@ -170,28 +170,11 @@ class TrustRegion:
 Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite number ≥ 0. Traced arrays pass: their values are not known yet."""
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
-        raise TypeError(f"`{name}` must be a number; got {value!r}")
-    shape = getattr(value, "shape", ())
-    if shape != ():
-        raise ValueError(f"`{name}` must be a single number; got an array of shape {shape}")
-    if not isinstance(value, Tracer) and not (float(value) >= 0 and math.isfinite(float(value))):
-        raise ValueError(f"`{name}` must be finite and at least 0; got {value!r}")
-
-
 def check_damping(damping: Any) -> None:
     if isinstance(damping, type):
         raise TypeError(f"`damping` must be a number, a schedule or a record, not a class; got {damping!r}")
     if not callable(damping):
         check_number("damping", damping)
-
-
-def check_positive(name: str, value: Any) -> None:
-    check_number(name, value)
-    if not isinstance(value, Tracer) and not float(value) > 0:
-        raise ValueError(f"`{name}` must be positive; got {value!r}")
 
 
 def check_acceptance(accept: float) -> None:

@@ -12,6 +12,7 @@ import optax
 
 from gnlin import tree
 from gnlin.alignment import kernel_alignment, kernel_distance
+from gnlin.checks import check_integer
 from gnlin.iterative_linearisation import linearised_state
 from gnlin.kernel import empirical_ntk
 from gnlin.objective import Objective, check_objective, check_params, check_transformation, visible_objective
@@ -82,10 +83,7 @@ def measure_kernel_drift(
     inner = optax.with_extra_args_support(inner)
     check_objective(objective)
     objective.check_batch(probe)
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(f"`every` must be an integer of at least 1; got {every!r}")
-    if every < 1:
-        raise ValueError(f"`every` must be an integer of at least 1; got {every!r}")
+    check_integer("every", every)
 
     def init_fn(params):
         check_params(params, allow_holes=True)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gnlin.checks import is_integer
 from gnlin.tree import Params, Tree
 
 Axes = int | Sequence[int]
@@ -65,8 +66,8 @@ class Fans:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
-            axes = (given,) if _is_integer(given) else given
-            if isinstance(axes, str) or not isinstance(axes, Sequence) or not all(map(_is_integer, axes)):
+            axes = (given,) if is_integer(given) else given
+            if isinstance(axes, str) or not isinstance(axes, Sequence) or not all(map(is_integer, axes)):
                 raise TypeError(f"`{field.name}` must be an integer or a tuple of integers; got {given!r}")
             object.__setattr__(self, field.name, tuple(int(axis) for axis in axes))
         _check_distinct(self, *self._axes())
@@ -184,10 +185,6 @@ def layout_of(name: str, fans: Fans | None, shape: tuple[int, ...]) -> Layout:
 
 def _is_fans(node: Any) -> bool:
     return isinstance(node, Fans)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _check_distinct(fans: Fans, inputs, outputs, batch, index) -> None:

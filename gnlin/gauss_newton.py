@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
+from gnlin.checks import check_number
 from gnlin.curvature import LOSS_MODELS, QuadraticModel, quadratic_model
-from gnlin.damping import Damping, GainRatio, check_damping, check_number, damping_at, gain_ratio
+from gnlin.damping import Damping, GainRatio, check_damping, damping_at, gain_ratio
 from gnlin.objective import Objective, check_like_params, check_objective, check_params, visible_objective
 from gnlin.solve import CG, Kronecker, Solution, Solver, System
 from gnlin.solve.system import check_solver

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gnlin import tree
 from gnlin.batches import Cut, assemble, cut_of, part_of
+from gnlin.checks import check_integer
 from gnlin.gram import Pairs, columns, contract, order_by_example
 from gnlin.linearise import linearise
 from gnlin.objective import Objective, check_objective, without_binding
@@ -79,8 +79,7 @@ def empirical_ntk(
     _check(objective, params, batch, other)
     if outputs not in _PAIRS:
         raise ValueError(f"`outputs` must be one of {_PAIRS}; got {outputs!r}")
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int | np.integer) or max_bytes < 1:
-        raise ValueError(f"`max_bytes` must be a number of bytes, an integer of at least 1; got {max_bytes!r}")
+    check_integer("max_bytes", max_bytes)
     objective, batch = without_binding(objective, batch)
     return _kernel(params, batch, other, objective=objective, pairs=outputs, max_bytes=int(max_bytes))
 

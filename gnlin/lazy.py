@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
+from gnlin.checks import check_number
 from gnlin.curvature import output_hessian
-from gnlin.damping import check_number
 from gnlin.gram import kernel_matrix
 from gnlin.linearise import Linearisation, linearise
 from gnlin.objective import Objective, check_objective
@@ -130,7 +130,7 @@ def lazy_training(
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([p[0], 2 * p[1]]) - 1.0)
         >>> lazy = gnlin.lazy_training(objective, jnp.zeros(2))
-        >>> lazy.gradient_descent(learning_rate=0.1, steps=1)
+        >>> lazy.gradient_descent(learning_rate=0.1, steps=1).round(6)
         Array([0.1, 0.2], dtype=float32)
         >>> lazy.ridge(0.0)
         Array([1. , 0.5], dtype=float32)

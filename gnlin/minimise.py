@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gnlin import tree
-from gnlin.damping import check_number
+from gnlin.checks import check_integer, check_number
 from gnlin.objective import Objective, check_objective, check_params, check_transformation
 from gnlin.solve.dense import materialise
 from gnlin.tree import Batch, Params
@@ -96,8 +95,7 @@ def minimise(
     check_transformation("tx", tx)
     check_params(params)
     objective.check_batch(batch)
-    if isinstance(max_steps, bool) or not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
-        raise ValueError(f"`max_steps` must be an integer of at least 1; got {max_steps!r}")
+    check_integer("max_steps", max_steps)
     check_number("tol", tol)
     tx = optax.with_extra_args_support(tx)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.damping import check_positive
+from gnlin.checks import check_positive
 from gnlin.fans import Fans, FansOf, Layout, layout_of, layouts
 from gnlin.objective import check_like_params, check_params
 from gnlin.tree import Params

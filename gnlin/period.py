@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.damping import check_positive
+from gnlin.checks import check_integer, check_positive, is_integer
 from gnlin.tree import Outputs, Params
 
 FOREVER = -1  # updates left of an anchor that never moves
@@ -66,13 +66,8 @@ class RelativeGap:
     def __post_init__(self):
         check_positive("limit", self.limit)
         for name in ("patience", "every", "longest"):
-            value = getattr(self, name)
-            if name == "longest" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be an integer of at least 1; got {value!r}")
-            if value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1; got {value!r}")
+            if name != "longest" or self.longest is not None:
+                check_integer(name, getattr(self, name))
 
     def init(self) -> GapState:
         return GapState(jnp.zeros([], jnp.int32), jnp.asarray(0.0, float))
@@ -184,7 +179,7 @@ def check_period(period: Any) -> Any:
         raise TypeError(f"`period` must be a record, not a class; got {period!r}")
     if period is None or callable(period) or isinstance(period, Tracer | RelativeGap | LayerPeriods):
         return period
-    whole = isinstance(period, (int, np.integer)) and not isinstance(period, bool)
+    whole = is_integer(period)
     # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
     whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
     if not whole:

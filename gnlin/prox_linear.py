@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
+from gnlin.checks import check_integer
 from gnlin.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss
 from gnlin.linearise import linearise
 from gnlin.objective import (
@@ -70,8 +71,7 @@ def prox_linear(
     check_transformation("inner", inner)
     check_objective(objective)
     check_loss_model(loss_model)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"`steps` must be an integer of at least 1; got {steps!r}")
+    check_integer("steps", steps)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

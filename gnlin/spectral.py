@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gnlin import tree
+from gnlin.checks import is_integer
 from gnlin.fans import FansOf, Layout, layouts
 from gnlin.objective import check_params
 from gnlin.tree import Params
@@ -39,8 +41,9 @@ def scale_by_spectral_condition(
     width and for every optimiser. What decays the weights comes after it.
 
     The norm is found by Golub-Kahan-Lanczos from the singular vector of the update before, which is kept in the
-    state: `lanczos_steps` products with U and as many with its transpose, at most 4 · `lanczos_steps` operations
-    for each parameter. The estimate is never above the norm; by how much below is measured in the documentation.
+    state, and a hundredth of a fixed random vector, for an update may be at right angles to the one before:
+    `lanczos_steps` products with U and as many with its transpose, at most 4 · `lanczos_steps` operations for each
+    parameter. But for rounding the estimate is not above the norm; by how much below is measured in the documentation.
 
     An update of zero stays zero. Any other is brought to size, however small it was: a gradient that is only rounding
     is scaled up as well, and near a minimum the learning rate has to fall. An update that is not finite is handed on
@@ -77,7 +80,7 @@ def scale_by_spectral_condition(
         >>> jnp.linalg.norm(updates["kernel"], 2).round(3), jnp.linalg.norm(updates["bias"]).round(3)  # √(9/4), √9
         (Array(0.15, dtype=float32), Array(0.3, dtype=float32))
     """
-    if isinstance(lanczos_steps, bool) or not isinstance(lanczos_steps, int) or lanczos_steps < 1:
+    if not is_integer(lanczos_steps) or lanczos_steps < 1:
         raise ValueError(
             f"`lanczos_steps` must be an integer of at least 1; got {lanczos_steps!r}. In optax.inject_hyperparams "
             "name it among the static_args."
@@ -111,8 +114,7 @@ def _start(layout: Layout, leaf: jax.Array) -> jax.Array | None:
     matrices, blocks, rows, columns = layout.stack
     if min(rows, columns) <= 1 or not leaf.size:
         return None  # the norm of a vector needs no search
-    # Any fixed numbers will do that no matrix of a network is orthogonal to by construction, as it is to ones.
-    return jax.random.normal(jax.random.key(0), (matrices, blocks, columns), tree.accumulation_dtype(leaf))
+    return jnp.zeros((matrices, blocks, columns), tree.accumulation_dtype(leaf))  # nothing is known of it yet
 
 
 def _vectors_for(structure: Any, plan: list[Layout], vectors: Any) -> list[jax.Array | None]:
@@ -140,10 +142,14 @@ def _scaled(update: jax.Array, layout: Layout, start: jax.Array | None, steps: i
     matrices = layout.split(wide)
     # Squares of gradients underflow long before gradients do: norms are taken relative to the largest entry.
     peak = jnp.max(jnp.abs(matrices), axis=(1, 2, 3))
-    norms, vectors = _norms(matrices, jnp.where(peak == 0, 1, peak).astype(wide.dtype), start, steps)
-    norm = jnp.max(norms, axis=1) * peak
+    # The reciprocal of the unit has to be a number, too.
+    units = jnp.where(peak == 0, 1, jnp.minimum(peak, jnp.finfo(wide.dtype).max / 4)).astype(wide.dtype)
+    norms, vectors = _norms(matrices, units, start, steps)
+    norm = jnp.max(norms, axis=1)
     factor = layout.prescription / jnp.where(norm == 0, 1, norm).astype(wide.dtype)  # NaN stays NaN
-    return (wide * layout.spread(factor)).astype(update.dtype), vectors, norm / layout.prescription
+    # One after the other, and not by the quotient of both, which may be too small for a number.
+    relative = jax.lax.optimization_barrier(wide / layout.spread(units))
+    return (relative * layout.spread(factor)).astype(update.dtype), vectors, norm * peak / layout.prescription
 
 
 def _norms(
@@ -164,16 +170,19 @@ def _norms(
 def leading_pair(matrix: jax.Array, start: jax.Array, unit: chex.Numeric, steps: int) -> tuple[jax.Array, jax.Array]:
     """Estimates ``(σ, v)`` of the largest singular value of A = matrix / unit (m, n) and its right singular vector (n).
 
-    With k steps, U (m, k) and V (n, k + 1) orthonormal, V beginning with `start`, and B bidiagonal (k, k + 1),
+    With k steps, U (m, k) and V (n, k + 1) orthonormal, and B bidiagonal (k, k + 1),
 
         Uᵀ A V = B,     A vᵢ = βᵢ₋₁ uᵢ₋₁ + αᵢ uᵢ,     Aᵀ uᵢ = αᵢ vᵢ + βᵢ vᵢ₊₁,
 
-    σ is the norm of B and v is V times its right singular vector: the best pair in the spaces searched. Orthogonality
-    is left to the recurrence; what rounding takes from it makes copies of values found, which do not harm the largest.
+    σ is the norm of B and v is V times its right singular vector: the best pair in the spaces searched. V begins with
+    `start`, a unit vector or zero, which is turned a little lest A maps it to zero. Orthogonality is left to the
+    recurrence; what rounding takes from it makes copies of values found, which do not harm the largest.
     """
     dtype, (rows, columns) = matrix.dtype, matrix.shape
     steps = min(steps, rows, columns)
-    start, _ = _normalised(start)
+    # Any fixed numbers will do that no matrix of a network is orthogonal to by construction, as it is to ones.
+    anywhere = np.random.default_rng(0).normal(size=columns)
+    start, _ = _normalised(start + jnp.asarray(0.01 * anywhere / np.linalg.norm(anywhere), dtype))
 
     def step(i, carry):
         vectors, left, beta, diagonal, above = carry

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import check_positive
 from gnlin.curvature import OutputLoss, QuadraticModel, check_loss_model
-from gnlin.damping import check_positive, resolution
+from gnlin.damping import resolution
 from gnlin.tree import Params
 
 

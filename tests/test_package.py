@@ -24,6 +24,7 @@ SOURCES = {
 
 # Data flows downwards: a module imports only from modules above it.
 LAYERS = [
+    "gnlin.checks",
     "gnlin.tree",
     "gnlin.objective",
     "gnlin.linearise",

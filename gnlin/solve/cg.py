@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
+from gnlin.checks import check_integer
 from gnlin.solve.system import Preconditioner, PreconditionerFunction, Solution, System
 from gnlin.tree import Params
 
@@ -67,8 +68,7 @@ class CG:
     unroll: bool = False
 
     def __post_init__(self):
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(f"`max_steps` must be an integer of at least 1; got {self.max_steps!r}")
+        check_integer("max_steps", self.max_steps)
         for name in ("rtol", "progress_tol"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")

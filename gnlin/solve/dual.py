@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
+from gnlin.checks import check_integer
 from gnlin.gram import inverse_of, kernel_matrix
 from gnlin.solve.system import Solution, Solver, System, check_solver
 from gnlin.tree import Params
@@ -78,8 +79,7 @@ class Dual:
         # Whether anything is carried is part of the form of the state: a traced number cannot say.
         if isinstance(self.momentum, bool | Tracer) or not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` must lie in [0, 1); got {self.momentum!r}")
-        if isinstance(self.max_outputs, bool) or not isinstance(self.max_outputs, int) or self.max_outputs < 1:
-            raise ValueError(f"`max_outputs` must be an integer of at least 1; got {self.max_outputs!r}")
+        check_integer("max_outputs", self.max_outputs)
         if self.otherwise is not None:
             check_solver("otherwise", self.otherwise)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import check_integer
 from gnlin.layers import Reading, read_layers
 from gnlin.solve.kronecker import root_sample
 from gnlin.solve.system import System
@@ -74,9 +75,7 @@ class Jacobi:
         if not 0 <= self.decay < 1:
             raise ValueError(f"`decay` must lie in [0, 1); got {self.decay!r}")
         for name, least in (("probes", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}")
+            check_integer(name, getattr(self, name), least)
 
     def init_state(self, params: Params) -> JacobiState:
         return JacobiState(jnp.zeros([], jnp.int32), tree.zeros_like(params, tree.accumulation_dtype(params)))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import check_integer
 from gnlin.layers import Layer, matrix_shape, read_layers
 from gnlin.solve.system import Solution, System
 from gnlin.tree import Outputs, Params
@@ -89,9 +90,7 @@ class Kronecker:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"`fraction` must lie in (0, 1]; got {self.fraction!r}")
         for name in ("max_side", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"`{name}` must be an integer of at least 0; got {value!r}")
+            check_integer(name, getattr(self, name), least=0)
 
     # As a preconditioner.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import check_integer
 from gnlin.solve.system import System
 from gnlin.tree import Params
 
@@ -74,9 +75,7 @@ class Nystrom:
 
     def __post_init__(self):
         for name, least in (("rank", 1), ("refresh_every", 1), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}")
+            check_integer(name, getattr(self, name), least)
 
     def init_state(self, params: Params) -> NystromState:
         dtype, size = tree.accumulation_dtype(params), tree.size(params)
