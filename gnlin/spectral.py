@@ -179,15 +179,15 @@ def leading_pair(matrix: jax.Array, start: jax.Array, unit: chex.Numeric, steps:
     recurrence; what rounding takes from it makes copies of values found, which do not harm the largest.
     """
     dtype, (rows, columns) = matrix.dtype, matrix.shape
-    steps = min(steps, rows, columns)
+    steps, root = min(steps, rows, columns), jnp.sqrt(unit)  # half of it on either side, so that nothing overflows
     # Any fixed numbers will do that no matrix of a network is orthogonal to by construction, as it is to ones.
     anywhere = np.random.default_rng(0).normal(size=columns)
     start, _ = _normalised(start + jnp.asarray(0.01 * anywhere / np.linalg.norm(anywhere), dtype))
 
     def step(i, carry):
         vectors, left, beta, diagonal, above = carry
-        left, alpha = _normalised(_product(matrix, vectors[i]) / unit - beta * left)
-        right, beta = _normalised(_product(left, matrix) / unit - alpha * vectors[i])
+        left, alpha = _normalised(_product(matrix, vectors[i] / root) / root - beta * left)
+        right, beta = _normalised(_product(left / root, matrix) / root - alpha * vectors[i])
         return vectors.at[i + 1].set(right), left, beta, diagonal.at[i].set(alpha), above.at[i].set(beta)
 
     zeros = jnp.zeros(steps, dtype)
