@@ -4,6 +4,7 @@ While the features J are fixed the kernel J Jᵀ is constant. How much it has tu
 what it was), and how much it has changed in all (its distance), is how much features were learnt.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,14 @@ from gnlin.alignment import kernel_alignment, kernel_distance
 from gnlin.checks import check_integer
 from gnlin.iterative_linearisation import linearised_state
 from gnlin.kernel import empirical_ntk
-from gnlin.objective import Objective, check_objective, check_params, check_transformation, visible_objective
+from gnlin.objective import (
+    Objective,
+    check_not_bound,
+    check_objective,
+    check_params,
+    check_transformation,
+    visible_objective,
+)
 from gnlin.rows import number_of_examples
 from gnlin.tree import Batch, Params
 
@@ -63,7 +71,7 @@ def measure_kernel_drift(
 
     Raises:
         ValueError, TypeError: `every` is no integer of at least 1; `probe` is missing, or the model cannot be evaluated
-            on it; `reference` is not (n, n); at update: `params` is missing.
+            on it; `reference` is not (n, n), or is needed since parameters are masked; at update: `params` is missing.
 
     References: Fort et al., arXiv 2010.15110; Lee et al., arXiv 1902.06720.
 
@@ -82,21 +90,25 @@ def measure_kernel_drift(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     check_objective(objective)
+    check_not_bound("probe", objective, probe)
     objective.check_batch(probe)
     check_integer("every", every)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        examples = _examples(objective, params, probe)
-        if reference is not None and jnp.shape(reference) != (examples, examples):
-            raise ValueError(
-                f"`reference` must be a kernel between the {examples} examples of the probe, of shape "
-                f"{(examples, examples)}; got {jnp.shape(reference)}"
-            )
+        if jax.tree.leaves(params) and not tree.has_holes(params):
+            examples = number_of_examples(jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params))
+        elif reference is None:
+            examples = _length(probe)  # it takes all parameters to have the outputs
+        else:
+            examples = math.isqrt(jnp.size(reference))
+        if reference is not None:
+            _check_shape(reference, examples)
         dtype = tree.accumulation_dtype(params)
         first = jnp.zeros([examples, examples], dtype) if reference is None else jnp.array(reference, dtype)
-        metrics = {name: jnp.asarray(0.0, float) for name in ("kernel/alignment", "kernel/centred_alignment")}
-        metrics |= {"kernel/distance": jnp.asarray(0.0, float), "kernel/age": jnp.zeros([], jnp.int32)}
+        kinds = "alignment", "centred_alignment", "distance"
+        metrics = {f"kernel/{kind}": jnp.asarray(0.0, float) for kind in kinds}
+        metrics["kernel/age"] = jnp.zeros([], jnp.int32)
         return KernelDriftState(inner.init(params), jnp.zeros([], jnp.int32), first, metrics)
 
     def update_fn(updates, state, params: Params = None, *, all_params=None, **extra_args):
@@ -108,6 +120,7 @@ def measure_kernel_drift(
 
         def measured(trained):
             kernel = empirical_ntk(problem, trained, probe, outputs="trace")
+            _check_shape(state.reference, len(kernel))
             first = jnp.where(state.count == 0, kernel, state.reference) if reference is None else state.reference
             values = {
                 "kernel/alignment": kernel_alignment(kernel, first, centred=False),
@@ -125,10 +138,19 @@ def measure_kernel_drift(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _examples(objective: Objective, params: Params, probe: Batch) -> int:
-    """Number of examples in the probe: by its outputs, or by its leaves where it takes more to have them."""
+def _check_shape(reference: jax.Array, examples: int) -> None:
+    if jnp.shape(reference) != (examples, examples):
+        raise ValueError(
+            f"`reference` must be a kernel between the {examples} examples of the probe, of shape "
+            f"{(examples, examples)}; got {jnp.shape(reference)}"
+        )
+
+
+def _length(probe: Batch) -> int:
     lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(probe) if jnp.ndim(leaf)}
-    if len(lengths) == 1 and (tree.has_holes(params) or not jax.tree.leaves(params)):
-        return lengths.pop()
-    outputs = jax.eval_shape(lambda params: objective.outputs_and_aux(params, probe)[0], params)
-    return number_of_examples(outputs)
+    if len(lengths) != 1:
+        raise ValueError(
+            "`reference` is needed where parameters are masked and the leaves of the probe differ in length: how many "
+            f"examples there are cannot be told from {jax.tree.map(jnp.shape, probe)}"
+        )
+    return lengths.pop()

@@ -213,11 +213,10 @@ def iterative_linearisation(
         del updates
         extra_args = without_loss(extra_args)
         problem = visible_objective(objective, params, all_params)
-        fresh = state.linearised.remaining == 0
         value, grads, value_fn, after = _linearised_step(problem, period, loss_model, state.linearised, params, batch)
         inner_state = state.inner
         if reset_inner:
-            inner_state = tree.select(fresh, inner.init(params), inner_state)
+            inner_state = tree.select(state.linearised.remaining == 0, inner.init(params), inner_state)
         updates, inner_state = inner.update(
             grads, inner_state, params, value=value, grad=grads, value_fn=value_fn, batch=batch, **extra_args
         )
@@ -282,10 +281,12 @@ def _linearised_step(
 
 
 def next_anchor(state: LinearisedGradientsState, params: Params) -> Params:
-    """The anchor of an update at `params`."""
-    if jax.tree.structure(state.remaining) != jax.tree.structure(params):
-        return tree.select(state.remaining == 0, params, state.anchor)
-    return jax.tree.map(lambda left, new, old: jnp.where(left == 0, new, old), state.remaining, params, state.anchor)
+    """The anchor of an update at `params`; what it was not seen of, through a mask, is there."""
+    anchor = tree.fill_holes(state.anchor, params)
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(state.remaining)):
+        return tree.select(state.remaining == 0, params, anchor)
+    remaining = tree.fill_holes(state.remaining, params)  # any number will do where both are the same
+    return jax.tree.map(lambda left, new, old: jnp.where(left == 0, new, old), remaining, params, anchor)
 
 
 def linearised_state(opt_state: Any) -> LinearisedGradientsState | None:
@@ -310,14 +311,14 @@ def _after(period: Period, state: LinearisedGradientsState, anchor: Params, valu
     metrics = {**state.metrics, "linearise/loss": value.astype(float)}
     if isinstance(period, LayerPeriods):
         labels, left = period.label_of_leaves(anchor), jax.tree.leaves(state.remaining)
-        first = dict(zip(reversed(labels), reversed(left), strict=True))
+        counters = dict(zip(labels, left, strict=True))  # those of one label are equal
         remaining = jax.tree.unflatten(
             jax.tree.structure(anchor),
             [count_down(period.periods[label], each) for label, each in zip(labels, left, strict=True)],
         )
     else:
-        first, remaining = {"": state.remaining}, count_down(period, state.remaining)
-    for label, left in first.items():
+        counters, remaining = {"": state.remaining}, count_down(period, state.remaining)
+    for label, left in counters.items():
         suffix = f"/{label}" if isinstance(period, LayerPeriods) else ""
         refreshes, age = f"linearise/refreshes{suffix}", f"linearise/age{suffix}"
         metrics[refreshes] += (left == 0).astype(jnp.int32)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.batches import Cut, assemble, cut_of, part_of
+from gnlin.batches import Cut, assemble, cut_of, joined, part_of
 from gnlin.checks import check_integer
 from gnlin.gram import Pairs, columns, contract, order_by_example
 from gnlin.linearise import linearise
-from gnlin.objective import Objective, check_objective, without_binding
+from gnlin.objective import Objective, check_not_bound, check_objective, without_binding
 from gnlin.rows import Found, LeftOutError, Rows, find_rows, numbers_in
 from gnlin.tree import Batch, Outputs, Params
 
@@ -125,10 +125,10 @@ def _check(objective: Objective, params: Params, batch: Batch, other: Batch) -> 
     check_objective(objective)
     objective.check_params(params)
     objective.check_batch(batch)
+    check_not_bound("batch", objective, batch)
     if other is None:
         return
-    if objective.is_bound:
-        raise ValueError("`other` needs an objective without data of its own; this one is bound to its batch")
+    check_not_bound("other", objective, other)
     if jax.tree.structure(other) != jax.tree.structure(batch):
         raise ValueError(
             "`other` must have the structure of `batch`.\n"
@@ -212,7 +212,10 @@ class _Side(NamedTuple):
 
     def rows(self, params: Params, start: Any, length: int, left: frozenset[int], budget: int) -> Rows:
         part = part_of(self.batch, self.cut, start, length)
-        rows = self.found(params, part, budget).without(left)
+        # A single example is looked at twice, for an axis of length 1 could be any.
+        looked_at = part if length > 1 else joined(part, part, self.cut)
+        rows = self.found(params, looked_at, budget).without(left)
+        rows = jax.tree.map(lambda row: row[:length], rows)
         rows.whole.update(self._one_by_one(params, part, left))
         return rows
 

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_number
+from gnlin.checks import check_integer, check_number
 from gnlin.curvature import output_hessian
 from gnlin.gram import kernel_matrix
 from gnlin.linearise import Linearisation, linearise
-from gnlin.objective import Objective, check_objective
+from gnlin.objective import Objective, check_not_bound, check_objective
 from gnlin.tree import Batch, Params
 
 
@@ -64,7 +64,7 @@ class LazyTraining:
         check_number("steps", steps)
         if not isinstance(steps, Tracer) and float(steps) % 1:
             raise ValueError(f"`steps` must be a whole number; got {steps!r}")
-        rate, count = (jnp.asarray(value).astype(self.eigenvalues.dtype) for value in (learning_rate, steps))
+        rate, count = (jnp.asarray(value, self.eigenvalues.dtype) for value in (learning_rate, steps))
 
         def filtered(values):
             base = 1 - rate * values
@@ -79,20 +79,19 @@ class LazyTraining:
 
     def gradient_flow(self, time: chex.Numeric) -> Params:
         """Parameters at `time` of gradient flow, dθ/dt = −∇Q(θ); `jnp.inf` for its limit."""
-        if not isinstance(time, Tracer) and not float(time) >= 0:
-            raise ValueError(f"`time` must be at least 0; got {time!r}")
-        time = jnp.asarray(time).astype(self.eigenvalues.dtype)
+        check_number("time", time, finite=False)
+        time = jnp.asarray(time, self.eigenvalues.dtype)
         return self._moved(lambda values: -jnp.expm1(-values * time) / values, time)
 
     def ridge(self, damping: chex.Numeric) -> Params:
         """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its limit."""
         check_number("damping", damping)
-        strength = jnp.asarray(damping).astype(self.eigenvalues.dtype)
+        strength = jnp.asarray(damping, self.eigenvalues.dtype)
         return self._moved(lambda values: 1 / (values + strength), 1 / strength)
 
     def _moved(self, filtered: Callable[[jax.Array], jax.Array], at_zero: jax.Array) -> Params:
-        """θ for the filter F, whose limit at 0 is `at_zero`; where that is infinite F(λ) is 0 below what λ resolves."""
-        bounded = jnp.isfinite(at_zero)
+        """θ for the filter F, whose limit at 0 is `at_zero`; where that is beyond what λ resolves F is 0 there."""
+        bounded = at_zero * _noise(self.eigenvalues) <= 1
         seen = self.eigenvalues > jnp.where(bounded, 0, _noise(self.eigenvalues))
         limit = jnp.where(bounded, at_zero, 0)
         weights = jnp.where(seen, filtered(jnp.where(seen, self.eigenvalues, 1)), limit) * self.residual
@@ -136,13 +135,16 @@ def lazy_training(
         Array([1. , 0.5], dtype=float32)
     """
     check_objective(objective)
-    linear = linearise(objective, params, batch)
-    count, dtype = tree.size(linear.outputs), tree.accumulation_dtype(params, linear.outputs)
+    check_not_bound("batch", objective, batch)
+    check_integer("max_outputs", max_outputs)
+    count = tree.size(jax.eval_shape(lambda params: objective.outputs_and_aux(params, batch)[0], params))
     if count > max_outputs:
         raise ValueError(
             f"`max_outputs` is {max_outputs}, but there are {count} outputs, and eigendecompositions of that size: "
             "take fewer examples, raise `max_outputs`, or train with gnlin.linearise_gradients(objective, period=None)"
         )
+    linear = linearise(objective, params, batch)
+    dtype = tree.accumulation_dtype(params, linear.outputs)
     gradient, hessian = output_hessian(objective, linear.outputs, batch)
 
     def hessian_column(cotangent: jax.Array) -> jax.Array:

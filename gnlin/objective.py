@@ -157,6 +157,11 @@ def without_binding(objective: Objective, batch: Batch) -> tuple[Objective, Batc
     return dataclasses.replace(objective, model=model.function, loss=loss.function, is_bound=False), model.batch
 
 
+def check_not_bound(name: str, objective: Objective, data: Batch) -> None:
+    if objective.is_bound and data is not None:
+        raise ValueError(f"`{name}` needs an objective without data of its own; this one is bound to its batch")
+
+
 def check_objective(objective: Any) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(f"`objective` must be a gnlin.Objective(model, loss); got {objective!r}")

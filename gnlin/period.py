@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.checks import check_integer, check_positive, is_integer
+from gnlin.damping import resolution
 from gnlin.tree import Outputs, Params
 
 FOREVER = -1  # updates left of an anchor that never moves
@@ -96,9 +97,10 @@ class RelativeGap:
 
 
 def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.Array:
-    """0 where the two agree; infinite where the network is not finite, so that it is left for where it is."""
+    """0 where the two agree but for rounding; infinite where the network is not finite, so that it is left."""
     gap = tree.norm(tree.subtract(outputs, linearised))
-    return jnp.where(jnp.isfinite(gap), jnp.where(gap > 0, gap / tree.norm(moved), 0), jnp.inf)
+    seen = gap > resolution(tree.norm(linearised))
+    return jnp.where(jnp.isfinite(gap), jnp.where(seen, gap / tree.norm(moved), 0), jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +155,15 @@ class LayerPeriods:
             jax.tree.map(lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, params)
         except (ValueError, TypeError) as error:
             raise ValueError(f"`labels` must be a tree like the parameters, or of their upper part: {error}") from error
-        if unknown := {label for label in found if label not in self.periods}:
-            raise ValueError(
-                f"`labels` has {sorted(map(repr, unknown))}, which `periods` lacks: {dict(self.periods)!r}"
-            )
-        return found
+        known = {label: label for label in self.periods}  # of equal labels, such as 1 and True, those of `periods`
+        try:
+            unknown = dict.fromkeys(label for label in found if label not in known)
+        except TypeError as error:
+            raise TypeError(f"`labels` must be names, numbers or other constants: {error}") from error
+        if unknown:
+            lacking = ", ".join(map(repr, unknown))
+            raise ValueError(f"`labels` has {lacking}, which `periods` lacks: {dict(self.periods)!r}")
+        return [known[label] for label in found]
 
 
 Period = int | None | Callable[[Any], chex.Numeric] | RelativeGap | LayerPeriods

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from gnlin import tree
 from gnlin.drift import KernelDriftState
 from gnlin.gauss_newton import GaussNewtonState, ScaleByGaussNewtonState
 from gnlin.iterative_linearisation import (
@@ -87,9 +86,7 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
     found = linearised_state(opt_state)
     if found is None:
         return objective.outputs_and_aux(params, batch)[0]
-    # An anchor seen through a mask is linearised in its visible leaves; the others are at their current values.
-    current = tree.fill_holes(found.anchor, params)
-    return linearise(objective, next_anchor(found._replace(anchor=current), params), batch).predict(params)
+    return linearise(objective, next_anchor(found, params), batch).predict(params)
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:

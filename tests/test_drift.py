@@ -121,7 +121,7 @@ def test_bad_input():
         build(probe=None)
     with pytest.raises(ValueError, match=r"`every` must be an integer of at least 1; got 0"):
         build(every=0)
-    with pytest.raises(TypeError, match=r"`every` must be an integer of at least 1; got 2.0"):
+    with pytest.raises(ValueError, match=r"`every` must be an integer of at least 1; got 2.0"):
         build(every=2.0)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'period'"):
         build(period=2)
@@ -130,9 +130,17 @@ def test_bad_input():
     # At init, and not in the middle of training.
     with pytest.raises(ValueError, match=r"`model\(params, batch\)` failed: KeyError: 'x'"):
         build(probe={"images": probe["x"]}).init(params)
+    with pytest.raises(ValueError, match=r"`probe` needs an objective without data of its own"):
+        build(objective=OBJECTIVE.bind(batch()))
     tx = build()
     with pytest.raises(ValueError, match=r"`params` is missing"):
         tx.update(params, tx.init(params))
     masked = optax.masked(tx, {"in": True, "out": False})
     with pytest.raises(ValueError, match=r"`params` has optax.MaskedNode holes"):
         masked.update(params, masked.init(params), params)
+    uneven = optax.masked(build(probe={**probe, "mean": jnp.zeros(3)}), {"in": True, "out": False})
+    with pytest.raises(ValueError, match=r"`reference` is needed where parameters are masked and the leaves"):
+        uneven.init(params)
+    wrong = optax.masked(build(reference=jnp.eye(5)), {"in": True, "out": False})
+    with pytest.raises(ValueError, match=r"`reference` must be a kernel between the 8 examples .* got \(5, 5\)"):
+        wrong.update(params, wrong.init(params), params, all_params=params)

@@ -109,6 +109,26 @@ def divided(params, batch):
     return perceptron(params, batch) / len(batch["x"]) ** 0.5
 
 
+# What else a model could do with the number of examples.
+BY_NUMBER = {
+    "a constant": lambda z, n: z / jnp.full((4,), n, z.dtype)[None, :],
+    "a small constant": lambda z, n: z / jnp.full((4,), min(n, 5), z.dtype)[None, :],
+    "an array from outside": lambda z, n: z / np.full(4, n, z.dtype)[None, :],
+    "an integer": lambda z, n: z / jnp.asarray((n, 1))[0].astype(z.dtype),
+    "a power": lambda z, n: z**n,
+    "a bound": lambda z, n: jnp.clip(z, -n / 20, n / 20),
+    "a mask": lambda z, n: z * (jnp.arange(4) < n).astype(z.dtype)[None, :],
+    "a slice": lambda z, n: z[:, :n] @ jnp.ones((min(n, 4), 2), z.dtype),
+    "a shorter sum": lambda z, n: jnp.sum(z[:, :n], axis=1),
+    "a turn": lambda z, n: jnp.roll(z, n // 2, axis=-1) * jnp.arange(4.0)[None, :].astype(z.dtype),
+    "a jitted constant": lambda z, n: jax.jit(lambda z: z * np.full(4, 1 / n, z.dtype)[None, :])(z),
+}
+
+
+def by_number(of):
+    return lambda params, batch: of(perceptron(params, batch), len(batch["x"]))
+
+
 def branching(params, batch):
     z = perceptron(params, batch)
     return z[::-1] if len(batch["x"]) < 1000 else z
@@ -187,6 +207,7 @@ def cases() -> dict[str, Case]:
         "noise for all": case(noise_for_all, "in bias out", False),
         "rule of its own": case(rule_of_its_own, "in bias out", False),
         "contracted": case(contracted, "in out"),
+        **{name: case(by_number(of), "in bias out", False) for name, of in BY_NUMBER.items()},
     }
 
 
@@ -492,9 +513,9 @@ def test_errors_name_the_argument():
     kernel = functools.partial(gnlin.empirical_ntk, objective, params, batch)
     with pytest.raises(ValueError, match=r"`outputs` must be one of .*; got 'mean'"):
         kernel(outputs="mean")
-    with pytest.raises(ValueError, match=r"`max_bytes` must be a number of bytes.*; got 0"):
+    with pytest.raises(ValueError, match=r"`max_bytes` must be an integer of at least 1; got 0"):
         kernel(max_bytes=0)
-    with pytest.raises(ValueError, match=r"`max_bytes` must be a number of bytes.*; got 1000.0"):
+    with pytest.raises(ValueError, match=r"`max_bytes` must be an integer of at least 1; got 1000.0"):
         kernel(max_bytes=1e3)
     with pytest.raises(ValueError, match=r'`max_bytes` is 255, but the kernel by itself takes 256: .*outputs="trace"'):
         kernel(max_bytes=255)
@@ -504,6 +525,8 @@ def test_errors_name_the_argument():
         kernel((jnp.ones((4, 3)),))
     with pytest.raises(ValueError, match=r"`other` needs an objective without data of its own"):
         gnlin.empirical_ntk(objective.bind(batch), params, other=batch)
+    with pytest.raises(ValueError, match=r"`batch` needs an objective without data of its own"):
+        gnlin.empirical_ntk(objective.bind(batch), params, batch)
     with pytest.raises(ValueError, match=r"`batch` is missing"):
         gnlin.empirical_ntk(objective, params)
     with pytest.raises(ValueError, match=r"`batch` is empty: \{'x': \(0, 3\)\}"):

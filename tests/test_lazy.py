@@ -110,6 +110,30 @@ def test_half_precision_parameters_keep_their_dtype():
     np.testing.assert_allclose(flat(theta).astype(np.float32), flat(exact), **tolerance(jnp.bfloat16))
 
 
+def test_long_times_and_little_damping_do_not_amplify_rounding():
+    """In single precision, with inputs that come twice and cannot be told apart whatever the time."""
+    params, x = (
+        {"in": oracles.normal(3, 40, seed=1), "out": oracles.normal(40, 1, seed=2)},
+        oracles.normal(10, 3, seed=3),
+    )
+    batch = {"x": jnp.concatenate([x, x]), "y": oracles.normal(20, 1, seed=4)}
+    params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, batch))
+    objective = gnlin.Objective(model, lambda z, b: jnp.sum((z - b["y"]) ** 2) / 2)
+    lazy = gnlin.lazy_training(objective, params, batch)
+    largest = float(lazy.eigenvalues[-1])
+    limit = flat(lazy.gradient_flow(jnp.inf)) - flat(params)
+    for exponent in range(2, 16):
+        for theta in (
+            lazy.gradient_flow(10.0**exponent / largest),
+            lazy.gradient_descent(1 / largest, 10**exponent),
+            lazy.ridge(largest / 10.0**exponent),
+        ):
+            moved = flat(theta) - flat(params)
+            assert np.linalg.norm(moved) < 1.1 * np.linalg.norm(limit)
+            if exponent > 8:
+                assert np.linalg.norm(moved - limit) < 0.1 * np.linalg.norm(limit)
+
+
 def test_a_loss_that_does_not_see_the_outputs():
     objective = gnlin.Objective(model, lambda z, b: 0 * jnp.sum(z))
     _, params, batch = problem()
@@ -140,5 +164,9 @@ def test_bad_input():
         lazy.gradient_descent(-1, 1)
     with pytest.raises(ValueError, match=r"`time` must be at least 0; got -1.0"):
         lazy.gradient_flow(-1.0)
+    with pytest.raises(ValueError, match=r"`time` must be a single number; got an array of shape \(2,\)"):
+        lazy.gradient_flow(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"`batch` needs an objective without data of its own"):
+        gnlin.lazy_training(objective.bind(batch), params, batch)
     with pytest.raises(ValueError, match=r"`damping` must be finite and at least 0; got -0.1"):
         lazy.ridge(-0.1)
