@@ -72,7 +72,9 @@ def kernel_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def kernel_spectrum(kernel: jax.Array) -> jax.Array:
-    """Eigenvalues of a kernel between a batch and itself, the largest first.
+    r"""Eigenvalues of a kernel between a batch and itself, the largest first.
+
+    .. math:: K = \sum_i \lambda_i\, q_i q_i^\top, \qquad \lambda_1 \ge \lambda_2 \ge \dots
 
     Args:
         kernel: as `empirical_ntk` returns it, with N = M.
@@ -82,6 +84,8 @@ def kernel_spectrum(kernel: jax.Array) -> jax.Array:
 
     Raises:
         ValueError: the kernel is not square.
+
+    Reference: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5 (what is learnt along qᵢ decays as exp(−ηλᵢt)).
 
     Example:
         >>> import gnlin, jax.numpy as jnp

@@ -52,6 +52,8 @@ class Fans:
         TypeError: an axis is no integer.
         ValueError: an axis is named twice (except as input and output).
 
+    Reference: Yang, Simon & Bernstein, arXiv 2310.17813, for what fan-in and fan-out are used for.
+
     Example:
         >>> import gnlin
         >>> gnlin.Fans(batch_axis=0)

@@ -146,7 +146,7 @@ def scale_by_maximal_update_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learning rates by layer for updates that are *linear in the gradient*: SGD, with or without momentum.
 
-    .. math:: U \leftarrow \frac{\text{fan-out}}{\text{fan-in}}\, U
+    .. math:: U \leftarrow \frac{\text{fan-out}}{\text{fan-in}}\, U \quad\text{of a matrix.}
 
     A gradient xᵀδ has a norm of order √fan-in · 1/√fan-out, for its cotangents δ are smaller the more features share an
     effect; the factor makes of it the √(fan-out/fan-in) of the spectral condition. It is a constant of each leaf:
@@ -184,7 +184,7 @@ def scale_by_maximal_update_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learning rates by layer for updates whose *entries have a given size*: Adam, RMSprop, Lion, sign descent.
 
-    .. math:: U \leftarrow \frac{1}{\text{fan-in}}\, U
+    .. math:: U \leftarrow \frac{1}{\text{fan-in}}\, U \quad\text{of a matrix.}
 
     A matrix of entries ±1 and low rank has a norm of order √(fan-in · fan-out); the factor makes of it the
     √(fan-out/fan-in) of the spectral condition. It is a constant of each leaf: nothing is measured.

@@ -35,8 +35,10 @@ class RelativeGap:
     .. math:: \frac{\|f(\theta) - f_\mathrm{lin}(\theta)\|}{\|J(\phi)(\theta - \phi)\|} \le \text{limit}.
 
     The anchor moves at the update after one that found the gap beyond the limit `patience` times in a row, so that one
-    odd batch does not move it, and in any case after `longest` updates. A look costs a forward pass, a third of a
-    gradient. Near the anchor the gap is proportional to the distance: half the limit is about half as long a cycle.
+    odd batch does not move it, and in any case after `longest` updates. The gap is 0 at a new anchor, so that a second
+    limit, from which on it would count as small again, is not needed. A look costs a forward pass: an update with one
+    takes the work of 2 gradients, others that of 5/3. Near the anchor the gap is proportional to the distance: half the
+    limit is about half as long a cycle.
 
     Args:
         limit: largest relative gap.
@@ -46,6 +48,8 @@ class RelativeGap:
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
+
+    Reference: the fixed period of Goldwaser & Ge, arXiv 2211.12345, is what it takes the place of; the rule is ours.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -113,8 +117,9 @@ class LayerPeriods:
     .. math:: f_\mathrm{lin}(a, b) = f(\phi, b) + \frac{\partial f}{\partial a}(\phi, b)\,(a - \phi),
 
     and both follow the gradient of :math:`\ell(f_\mathrm{lin}(a, b))`. For each group of a longer period φ moves to θ
-    by itself. A group that is not to be trained at all is one for Optax:
-    ``optax.partition({"train": inner, "freeze": optax.set_to_zero()}, labels)`` after the linearised gradient.
+    by itself. An update costs between 5/3 and 1.9 gradients, and more where the first layers are exact than the last. A
+    group that is not to be trained at all is one for Optax: ``optax.partition({"train": inner, "freeze":
+    optax.set_to_zero()}, labels)`` after the linearised gradient.
 
     Args:
         periods: label ↦ K ≥ 1, `None` for never, or a schedule.
@@ -124,11 +129,17 @@ class LayerPeriods:
     Raises:
         ValueError, TypeError: there are no periods, or one is below 1; when used: a leaf has no label with a period.
 
+    Reference: after Goldwaser & Ge, arXiv 2211.12345, who linearise all layers at once.
+
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], lambda z, x: jnp.sum(z ** 2))
         >>> layers = gnlin.LayerPeriods({"features": 64, "readout": 1}, {"in": "features", "out": "readout"})
         >>> tx = optax.chain(gnlin.linearise_gradients(objective, layers), optax.sgd(0.1))
+        >>> params = {"in": jnp.ones((2, 3)), "out": jnp.ones((3, 1))}
+        >>> _, state = tx.update(None, tx.init(params), params, batch=jnp.ones((4, 2)))
+        >>> {name: int(value) for name, value in gnlin.metrics(state).items() if "refreshes" in name}
+        {'linearise/refreshes/features': 1, 'linearise/refreshes/readout': 1}
     """
 
     periods: Mapping[Hashable, Any]

@@ -79,6 +79,27 @@ def test_a_linearised_step(problem, period, most, loss_model):
     assert _step_flops(tx, problem) <= most * problem[3]
 
 
+def test_a_look_at_the_gap(problem):
+    tx = gnlin.linearise_gradients(problem[0], gnlin.RelativeGap(0.1))
+    assert _step_flops(tx, problem) <= 2.05 * problem[3]
+
+
+@pytest.mark.parametrize("exact", [(0,), (0, 2), (2,), (0, 1, 2)], ids=str)
+def test_a_partly_linearised_step(problem, exact):
+    layers = gnlin.LayerPeriods({True: 1, False: 16}, [index in exact for index in range(3)])
+    most = 1.02 if len(exact) == 3 else 1.9
+    assert _step_flops(gnlin.linearise_gradients(problem[0], layers), problem) <= most * problem[3]
+
+
+def test_drift_costs_a_kernel_where_it_is_looked_at(problem):
+    """XLA counts the dearer of two branches."""
+    objective, params, batch, gradient = problem
+    probe = jax.tree.map(lambda leaf: leaf[:8], batch)
+    kernel = _flops(lambda params: gnlin.empirical_ntk(objective, params, probe, outputs="trace"), params)
+    watched = _step_flops(gnlin.measure_kernel_drift(optax.sgd(0.1), objective, probe, 10), problem, True)
+    assert watched <= 1.01 * gradient + 1.01 * kernel + 1e4
+
+
 def test_an_inner_step_of_prox_linear(problem):
     def total(steps):  # XLA counts the body of a loop once: unroll it by hand through the public value and gradient
         objective, params, batch, _ = problem

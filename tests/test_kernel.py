@@ -385,17 +385,34 @@ def words(examples):
     return params, {"ids": jax.ShapeDtypeStruct((examples, 16), jnp.int32)}
 
 
+def normalised(examples):
+    """Cannot be cut."""
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {"in": (32, 64), "out": (64, 10)}.items()
+    }
+    return params, {"x": jax.ShapeDtypeStruct((examples, 32), jnp.float32)}
+
+
 @pytest.mark.parametrize(
-    ("model", "shapes", "bounds"),
-    [(deep, wide, (6, 24)), (convolution, images, (16, 64)), (attention, words, (64,))],
-    ids=["perceptron", "convolution", "attention"],
+    ("model", "shapes", "bounds", "outputs"),
+    [
+        (deep, wide, (6, 24), "full"),
+        (deep, wide, (6,), "trace"),
+        (convolution, images, (16, 64), "full"),
+        (convolution, images, (16,), "diagonal"),
+        (attention, words, (64,), "full"),
+        (attention, words, (64,), "trace"),
+        (batch_statistics, normalised, (48,), "full"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_memory_stays_within_the_bound(model, shapes, bounds):
-    """By XLA's own account; the kernel itself takes 4 MiB."""
+def test_memory_stays_within_the_bound(model, shapes, bounds, outputs):
+    """By XLA's own account; a full kernel by itself takes 4 MiB."""
     objective, shapes = gnlin.Objective(third_party_model(model), loss), shapes(100)
     for bound in bounds:
+        options = {"outputs": outputs, "max_bytes": bound * 2**20}
         lowered = jax.jit(
-            lambda params, batch, bound=bound: gnlin.empirical_ntk(objective, params, batch, max_bytes=bound * 2**20)
+            lambda params, batch, options=options: gnlin.empirical_ntk(objective, params, batch, **options)
         ).lower(*shapes)
         memory = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= bound * 2**20
@@ -424,6 +441,19 @@ def test_layers_save_work():
     functions = plain, lambda params, x: gnlin.empirical_ntk(objective, params, x)
     flops = [jax.jit(each).lower(params, x).compile().cost_analysis()["flops"] for each in functions]
     assert flops[0] > 20 * flops[1]
+
+
+def test_a_single_example_costs_no_more_than_two():
+    """The usual question to kernel regression: one point to predict, many to learn from."""
+    params, x = wide(64)
+    objective = gnlin.Objective(deep, loss)
+
+    def flops(examples):
+        one = jax.ShapeDtypeStruct((examples, 32), jnp.float32)
+        compiled = jax.jit(lambda *args: gnlin.empirical_ntk(objective, *args)).lower(params, one, x).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(1) <= flops(2)
 
 
 @pytest.mark.parametrize("name", ["perceptron", "pytree", "batch statistics"])
