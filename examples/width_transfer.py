@@ -44,9 +44,11 @@ momentum = functools.partial(optax.sgd, momentum=0.9)
 # name: (rate ↦ transform, whether it starts from `spectral_init`, rate to begin the search at)
 METHODS = {
     "SGD": (momentum, False, 2.0**-4),
+    "SGD *": (momentum, True, 2.0**-4),
     "SGD, multipliers *": (followed_by(momentum, gnlin.scale_by_maximal_update_sgd()), True, 2.0**-3),
     "SGD, spectral *": (spectral(optax.trace(0.9)), True, 2.0**-4),
     "Adam": (optax.adam, False, 2.0**-8),
+    "Adam *": (optax.adam, True, 2.0**-8),
     "Adam, multipliers *": (followed_by(optax.adam, gnlin.scale_by_maximal_update_adam()), True, 2.0**-2),
     "Adam, spectral *": (spectral(optax.scale_by_adam()), True, 2.0**-4),
 }
@@ -105,9 +107,9 @@ class Search:
 
 def draw(path: Path, losses: dict[str, dict[int, dict[float, float]]]) -> None:
     """Loss by rate: a panel for each optimiser, a line for each width."""
-    across = min(3, len(losses))
+    across = min(4, len(losses))
     down = math.ceil(len(losses) / across)
-    figure = Figure(figsize=(2.6 * across, 2.3 * down), layout="constrained")
+    figure = Figure(figsize=(2.2 * across, 2.3 * down), layout="constrained")
     panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
     for axes, (method, by_width) in zip(panels, losses.items(), strict=False):
         for width, by_rate in by_width.items():
