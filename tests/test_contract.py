@@ -167,27 +167,26 @@ def drifting(name, inner, convex_steps):
     )
 
 
-def spectral(name, inner, convex_steps):
-    """`linearise_gradients`, an inner optimiser and `scale_by_spectral_condition`, at a rate that falls."""
+def scaled(scale, name, inner, convex_steps, *, static=(), metrics=frozenset(), convex_accuracy=1e-3):
+    """`linearise_gradients`, an inner optimiser and a scaling by layers, at a rate that falls."""
     rate = third_party(optax.exponential_decay(0.2, transition_steps=1, decay_rate=0.9))
 
-    def build(objective, scale=gnlin.scale_by_spectral_condition):
+    def build(objective, scale=scale):
         first = gnlin.linearise_gradients(objective, 2)
         return optax.chain(first, inner, scale(), third_party(optax.scale_by_learning_rate(rate)))
 
     def inject(objective):
-        factory = optax.inject_hyperparams(gnlin.scale_by_spectral_condition, static_args="lanczos_steps")
-        return build(objective, factory)
+        return build(objective, optax.inject_hyperparams(scale, static_args=static))
 
-    metrics = LINEARISED | {"spectral/largest", "spectral/smallest"}
     return Case(
-        f"scale_by_spectral_condition-{name}",
+        f"{scale.__name__}-{name}",
         build,
         inject,
         frozenset(),
-        metrics,
+        LINEARISED | metrics,
         guard=guarded,
         convex_steps=convex_steps,
+        convex_accuracy=convex_accuracy,
     )
 
 
@@ -306,7 +305,15 @@ CASES = [
         line_search=(1.0, 0.5, 0.25),
         metrics=frozenset({"line_search/alpha"}),
     ),
-    spectral("sgd", optax.identity(), 80),
+    scaled(
+        gnlin.scale_by_spectral_condition,
+        "sgd",
+        optax.identity(),
+        80,
+        static="lanczos_steps",
+        metrics=frozenset({"spectral/largest", "spectral/smallest"}),
+    ),
+    scaled(gnlin.scale_by_maximal_update_adam, "adam", third_party(optax.scale_by_adam()), 80, convex_accuracy=0.1),
     # Adam started afresh moves each parameter by its rate however near the solution is.
     prox("adam-quadratic", third_party(optax.adam(0.02)), 100, loss_model="quadratic", convex_accuracy=0.1),
     prox("lbfgs", third_party(optax.lbfgs()), 5, extras=for_line_searches),
