@@ -10,9 +10,9 @@ in gnlin-results/, of which ``gnlin report`` makes pages with figures.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
-from collections import defaultdict
 
 import jax
 import optax
@@ -20,18 +20,20 @@ import optax
 import gnlin
 from gnlin.compare import Contestant, Option, from_optax, run
 from gnlin.compare.contestant import batch, period
+from gnlin.compare.study import facts
+from gnlin.compare.summary import summarise
 from gnlin.compare.tasks import TASKS
 
 RATES = (0.001, 0.004, 0.016)
 PERIODS = (1, 2, 4, 16, 64, 256, 1024, None)
 
 
-def drifting(task, options):
-    """Iterative linearisation of Adam whose kernel is looked at every 50 steps."""
+def drifting(task, options, every):
+    """Iterative linearisation of Adam whose kernel is looked at every so many steps."""
     probe = jax.tree.map(lambda leaf: leaf[:64], task.held_out)
     period = options["period"]
     inner = gnlin.iterative_linearisation(optax.adam(options["learning_rate"]), task.objective, period)
-    method = from_optax(task.objective, gnlin.measure_kernel_drift(inner, task.objective, probe, every=50))
+    method = from_optax(task.objective, gnlin.measure_kernel_drift(inner, task.objective, probe, every))
     return method._replace(cycle=period or 1)
 
 
@@ -50,23 +52,23 @@ def learning_in_some_layers(task, options):
     return from_optax(task.objective, tx)
 
 
-LAYERS = Option("", str, "a 0 or 1 for each layer")
-DRIFT = Contestant("il-drift", "Watched.", drifting, grid=RATES, options={"period": period(16), "batch": batch()})
+def drift(every):
+    return Contestant(
+        "il-drift",
+        f"Iterative linearisation of Adam; its kernel on 64 held-out examples is looked at every {every} steps",
+        functools.partial(drifting, every=every),
+        grid=RATES,
+        options={"period": period(16), "batch": batch()},
+    )
+
+
 SOME = Contestant(
-    "il-layers", "In part.", learning_in_some_layers, grid=RATES, options={"layers": LAYERS, "batch": batch()}
+    "il-layers",
+    "Adam; the layers marked 0 are linearised at the start for good",
+    learning_in_some_layers,
+    grid=RATES,
+    options={"layers": Option("", str, "a 0 or 1 for each layer"), "batch": batch()},
 )
-
-
-def finished(runs, option):
-    """Value of the option ↦ the runs, one for each seed, at the setting that was chosen."""
-    by_setting = defaultdict(list)
-    for record in runs:
-        by_setting[record["options"][option], record["setting"]["learning_rate"]].append(record)
-    chosen = {}
-    for (value, _), records in by_setting.items():
-        if len(records) > len(chosen.get(value, [])):
-            chosen[value] = records
-    return chosen
 
 
 def mean(records, read):
@@ -75,48 +77,48 @@ def mean(records, read):
     return f"{statistics.mean(values):.4g}{spread}"
 
 
-def print_drift(runs):
+def print_drift(rows):
     print("| K | rate | anchors | centred alignment | alignment | distance | training loss | held out |")
     print("|---" * 8 + "|")
-    for kept, records in finished(runs, "period").items():
+    for row in rows:
+        metrics = ("linearise/refreshes", "kernel/centred_alignment", "kernel/alignment", "kernel/distance")
         cells = [
-            "never" if kept is None else str(kept),
-            f"{records[0]['setting']['learning_rate']:g}",
-            mean(records, lambda r: r["metrics"]["linearise/refreshes"]),
-            *(
-                mean(records, lambda r, name=name: r["metrics"][f"kernel/{name}"])
-                for name in ("centred_alignment", "alignment", "distance")
-            ),
-            mean(records, lambda r: r["curve"]["loss"][-1]),
-            mean(records, lambda r: r["curve"]["quality"][-1]),
+            "never" if row.options["period"] is None else str(row.options["period"]),
+            f"{row.setting['learning_rate']:g}",
+            *(mean(row.records, lambda r, name=name: r["metrics"][name]) for name in metrics),
+            mean(row.records, lambda r: r["curve"]["loss"][-1]),
+            mean(row.records, lambda r: r["curve"]["quality"][-1]),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def print_layers(runs):
+def print_layers(rows):
     print("\n| layers that learn features | rate | training loss | held out |\n" + "|---" * 4 + "|")
-    for layers, records in finished(runs, "layers").items():
-        loss, quality = (mean(records, lambda r, name=name: r["curve"][name][-1]) for name in ("loss", "quality"))
-        print(f"| {layers} | {records[0]['setting']['learning_rate']:g} | {loss} | {quality} |", flush=True)
+    for row in rows:
+        loss, quality = (mean(row.records, lambda r, name=name: r["curve"][name][-1]) for name in ("loss", "quality"))
+        print(f"| {row.options['layers']} | {row.setting['learning_rate']:g} | {loss} | {quality} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="two rows of each, a twentieth of the work, one seed")
+    parser.add_argument("--quick", action="store_true", help="some rows of each, a twentieth of the work, one seed")
     given = parser.parse_args()
     task = TASKS[given.task]()
     marks = ["".join(each) for each in itertools.product("10", repeat=len(layers_of(task)))]
-    periods, seeds, work = PERIODS, given.seeds, 1.0
+    periods, seeds, work, every, name = PERIODS, given.seeds, 1.0, 50, given.task
     if given.quick:
-        periods, marks, seeds, work = (4, None), [marks[0], marks[-1]], 1, 0.05
-    kept = {"seeds": seeds, "work": work}
-    out = f"gnlin-results/{given.task}"
-    sweep = {"period": ["never" if k is None else k for k in periods]}
-    print_drift(run(given.task, [DRIFT], sweep=sweep, out=f"{out}-drift", **kept))
-    print_layers(run(given.task, [SOME], sweep={"layers": marks}, out=f"{out}-layers", **kept))
-    print(f"\nFor figures: gnlin report {out}-drift; gnlin report {out}-layers")
+        periods, marks, seeds, work, every = (1, 4, 16, None), [marks[0], marks[-1]], 1, 0.05, 4
+        name = f"{name}-quick"
+
+    def rows(contestant, sweep, what):
+        runs = run(given.task, [contestant], sweep=sweep, seeds=seeds, work=work, out=f"gnlin-results/{name}-{what}")
+        return summarise(runs, {task.name: facts(task)})
+
+    print_drift(rows(drift(every), {"period": ["never" if k is None else k for k in periods]}, "drift"))
+    print_layers(rows(SOME, {"layers": marks}, "layers"))
+    print(f"\nFor figures: gnlin report gnlin-results/{name}-drift; gnlin report gnlin-results/{name}-layers")
 
 
 def layers_of(task):

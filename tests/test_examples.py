@@ -1,5 +1,6 @@
 """What the README, the documentation and the examples show is run."""
 
+import json
 import os
 import re
 import runpy
@@ -159,10 +160,21 @@ def test_spectral_norms_are_known(tmp_path):
 
 
 def test_features_are_mapped(tmp_path):
-    kept, never, all_layers, none = rows_of(run_example("feature_learning.py", tmp_path, "diabetes", "--quick"))
-    assert [row[0] for row in (kept, never, all_layers, none)] == ["4", "never", "111", "000"]
-    assert int(kept[2]) > int(never[2]) == 1
-    assert never[3:6] == ["1", "1", "0"]
+    rows = {row[0]: row for row in rows_of(run_example("feature_learning.py", tmp_path, "diabetes", "--quick"))}
+    assert list(rows) == ["1", "4", "16", "never", "111", "000"]
+    anchors = [int(rows[period][2]) for period in ("1", "4", "16", "never")]
+    assert anchors[0] > anchors[1] > anchors[2] == anchors[3] == 1
+    assert float(rows["1"][3]) < float(rows["4"][3]) < 1
+    assert rows["never"][3:6] == ["1", "1", "0"]
+    # Of the rates that were tried the table has the best one's losses, as the report does.
+    for what, name, label in (("drift", "4", "il-drift:period=4"), ("layers", "111", "il-layers:layers=111")):
+        lines = (
+            (tmp_path / "gnlin-results" / f"diabetes-quick-{what}" / "records.jsonl").read_text("utf-8").splitlines()
+        )
+        records = [json.loads(line) for line in lines]
+        losses = [record["curve"]["loss"][-1] for record in records if record["label"] == label]
+        assert len(losses) == 3
+        assert float(rows[name][-2]) == pytest.approx(min(losses), rel=1e-3)
 
 
 def test_width_transfer_finds_rates(tmp_path):

@@ -59,6 +59,7 @@ class Job:
             "task": self.task if isinstance(self.task, str) else self.task.name,
             "contestant": entry.contestant.name,
             "label": entry.label,
+            "about": entry.contestant.summary,
             "options": dict(entry.options),
             "setting": {entry.contestant.tuned: self.number},
             "grid": list(entry.grid),
