@@ -91,7 +91,8 @@ def measure_kernel_drift(
     inner = optax.with_extra_args_support(inner)
     check_objective(objective)
     check_not_bound("probe", objective, probe)
-    objective.check_batch(probe)
+    if probe is None and not objective.is_bound:
+        raise ValueError("`probe` is missing: pass the examples whose kernel is to be followed")
     check_integer("every", every)
 
     def init_fn(params):

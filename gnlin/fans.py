@@ -33,6 +33,7 @@ class Fans:
     | their biases | (layers, out) | ``Fans((), -1, batch_axis=0)`` |
     | kernel of a convolution over one dimension | (width, in, out) | ``Fans()`` |
     | attention's queries, keys, values | (in, heads, width) | ``Fans(0, (1, 2))`` |
+    | their biases | (heads, width) | ``Fans((), (0, 1))`` |
     | attention's output | (heads, width, out) | ``Fans((0, 1), 2)`` |
     | experts, one of which acts on each token | (experts, in, out) | ``Fans(index_axis=0)`` |
     | PyTorch's matrix, y = x Wᵀ | (out, in) | ``Fans(1, 0)`` |
@@ -77,7 +78,10 @@ class Fans:
     def layout(self, shape: Sequence[int]) -> "Layout":
         """How a leaf of this shape is a stack of matrices."""
         if not all(-len(shape) <= axis < len(shape) for axes in self._axes() for axis in axes):
-            raise ValueError(f"`fans` names axes that an array of shape {tuple(shape)} does not have: {self}")
+            raise ValueError(
+                f"`fans` names axes that an array of shape {tuple(shape)} does not have: {self}. A tree of Fans says "
+                "it leaf by leaf"
+            )
         inputs, outputs, batch, index = (tuple(axis % len(shape) for axis in axes) for axes in self._axes())
         _check_distinct(self, inputs, outputs, batch, index)
         diagonal = tuple(axis for axis in inputs if axis in outputs)
@@ -174,7 +178,7 @@ def layout_of(name: str, fans: Fans | None, shape: tuple[int, ...]) -> Layout:
             raise ValueError(
                 f"`fans` must say what the three axes of {name} are, of shape {shape}: gnlin.Fans(batch_axis=0) for a "
                 "stack of matrices (in, out), Fans() for the kernel of a one-dimensional convolution, Fans(0, (1, 2)) "
-                "for attention's (in, heads, width)"
+                "for attention's (in, heads, width), Fans((0, 1), 2) for its output's (heads, width, out)"
             )
         fans = (Fans((), ()), Fans((), -1))[len(shape)] if len(shape) < 2 else Fans()
     if not _is_fans(fans):

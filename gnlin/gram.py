@@ -137,15 +137,19 @@ def _whole(rows: Rows, index: int) -> jax.Array:
     return product.reshape(*product.shape[:2], -1)
 
 
-_SUMS: dict[Pairs, str] = {"full": "ncp,mdp->ncmd", "diagonal": "ncp,mcp->cnm", "trace": "ncp,mcp->nm"}
-
-
 def _of_whole(u: jax.Array, v: jax.Array, pairs: Pairs, weight: jax.Array | None) -> jax.Array:
     """U D⁻¹ Vᵀ; what an accelerator saves on products in float32 would cost K its definiteness."""
     if weight is not None:
         root = jnp.sqrt(weight)[None, None, :]
         u, v = u * root, v * root
-    return jnp.einsum(_SUMS[pairs], u, v, precision="highest")
+    (examples, colours, size), others = u.shape, len(v)
+    if pairs == "diagonal":
+        return jnp.einsum("ncp,mcp->cnm", u, v, precision="highest")
+    # As products of matrices, which are faster than those of arrays.
+    if pairs == "trace":
+        return jnp.matmul(u.reshape(examples, -1), v.reshape(others, -1).T, precision="highest")
+    product = jnp.matmul(u.reshape(-1, size), v.reshape(-1, size).T, precision="highest")
+    return product.reshape(examples, colours, others, colours)
 
 
 def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> jax.Array:
@@ -161,8 +165,13 @@ def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> j
     if weight is None and by_place < by_row and fits:
         return _sum_of(lambda place: _at_place(place, b, pairs), (jnp.moveaxis(x, 1, 0), jnp.moveaxis(s, 2, 0)))
 
+    def rows(factors):
+        return product_of(*factors).reshape(len(factors[0]), colours, -1)
+
     # A block of the fan-in at a time.
     blocks = math.ceil(fan_in * (examples + others) * colours * fan_out / budget)
+    if blocks == 1:
+        return _of_whole(own := rows(a), own if x is y and s is t else rows(b), pairs, weight)
     width = math.ceil(fan_in / blocks)
     padding = blocks * width - fan_in
 
@@ -175,8 +184,7 @@ def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> j
 
     def of_block(block):
         x, y, weight = block
-        u, v = (product_of(*factors).reshape(len(factors[0]), colours, -1) for factors in ((x, s), (y, t)))
-        return _of_whole(u, v, pairs, weight)
+        return _of_whole(rows((x, s)), rows((y, t)), pairs, weight)
 
     return _sum_of(of_block, (in_blocks(x), in_blocks(y), weight))
 

@@ -80,8 +80,9 @@ def linearise_gradients(
     A step costs 5/3 of a gradient, and with ``period=1`` exactly a gradient.
 
     Metrics: ``linearise/loss`` (Q at the parameters given), ``linearise/refreshes`` (times the anchor moved),
-    ``linearise/age`` (updates since then); with `RelativeGap` also ``linearise/gap`` (what its last look found); with
-    `LayerPeriods` refreshes and age for each label, ``linearise/refreshes/<label>``.
+    ``linearise/age`` (updates since then); with `RelativeGap` also ``linearise/gap`` (what its last look found, 0
+    before the first at an anchor); with `LayerPeriods` refreshes and age for each label,
+    ``linearise/refreshes/<label>``.
 
     Args:
         objective: the problem.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.batches import Cut, assemble, cut_of, joined, part_of
-from gnlin.checks import check_integer
+from gnlin.checks import check_positive
 from gnlin.gram import Pairs, columns, contract, order_by_example
 from gnlin.linearise import linearise
 from gnlin.objective import Objective, check_not_bound, check_objective, without_binding
@@ -31,7 +31,7 @@ def empirical_ntk(
     other: Batch = None,
     *,
     outputs: Pairs = "full",
-    max_bytes: int = 2**32,
+    max_bytes: float = 2**32,
 ) -> jax.Array:
     r"""The empirical neural tangent kernel between the outputs of two batches.
 
@@ -62,7 +62,7 @@ def empirical_ntk(
         ``"trace"``. In the accumulation dtype of `params`, at least float32.
 
     Raises:
-        ValueError: `max_bytes` is too small for the kernel or for the work on one example; `outputs` is none of the
+        ValueError: `max_bytes` is too small for the kernel or for the work on two examples; `outputs` is none of the
             three; `other` has another structure than `batch`; outputs are for different numbers of examples.
         ValueError, TypeError: as `linearise`.
 
@@ -79,7 +79,7 @@ def empirical_ntk(
     _check(objective, params, batch, other)
     if outputs not in _PAIRS:
         raise ValueError(f"`outputs` must be one of {_PAIRS}; got {outputs!r}")
-    check_integer("max_bytes", max_bytes)
+    check_positive("max_bytes", max_bytes)
     objective, batch = without_binding(objective, batch)
     return _kernel(params, batch, other, objective=objective, pairs=outputs, max_bytes=int(max_bytes))
 
@@ -190,7 +190,8 @@ def _in_one(
     budget = max(1, room // 8)
     while (numbers := needed(budget)) > room:
         if budget == 1:
-            raise _too_small(room, numbers, "the batch, whose examples cannot be shown to be independent,")
+            what = "the batch, whose examples cannot be shown to be independent,"
+            raise _too_small(room, numbers, tree.accumulation_dtype(params), what)
         budget = max(1, budget // 16)
     return kernel(params, batch, other, budget)
 
@@ -295,7 +296,8 @@ def _with_rows(params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: i
     length = _longest(lambda length: _numbers(block(length), 0), max(total), room)
     if length is None:
         least = min(2, max(total))
-        raise _too_small(room, _numbers(block(least), 0), f"{least} examples")
+        numbers = _numbers(block(least), 0)
+        raise _too_small(room, numbers, tree.accumulation_dtype(params), "two examples" if least > 1 else "one example")
     return assemble(block(length), total[0], min(length, total[0]), down)
 
 
@@ -318,8 +320,9 @@ def _longest(needed: Callable[[int], int], total: int, room: int) -> int | None:
     return max(least, math.ceil(total / math.ceil(total / length)))
 
 
-def _too_small(room: int, numbers: int, what: str) -> ValueError:
+def _too_small(room: int, numbers: int, dtype: Any, what: str) -> ValueError:
+    left, needed = room * dtype.itemsize, numbers * dtype.itemsize
     return ValueError(
-        f"`max_bytes` leaves room for {room} numbers beside the kernel, but the work on {what} may take {numbers}: "
-        "raise `max_bytes`"
+        f"`max_bytes` leaves {left} bytes beside the kernel, but the work on {what} may take {needed}: raise it by "
+        f"{needed - left}"
     )

@@ -84,7 +84,10 @@ class LazyTraining:
         return self._moved(lambda values: -jnp.expm1(-values * time) / values, time)
 
     def ridge(self, damping: chex.Numeric) -> Params:
-        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its limit."""
+        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its limit.
+
+        Of a loss ½ Σ (z − y)² that is (K + damping I)⁻¹, of the mean over N examples (K + N damping I)⁻¹.
+        """
         check_number("damping", damping)
         strength = jnp.asarray(damping, self.eigenvalues.dtype)
         return self._moved(lambda values: 1 / (values + strength), 1 / strength)

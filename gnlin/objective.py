@@ -159,7 +159,10 @@ def without_binding(objective: Objective, batch: Batch) -> tuple[Objective, Batc
 
 def check_not_bound(name: str, objective: Objective, data: Batch) -> None:
     if objective.is_bound and data is not None:
-        raise ValueError(f"`{name}` needs an objective without data of its own; this one is bound to its batch")
+        raise ValueError(
+            f"`{name}` needs an objective without data of its own; this one is bound to its batch. Leave `{name}` "
+            "out, or pass the objective as it was before `bind`"
+        )
 
 
 def check_objective(objective: Any) -> None:

@@ -44,7 +44,7 @@ class RelativeGap:
         limit: largest relative gap.
         patience: looks in a row that must exceed it.
         every: updates from one look to the next.
-        longest: most updates that an anchor serves; `None` for no bound.
+        longest: most updates that an anchor serves, more than patience · every; `None` for no bound.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -73,6 +73,11 @@ class RelativeGap:
         for name in ("patience", "every", "longest"):
             if name != "longest" or self.longest is not None:
                 check_integer(name, getattr(self, name))
+        if self.longest is not None and self.longest <= self.patience * self.every:
+            raise ValueError(
+                f"`longest` must be more than patience * every = {self.patience * self.every}, or the gap never has a "
+                f"say; got {self.longest}"
+            )
 
     def init(self) -> GapState:
         return GapState(jnp.zeros([], jnp.int32), jnp.asarray(0.0, float))
@@ -156,7 +161,10 @@ class LayerPeriods:
                     f"`periods` of layers must be integers, None or schedules; got {period!r} for {label!r}: how well "
                     "the linearisation holds is a question to the whole network"
                 )
-            check_period(period)
+            try:
+                check_period(period)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{error} (of {label!r} in `periods`)") from None
 
     def label_of_leaves(self, params: Params) -> list[Hashable]:
         """Labels in the order of the leaves of `params`."""
@@ -165,7 +173,10 @@ class LayerPeriods:
         try:
             jax.tree.map(lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, params)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"`labels` must be a tree like the parameters, or of their upper part: {error}") from error
+            raise ValueError(
+                "`labels` must be a tree like the parameters, or of their upper part; got "
+                f"{jax.tree.structure(labels)} for {jax.tree.structure(params)}"
+            ) from error
         known = {label: label for label in self.periods}  # of equal labels, such as 1 and True, those of `periods`
         try:
             unknown = dict.fromkeys(label for label in found if label not in known)
@@ -193,14 +204,17 @@ def cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
 def check_period(period: Any) -> Any:
     """The period, with whole numbers as `int`."""
     if isinstance(period, type):
-        raise TypeError(f"`period` must be a record, not a class; got {period!r}")
+        raise TypeError(f"`period` must be a record, not a class: RelativeGap(0.1), say; got {period!r}")
     if period is None or callable(period) or isinstance(period, Tracer | RelativeGap | LayerPeriods):
         return period
     whole = is_integer(period)
     # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
     whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
     if not whole:
-        raise TypeError(f"`period` must be an integer of at least 1, None (never) or a schedule; got {period!r}")
+        raise TypeError(
+            "`period` must be an integer of at least 1, None (never), a schedule, a RelativeGap or LayerPeriods; got "
+            f"{period!r}"
+        )
     if not period >= 1:  # true for NaN
         raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
     return int(period) if isinstance(period, (int, np.integer)) else period

@@ -55,7 +55,8 @@ def scale_by_spectral_condition(
     Args:
         fans: the axes of each leaf, where its number of axes does not say enough: a `Fans`, a tree of `Fans` (`None`
             for the default) of the form of the parameters or a prefix of it, or a function from parameters to such a
-            tree. A function has to be among the ``static_args`` of `optax.inject_hyperparams`. By default vectors are
+            tree. In `optax.inject_hyperparams` it has to be among the ``static_args``, as `lanczos_steps` always is. By
+            default vectors are
             biases, matrices (in, out), and what has four axes or more the kernels of convolutions.
         lanczos_steps: at least 1, and static.
 

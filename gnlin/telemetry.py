@@ -16,7 +16,7 @@ from gnlin.iterative_linearisation import (
 )
 from gnlin.levenberg_marquardt import LevenbergMarquardtState
 from gnlin.linearise import linearise
-from gnlin.objective import Objective
+from gnlin.objective import Objective, check_objective
 from gnlin.prox_linear import ProxLinearState
 from gnlin.spectral import SpectralConditionState
 from gnlin.tree import Batch, Outputs, Params
@@ -83,6 +83,7 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
         >>> gnlin.predict(objective, state, 2 * jnp.ones(1))                # 1 + 2 (2 − 1)
         Array([3.], dtype=float32)
     """
+    check_objective(objective)
     found = linearised_state(opt_state)
     if found is None:
         return objective.outputs_and_aux(params, batch)[0]

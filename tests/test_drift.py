@@ -117,7 +117,7 @@ def test_bad_input():
         build(inner=0.1)
     with pytest.raises(TypeError, match=r"`objective` must be a gnlin.Objective"):
         build(objective=model)
-    with pytest.raises(ValueError, match=r"`batch` is missing"):
+    with pytest.raises(ValueError, match=r"`probe` is missing"):
         build(probe=None)
     with pytest.raises(ValueError, match=r"`every` must be an integer of at least 1; got 0"):
         build(every=0)

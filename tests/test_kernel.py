@@ -285,7 +285,7 @@ def test_parts_of_batches_make_the_same_kernel(name, x64):
     case, bounds = cases()[name], dict.fromkeys(KINDS, BOUNDS[name])
     # Between two batches, and once with itself: then one side's rows are those of the other.
     others = () if name == "pytree" else (other_batch(case),)
-    with pytest.raises(ValueError, match=r"the work on 2 examples may take"):
+    with pytest.raises(ValueError, match=r"the work on two examples may take"):
         jax.eval_shape(lambda: all_kernels(case, *others, full=BOUNDS[name] // 4))
     expected = dense_kernels(case, *others)
     for kernel, outputs in zip(all_kernels(case, *others, **bounds), KINDS, strict=True):
@@ -543,13 +543,13 @@ def test_errors_name_the_argument():
     kernel = functools.partial(gnlin.empirical_ntk, objective, params, batch)
     with pytest.raises(ValueError, match=r"`outputs` must be one of .*; got 'mean'"):
         kernel(outputs="mean")
-    with pytest.raises(ValueError, match=r"`max_bytes` must be an integer of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"`max_bytes` must be positive; got 0"):
         kernel(max_bytes=0)
-    with pytest.raises(ValueError, match=r"`max_bytes` must be an integer of at least 1; got 1000.0"):
-        kernel(max_bytes=1e3)
+    with pytest.raises(TypeError, match=r"`max_bytes` must be a number; got '4G'"):
+        kernel(max_bytes="4G")
     with pytest.raises(ValueError, match=r'`max_bytes` is 255, but the kernel by itself takes 256: .*outputs="trace"'):
         kernel(max_bytes=255)
-    with pytest.raises(ValueError, match=r"`max_bytes` leaves room for 11 numbers .* the work on 2 examples may take"):
+    with pytest.raises(ValueError, match=r"`max_bytes` leaves 44 bytes .* two examples may take \d+: raise it by \d+"):
         kernel(max_bytes=300)
     with pytest.raises(ValueError, match=r"`other` must have the structure of `batch`"):
         kernel((jnp.ones((4, 3)),))

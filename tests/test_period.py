@@ -143,6 +143,8 @@ def test_a_network_that_overflows_away_from_its_anchor_comes_back():
         ({"limit": 0.1, "patience": 0}, ValueError, "`patience` must be an integer of at least 1; got 0"),
         ({"limit": 0.1, "every": 1.5}, ValueError, "`every` must be an integer of at least 1; got 1.5"),
         ({"limit": 0.1, "longest": True}, ValueError, "`longest` must be an integer of at least 1; got True"),
+        ({"limit": 0.1, "every": 4, "longest": 8}, ValueError, "`longest` must be more than patience.*= 8.*; got 8"),
+        ({"limit": -1}, ValueError, "`limit` must be positive; got -1"),
         ({"limit": 0.1, "shortest": 3}, TypeError, "unexpected keyword argument 'shortest'"),
     ],
     ids=str,
@@ -306,7 +308,7 @@ def test_labels_that_are_equal_are_the_same(x64):
 def test_bad_layers():
     with pytest.raises(ValueError, match=r"`periods` must map each label to its period; got \{\}"):
         LayerPeriods({}, LABELS)
-    with pytest.raises(ValueError, match="`period` must be at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"`period` must be at least 1; got 0.*of 'features' in `periods`"):
         LayerPeriods({"features": 0}, LABELS)
     with pytest.raises(TypeError, match=r"`periods` of layers must be integers.*RelativeGap.* for 'features'"):
         LayerPeriods({"features": RelativeGap(0.1)}, LABELS)
