@@ -76,6 +76,16 @@ def stacked(params, batch):
     return h @ params["out"]
 
 
+def assorted(params, batch):
+    """What else keeps examples apart: sorting, the largest few, sums along features, a part of them, hard choices."""
+    h = jnp.tanh(batch["x"] @ params["in"])
+    largest, places = jax.lax.top_k(h, 3)
+    part = jax.lax.dynamic_slice_in_dim(jnp.cumsum(h, axis=1), 1, 3, axis=1)
+    chosen = params["out"][jnp.argmax(h, axis=1)][:, :3]
+    best = jnp.where(jnp.all(h > -2, axis=1), jnp.max(h, axis=1), jnp.prod(h, axis=1))
+    return largest * part + jnp.sort(h, axis=1)[:, 2:] * chosen + best[:, None] * places.astype(best.dtype)
+
+
 def frozen_statistics(params, batch):
     h = (batch["x"] - batch["mean"][None, :]) * jax.nn.sigmoid(params["in"])[:, 0][None, :]
     return h @ params["in"]
@@ -194,6 +204,7 @@ def cases() -> dict[str, Case]:
         "attention": case(attention, "table scale mix out"),
         "recurrence": case(recurrence, "square in out"),
         "stacked": case(stacked, "in deep out"),
+        "assorted": case(assorted, "in out"),
         "frozen statistics": case(frozen_statistics, "in"),
         "scalar": case(scalar, "in bias out", False),
         "batch statistics": case(batch_statistics, "in out", False),
