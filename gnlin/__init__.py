@@ -2,12 +2,12 @@
 
 Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model
 expanded at an anchor), `curvature` (Gauss-Newton products), `layers` (what a linearisation says of the network's
-structure) with `by_example`, `rows` (of the Jacobian) and `gram` (their products), `batches` (parts of a batch),
-`kernel` (the neural tangent kernel) and `alignment` (how kernels compare), `solve` (one linear system, several
-solvers), then the transforms: `period` (how long an anchor is kept), `iterative_linearisation`, `drift` (how far the
-kernel moves), `prox_linear`, `damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`; the spectral condition,
-with `fans` (what is a matrix), `spectral` and `parametrisation`; `lazy` (linearised training in closed form),
-`minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported here.
+structure) with `by_example`, `rows` (of the Jacobian) and `gram` (their products), `batches` (parts of a batch, with
+`traces`), `kernel` (the neural tangent kernel) and `alignment` (how kernels compare), `solve` (one linear system,
+several solvers), then the transforms: `period` (how long an anchor is kept), `iterative_linearisation`, `drift` (how
+far the kernel moves), `prox_linear`, `damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`; the spectral
+condition, with `fans` (what is a matrix), `spectral` and `parametrisation`; `lazy` (linearised training in closed
+form), `minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported here.
 """
 
 from gnlin.alignment import effective_rank, kernel_alignment, kernel_distance, kernel_spectrum

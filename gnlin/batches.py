@@ -5,15 +5,11 @@ of the outputs; batch normalisation, or anything else that brings examples toget
 shapes. So the equations of the model are followed, as `by_example` does with those of a pull-back.
 """
 
-import enum
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.by_example import (
@@ -29,7 +25,8 @@ from gnlin.by_example import (
     reduce_sum,
 )
 from gnlin.layers import apply_equation, run_jaxpr, split_scan
-from gnlin.linearise import inner_jaxprs, primitive_names
+from gnlin.linearise import primitive_names
+from gnlin.traces import MANY, alike
 from gnlin.tree import Batch, Outputs, Params
 
 
@@ -70,101 +67,19 @@ def keeps_examples_apart(function: Callable[..., Any], arguments: Any, batched: 
 
     try:
         # As single examples, in a small part and as a whole, and two lengths that a model should not tell apart.
-        many = traced(shapes(_MANY))
-        if all(_alike(traced(shapes(length)), many, (length, _MANY)) for length in (1, 2, own, _EVEN)):
-            jax.eval_shape(run, shapes(_MANY))
+        many = traced(shapes(MANY))
+        if all(alike(traced(shapes(length)), many, (length, MANY)) for length in (1, 2, own, _EVEN)):
+            jax.eval_shape(run, shapes(MANY))
     except Exception:  # whatever a model has to say to a number of examples that it does not want
         return False
     return verdict
 
 
-# A prime: an axis of this length, or a multiple of it, holds examples and nothing else.
-_MANY = 8191
 _EVEN = 9240  # divisible by all numbers up to 8, 10, 11 and 12
-# What arrays of few examples are rearranged by may differ from what many are.
-_REARRANGING = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "concatenate", "copy"}
-# Parameters of equations that are lengths of axes.
-_LENGTHS = {"shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length"}
-
-
-def _alike(one: Any, other: Any, examples: tuple[int, int]) -> bool:
-    """Whether a function, traced on two numbers of examples, is the same but for the length of axes.
-
-    The same operations in the same order, with the same numbers in them.
-    """
-    few, single = min(examples) < _MANY, min(examples) == 1
-
-    def kept(jaxpr):
-        return [each for each in jaxpr.eqns if not (few and each.primitive.name in _REARRANGING)]
-
-    def lengths_alike(a, b):
-        return len(a) == len(b) and all(m == n or m * examples[1] == n * examples[0] for m, n in zip(a, b, strict=True))
-
-    def shapes_alike(some, others):
-        shapes = [[variable.aval.shape for variable in each] for each in (some, others)]
-        if single:  # whose axis may come and go
-            shapes = [[(math.prod(shape),) for shape in each] for each in shapes]
-        return len(some) == len(others) and all(map(lengths_alike, *shapes))
-
-    def parameters_alike(a, b):
-        same = {name: lengths_alike if name in _LENGTHS else (lambda m, n: m == n) for name in a}
-        return a.keys() == b.keys() and all(same[name](_plain(a[name]), _plain(b[name])) for name in a)
-
-    def equations_alike(a, b):
-        if few and a.primitive.name == b.primitive.name == "dot_general":
-            return True  # the sizes decide in which order jnp.einsum contracts, and not what it results in
-        inner = list(inner_jaxprs(a)), list(inner_jaxprs(b))
-        return (
-            a.primitive.name == b.primitive.name
-            and shapes_alike([*a.invars, *a.outvars], [*b.invars, *b.outvars])
-            and parameters_alike(a.params, b.params)
-            and len(inner[0]) == len(inner[1])
-            and all(map(jaxprs_alike, *inner))
-        )
-
-    def jaxprs_alike(a, b):
-        pairs = kept(a), kept(b)
-        return (
-            shapes_alike(a.outvars, b.outvars) and len(pairs[0]) == len(pairs[1]) and all(map(equations_alike, *pairs))
-        )
-
-    numbers = _numbers_in(one), _numbers_in(other)
-    return (
-        jaxprs_alike(one.jaxpr, other.jaxpr) and len(numbers[0]) == len(numbers[1]) and all(map(_same_number, *numbers))
-    )
-
-
-def _plain(parameter: Any) -> list[Any]:
-    """The numbers and names in a parameter of an equation; what is a function or a jaxpr is left out."""
-    return [leaf for leaf in jax.tree.leaves(parameter) if isinstance(leaf, (int, float, str, enum.Enum))]
-
-
-def _numbers_in(closed: Any) -> list[Any]:
-    """Literals and constants of a closed jaxpr, in their order."""
-    found = list(closed.consts)
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            found.extend(variable.val for variable in equation.invars if hasattr(variable, "val"))
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda node: hasattr(node, "consts")):
-                found.extend(getattr(value, "consts", ()))
-            for inner in inner_jaxprs(equation):
-                visit(inner)
-
-    visit(closed.jaxpr)
-    return found
-
-
-def _same_number(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tracer) or isinstance(b, Tracer) or np.shape(a) != np.shape(b):
-        return False
-    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 def _holds_examples(length: int) -> bool:
-    return length > 0 and length % _MANY == 0
+    return length > 0 and length % MANY == 0
 
 
 def _follow_apart(path: tuple[int, ...], equation: Any, values: list[Any]) -> list[Any] | None:
@@ -186,7 +101,7 @@ def _follow_apart(path: tuple[int, ...], equation: Any, values: list[Any]) -> li
     if not mixed and name == "scan":
         outputs = _scan(equation, values)
     elif not mixed and (rule := RULES.get(name) or _NONLINEAR_RULES.get(name)) is not None:
-        outputs = rule(equation, values, _MANY)
+        outputs = rule(equation, values, MANY)
     if outputs is None or any(isinstance(output, Summed) for output in outputs):
         return [MIXED] * len(equation.outvars)
     return outputs
@@ -253,8 +168,8 @@ def _top_k(equation, values, examples):
 
 _ELEMENTWISE = """
     abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma eq erf erf_inv erfc exp exp2 expm1
-    floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min ne nextafter not or pow rem round rsqrt
-    sign sin sinh sqrt square stop_gradient tan tanh xor
+    floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min ne nextafter not one_minus_square or pow rem round
+    rsqrt sign sin sinh sqrt square stop_gradient tan tanh xor
 """
 _NONLINEAR_RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), elementwise),

@@ -83,6 +83,7 @@ def assorted(params, batch):
     part = jax.lax.dynamic_slice_in_dim(jnp.cumsum(h, axis=1), 1, 3, axis=1)
     chosen = params["out"][jnp.argmax(h, axis=1)][:, :3]
     best = jnp.where(jnp.all(h > -2, axis=1), jnp.max(h, axis=1), jnp.prod(h, axis=1))
+    largest = (largest - largest.mean(1, keepdims=True)) / (0.1 + largest.std(axis=1, keepdims=True))
     return largest * part + jnp.sort(h, axis=1)[:, 2:] * chosen + best[:, None] * places.astype(best.dtype)
 
 
@@ -119,6 +120,7 @@ def divided(params, batch):
     return perceptron(params, batch) / len(batch["x"]) ** 0.5
 
 
+SQUARE = jnp.arange(16.0).reshape(4, 4)
 # What else a model could do with the number of examples.
 BY_NUMBER = {
     "a constant": lambda z, n: z / jnp.full((4,), n, z.dtype)[None, :],
@@ -131,6 +133,10 @@ BY_NUMBER = {
     "a slice": lambda z, n: z[:, :n] @ jnp.ones((min(n, 4), 2), z.dtype),
     "a shorter sum": lambda z, n: jnp.sum(z[:, :n], axis=1),
     "a turn": lambda z, n: jnp.roll(z, n // 2, axis=-1) * jnp.arange(4.0)[None, :].astype(z.dtype),
+    "a number of turns": lambda z, n: jax.lax.fori_loop(0, n, lambda _, z: 0.9 * z, z),
+    "a transposed matrix": lambda z, n: z @ (SQUARE if n > 5 else SQUARE.T).astype(z.dtype),
+    "another operand": lambda z, n: z * jnp.sin(z) - jnp.cos(z) * (z if n > 5 else jnp.sin(z)),
+    "another order": lambda z, n: jnp.concatenate((z, 2 * z)[:: 1 if n > 5 else -1], axis=1),
     "a jitted constant": lambda z, n: jax.jit(lambda z: z * np.full(4, 1 / n, z.dtype)[None, :])(z),
 }
 

@@ -33,6 +33,7 @@ LAYERS = [
     "gnlin.by_example",
     "gnlin.rows",
     "gnlin.gram",
+    "gnlin.traces",
     "gnlin.batches",
     "gnlin.kernel",
     "gnlin.alignment",
