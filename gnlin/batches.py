@@ -168,8 +168,8 @@ def _top_k(equation, values, examples):
 
 _ELEMENTWISE = """
     abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh digamma eq erf erf_inv erfc exp exp2 expm1
-    floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min ne nextafter not one_minus_square or pow rem round
-    rsqrt sign sin sinh sqrt square stop_gradient tan tanh xor
+    floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max min ne nextafter not one_minus_square or pow
+    rem round rsqrt sign sin sinh sqrt square stop_gradient tan tanh xor
 """
 _NONLINEAR_RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), elementwise),

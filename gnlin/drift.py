@@ -4,7 +4,6 @@ While the features J are fixed the kernel J Jᵀ is constant. How much it has tu
 what it was), and how much it has changed in all (its distance), is how much features were learnt.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from gnlin.objective import (
     check_params,
     check_transformation,
     visible_objective,
+    without_binding,
 )
 from gnlin.rows import number_of_examples
 from gnlin.tree import Batch, Params
@@ -100,9 +100,9 @@ def measure_kernel_drift(
         if jax.tree.leaves(params) and not tree.has_holes(params):
             examples = number_of_examples(jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params))
         elif reference is None:
-            examples = _length(probe)  # it takes all parameters to have the outputs
+            examples = _length(without_binding(objective, probe)[1])  # it takes all parameters to have the outputs
         else:
-            examples = math.isqrt(jnp.size(reference))
+            examples = jnp.shape(reference)[0] if jnp.ndim(reference) else 0
         if reference is not None:
             _check_shape(reference, examples)
         dtype = tree.accumulation_dtype(params)
@@ -121,7 +121,7 @@ def measure_kernel_drift(
 
         def measured(trained):
             kernel = empirical_ntk(problem, trained, probe, outputs="trace")
-            _check_shape(state.reference, len(kernel))
+            _check_shape(state.reference, kernel.shape[0])
             first = jnp.where(state.count == 0, kernel, state.reference) if reference is None else state.reference
             values = {
                 "kernel/alignment": kernel_alignment(kernel, first, centred=False),

@@ -171,7 +171,8 @@ def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> j
     # A block of the fan-in at a time.
     blocks = math.ceil(fan_in * (examples + others) * colours * fan_out / budget)
     if blocks == 1:
-        return _of_whole(own := rows(a), own if x is y and s is t else rows(b), pairs, weight)
+        own = rows(a)
+        return _of_whole(own, own if x is y and s is t else rows(b), pairs, weight)
     width = math.ceil(fan_in / blocks)
     padding = blocks * width - fan_in
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.batches import Cut, assemble, cut_of, joined, part_of
-from gnlin.checks import check_positive
+from gnlin.checks import check_number
 from gnlin.gram import Pairs, columns, contract, order_by_example
 from gnlin.linearise import linearise
 from gnlin.objective import Objective, check_not_bound, check_objective, without_binding
@@ -79,9 +79,9 @@ def empirical_ntk(
     _check(objective, params, batch, other)
     if outputs not in _PAIRS:
         raise ValueError(f"`outputs` must be one of {_PAIRS}; got {outputs!r}")
-    check_positive("max_bytes", max_bytes)
+    check_number("max_bytes", max_bytes, positive=True, finite=False)
     objective, batch = without_binding(objective, batch)
-    return _kernel(params, batch, other, objective=objective, pairs=outputs, max_bytes=int(max_bytes))
+    return _kernel(params, batch, other, objective=objective, pairs=outputs, max_bytes=math.ceil(min(max_bytes, 2**62)))
 
 
 def ntk_vector_product(
@@ -148,13 +148,17 @@ def _kernel(
     theirs = own if other is None else cut_of(model, params, other)
     if own.colours != theirs.colours:
         raise ValueError(f"`other` has {theirs.colours} outputs of an example, but `batch` has {own.colours}")
-    size = own.examples * theirs.examples * {"full": own.colours**2, "diagonal": own.colours, "trace": 1}[pairs]
+    n, c, m = own.examples, own.colours, theirs.examples
+    shape = {"full": (n, c, m, c), "diagonal": (c, n, m), "trace": (n, m)}[pairs]
+    size = math.prod(shape)
     room = max_bytes // dtype.itemsize - size
     if room <= 0:
         raise ValueError(
             f"`max_bytes` is {max_bytes}, but the kernel by itself takes {size * dtype.itemsize}: ask for fewer "
             'examples, for outputs="trace", or raise `max_bytes`'
         )
+    if not tree.size(params):
+        return jnp.zeros(shape, dtype)
     if not (own.apart and theirs.apart):
         return _in_one(objective, params, batch, other, (own, theirs), pairs, room)
     sides = _Side(objective, batch, own), _Side(objective, batch if other is None else other, theirs)

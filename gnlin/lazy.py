@@ -86,7 +86,8 @@ class LazyTraining:
     def ridge(self, damping: chex.Numeric) -> Params:
         """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its limit.
 
-        Of a loss ½ Σ (z − y)² that is (K + damping I)⁻¹, of the mean over N examples (K + N damping I)⁻¹.
+        For a loss ½ Σ (z − y)² its residuals are multiplied by (K + damping I)⁻¹, for the mean of ½ (z − y)² over N
+        examples by (K + N damping I)⁻¹.
         """
         check_number("damping", damping)
         strength = jnp.asarray(damping, self.eigenvalues.dtype)

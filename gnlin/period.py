@@ -15,7 +15,6 @@ from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.checks import check_integer, check_positive, is_integer
-from gnlin.damping import resolution
 from gnlin.tree import Outputs, Params
 
 FOREVER = -1  # updates left of an anchor that never moves
@@ -108,7 +107,8 @@ class RelativeGap:
 def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.Array:
     """0 where the two agree but for rounding; infinite where the network is not finite, so that it is left."""
     gap = tree.norm(tree.subtract(outputs, linearised))
-    seen = gap > resolution(tree.norm(linearised))
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(outputs))
+    seen = gap > 8 * eps * tree.norm(linearised)
     return jnp.where(jnp.isfinite(gap), jnp.where(seen, gap / tree.norm(moved), 0), jnp.inf)
 
 

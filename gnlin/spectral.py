@@ -45,19 +45,20 @@ def scale_by_spectral_condition(
     `lanczos_steps` products with U and as many with its transpose, at most 4 · `lanczos_steps` operations for each
     parameter. But for rounding the estimate is not above the norm; by how much below is measured in the documentation.
 
-    An update of zero stays zero. Any other is brought to size, however small it was: a gradient that is only rounding
-    is scaled up as well, and near a minimum the learning rate has to fall. An update that is not finite is handed on
-    as NaN, for `optax.apply_if_finite` and its like to see, and leaves the kept vectors alone.
+    An update of zero stays zero. Any other is brought to size, however small a normal number it was: a gradient
+    that is only rounding is scaled up as well, and near a minimum the learning rate has to fall. An update that is
+    not finite is handed on as NaN, for `optax.apply_if_finite` and its like to see, and leaves the kept vectors
+    alone.
 
     Metrics: ``spectral/largest`` and ``spectral/smallest``, over all matrices, of ‖U‖ / √(fan-out/fan-in) before the
     scaling.
 
     Args:
-        fans: the axes of each leaf, where its number of axes does not say enough: a `Fans`, a tree of `Fans` (`None`
-            for the default) of the form of the parameters or a prefix of it, or a function from parameters to such a
-            tree. In `optax.inject_hyperparams` it has to be among the ``static_args``, as `lanczos_steps` always is. By
-            default vectors are
-            biases, matrices (in, out), and what has four axes or more the kernels of convolutions.
+        fans: the axes of each leaf, where its number of axes does not say enough: a `Fans`, a tree of `Fans`
+            (`None` for the default) of the form of the parameters or a prefix of it, or a function from parameters
+            to such a tree. In `optax.inject_hyperparams` it has to be among the ``static_args``, as `lanczos_steps`
+            always is. By default vectors are biases, matrices (in, out), and what has four axes or more the kernels
+            of convolutions.
         lanczos_steps: at least 1, and static.
 
     Returns:
@@ -145,12 +146,13 @@ def _scaled(update: jax.Array, layout: Layout, start: jax.Array | None, steps: i
     peak = jnp.max(jnp.abs(matrices), axis=(1, 2, 3))
     # The reciprocal of the unit has to be a number, too.
     units = jnp.where(peak == 0, 1, jnp.minimum(peak, jnp.finfo(wide.dtype).max / 4)).astype(wide.dtype)
+    units = jnp.where(jnp.isfinite(peak), units, jnp.nan)
     norms, vectors = _norms(matrices, units, start, steps)
     norm = jnp.max(norms, axis=1)
     factor = layout.prescription / jnp.where(norm == 0, 1, norm).astype(wide.dtype)  # NaN stays NaN
     # One after the other, and not by the quotient of both, which may be too small for a number.
     relative = jax.lax.optimization_barrier(wide / layout.spread(units))
-    return (relative * layout.spread(factor)).astype(update.dtype), vectors, norm * peak / layout.prescription
+    return (relative * layout.spread(factor)).astype(update.dtype), vectors, norm / layout.prescription * units
 
 
 def _norms(

@@ -138,6 +138,11 @@ def test_bad_input():
     masked = optax.masked(tx, {"in": True, "out": False})
     with pytest.raises(ValueError, match=r"`params` has optax.MaskedNode holes"):
         masked.update(params, masked.init(params), params)
+    bound = optax.masked(build(objective=OBJECTIVE.bind(probe), probe=None), {"in": True, "out": False})
+    assert bound.init(params).inner_state.reference.shape == (8, 8)
+    nothing = optax.masked(build(), {"in": False, "out": False})
+    _, state = nothing.update(params, nothing.init(params), params, all_params=params)
+    assert state.inner_state.metrics["kernel/distance"] == 0
     uneven = optax.masked(build(probe={**probe, "mean": jnp.zeros(3)}), {"in": True, "out": False})
     with pytest.raises(ValueError, match=r"`reference` is needed where parameters are masked and the leaves"):
         uneven.init(params)

@@ -109,13 +109,15 @@ def test_what_the_last_look_found_is_in_the_metrics(x64):
     assert gnlin.metrics(path[0][1])["linearise/gap"] == 0  # at the anchor
 
 
-@pytest.mark.parametrize("rate", [1.0, 1e-4, 1e-7])
-def test_a_linear_model_is_never_linearised_again(rate):
-    """Not for the rounding of small steps either."""
+@pytest.mark.parametrize(
+    ("rate", "dtype"), [(1.0, "float32"), (1e-4, "float32"), (1e-7, "float32"), (0.1, "bfloat16"), (0.1, "float16")]
+)
+def test_a_linear_model_is_never_linearised_again(rate, dtype):
+    """Not for rounding either."""
     objective = gnlin.Objective(lambda p, b: b["x"] @ p, loss)
-    params = jnp.asarray(oracles.normal(3, 3, seed=1), jnp.float32)
+    params = jnp.asarray(oracles.normal(3, 3, seed=1), dtype)
     tx = optax.chain(gnlin.linearise_gradients(objective, RelativeGap(0.01)), third_party(optax.sgd(rate)))
-    data = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), batches(1)[0])
+    data = jax.tree.map(lambda leaf: leaf.astype(dtype), batches(1)[0])
     step = jax.jit(lambda params, state: tx.update(None, state, params, batch=data))
     state = tx.init(params)
     for _ in range(100):

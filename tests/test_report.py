@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gnlin.compare import figures, report
 from gnlin.compare.axes import _ticks
+from gnlin.compare.records import SCHEMA, Records, read
 from gnlin.compare.summary import (
     Point,
     Spread,
@@ -287,6 +288,27 @@ def test_metrics_that_move_along_a_sweep_are_drawn(tmp_path):
     assert [json.loads(line["metrics"]).get("kernel/alignment") for line in lines] == [
         run.get("metrics", {}).get("kernel/alignment") for run in runs
     ]
+
+
+def test_metrics_that_are_not_finite_are_read_back_and_left_out(tmp_path):
+    """A gap is infinite where a network overflows."""
+    known = {"environment": ENVIRONMENT, "schema": SCHEMA}
+    runs = sweep_of_periods()
+    for run in runs:
+        run |= known
+        if run["options"]["period"] != 4:  # and there are records of older versions
+            gap = math.inf if run["seed"] else 0.1 * (run["options"]["period"] or 64)
+            run["metrics"] = {"linearise/gap": gap, "kernel/distance": math.nan}
+    records = Records(tmp_path)
+    for run in runs:
+        records.add(run)
+    records.close()
+    found = read(tmp_path)
+    assert [math.isnan(run["metrics"].get("linearise/gap", 0.0)) for run in found] == [
+        run["seed"] > 0 and run["options"]["period"] != 4 for run in runs
+    ]
+    assert moving_metrics(sweeps(summarise(found, TASKS), "period")) == ["linearise/gap"]
+    report.write(tmp_path, found, TASKS)
 
 
 def test_a_sweep_needs_three_numbers():

@@ -192,7 +192,9 @@ def test_an_update_at_right_angles_to_all_before_has_its_norm():
 
 def test_large_updates_do_not_overflow():
     for shape, size in (((1000, 1000), 1e36), ((64, 64), 1e38), ((8,), 1e38), ((1000, 10), 2e-38)):
-        new, _ = scaled(np.full(shape, size, np.float32))
+        new, state = scaled(np.full(shape, size, np.float32))
+        ratio = size * (shape[0] if len(shape) == 2 else 1.0)  # of the norm to the prescription
+        assert gnlin.metrics(state)["spectral/largest"] == pytest.approx(ratio if ratio < 3e38 else np.inf, rel=1e-3)
         prescription = (shape[-1] / shape[0]) ** 0.5 if len(shape) == 2 else shape[0] ** 0.5
         assert norm(np.atleast_2d(new)) == pytest.approx(prescription, rel=1e-3)
 

@@ -29,7 +29,6 @@ from gnlin.compare.summary import (
     final,
     finished,
     incomplete,
-    metrics_of,
     reached,
     summarise,
     tuned,
@@ -214,7 +213,7 @@ def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[
             f"{name}_to_target": math.nan if index is None else curve[name][index]
             for name in ("step", "cost", "seconds")
         },
-        "metrics": json.dumps(metrics_of(record)),
+        "metrics": json.dumps(record.get("metrics", {})),
         **{key: record.get(key, "") for key in ("command", "time")},
         "environment": json.dumps(record.get("environment", {})),
     }

@@ -44,13 +44,8 @@ def finished(record: Record) -> bool:
 
 def final(record: Record, name: str) -> float:
     """The last value of a curve, or a metric of the last state; NaN for a run that diverged or failed."""
-    values = record["curve"].get(name, [metrics_of(record).get(name, math.nan)])
+    values = record["curve"].get(name, [record.get("metrics", {}).get(name, math.nan)])
     return values[-1] if finished(record) and values else math.nan
-
-
-def metrics_of(record: Record) -> dict[str, float]:
-    """What the optimiser's last state says; nothing in records of older versions."""
-    return record.get("metrics", {})
 
 
 def tuned(record: Record) -> tuple[str, float]:
@@ -332,7 +327,7 @@ def swept(rows: Sequence[Row]) -> list[str]:
 def moving_metrics(lines: Sequence[Line]) -> list[str]:
     """Metrics of the last state that are not the same all along each of the lines; ages but say when the run ended."""
     ways = [[record for point in line.points for record in point.records if finished(record)] for line in lines]
-    names = dict.fromkeys(name for records in ways for record in records for name in metrics_of(record))
+    names = dict.fromkeys(name for records in ways for record in records for name in record.get("metrics", {}))
     return [
         name
         for name in names
