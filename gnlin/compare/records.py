@@ -198,7 +198,7 @@ def _record(path: Path, number: int, line: str) -> Record:
     if wrong:
         raise RecordsError(f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again")
     record["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
-    metrics = record.get("metrics") if isinstance(record.get("metrics"), dict) else {}  # some have none
+    metrics = record.get("metrics", {})  # records of older versions have none
     record["metrics"] = {name: math.nan if v is None else v for name, v in metrics.items()}
     return record
 
