@@ -50,9 +50,7 @@ _LONGEST_SKIPPING_PERIOD = 10
 
 class LinearisedGradientsState(NamedTuple):
     count: jax.typing.ArrayLike
-    remaining: (
-        Any  # updates that the anchor still serves; 0: the next update moves it; of `LayerPeriods`, for each leaf
-    )
+    remaining: Any  # updates that the anchor still serves, 0: the next one moves it; of `LayerPeriods` for each leaf
     anchor: Params
     gap: Any  # `GapState` of a `RelativeGap`
     metrics: dict[str, jax.Array]

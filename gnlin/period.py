@@ -169,9 +169,8 @@ class LayerPeriods:
     def label_of_leaves(self, params: Params) -> list[Hashable]:
         """Labels in the order of the leaves of `params`."""
         labels = self.labels(params) if callable(self.labels) else self.labels
-        found: list[Hashable] = []
         try:
-            jax.tree.map(lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, params)
+            found = tree.spread(labels, params)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 "`labels` must be a tree like the parameters, or of their upper part; got "

@@ -35,6 +35,13 @@ def copy(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
+def spread(labels: Tree, tree: Tree) -> list[Any]:
+    """What `labels`, a tree like `tree` or like its upper part, says of each leaf, in their order."""
+    found: list[Any] = []
+    jax.tree.map(lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, tree)
+    return found
+
+
 def zeros_like(tree: Tree, dtype=None) -> Tree:
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=dtype), tree)
 

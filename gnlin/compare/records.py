@@ -195,11 +195,12 @@ def _record(path: Path, number: int, line: str) -> Record:
     wrong += [name for name in CURVES if not isinstance(curve.get(name), list)]
     if not wrong and (len(set(map(len, curve.values()))) > 1 or (record["status"] != "failed" and not curve["step"])):
         wrong = ["values in its curve"]
+    if not isinstance(record.get("metrics", {}), dict):  # records of older versions have none
+        wrong.append("metrics")
     if wrong:
         raise RecordsError(f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again")
     record["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
-    metrics = record.get("metrics", {})  # records of older versions have none
-    record["metrics"] = {name: math.nan if v is None else v for name, v in metrics.items()}
+    record["metrics"] = {name: math.nan if v is None else v for name, v in record.get("metrics", {}).items()}
     return record
 
 

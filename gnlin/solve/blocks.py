@@ -90,9 +90,8 @@ class Blocks:
     def _indices(self, params: Params) -> dict[Hashable, list[int]]:
         """Label ↦ positions of its leaves, in the order in which labels appear."""
         labels = self.labels(params) if callable(self.labels) else self.labels
-        spread: list[Any] = []
         try:
-            jax.tree.map(lambda label, part: spread.extend([label] * len(jax.tree.leaves(part))), labels, params)
+            spread = tree.spread(labels, params)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"`labels` must be a tree of labels of the form of `params`, or a prefix of it; got {labels!r} "
