@@ -19,9 +19,9 @@ import optax
 
 import gnlin
 from gnlin.compare import Contestant, Option, from_optax, run
-from gnlin.compare.contestant import batch, period
-from gnlin.compare.study import facts
-from gnlin.compare.summary import summarise
+from gnlin.compare.entrants.contestant import batch, period
+from gnlin.compare.report.summary import summarise
+from gnlin.compare.runs.study import facts
 from gnlin.compare.tasks import TASKS
 
 RATES = (0.001, 0.004, 0.016)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 import gnlin
-from gnlin.compare.cost import flops
-from gnlin.compare.meter import metered
+from gnlin.compare.runs.cost import flops
+from gnlin.compare.runs.meter import metered
 
 DAMPING = 1e-3
 # Widths and number of examples; the last width is C.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 import gnlin
-from gnlin.compare.cost import flops
-from gnlin.compare.meter import metered
+from gnlin.compare.runs.cost import flops
+from gnlin.compare.runs.meter import metered
 from gnlin.compare.tasks import TASKS
 
 SEEN, MAX_STEPS = 5, 1000

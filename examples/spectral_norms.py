@@ -22,9 +22,9 @@ import numpy as np
 import optax
 
 import gnlin
-from gnlin import spectral
 from gnlin.compare.tasks import TASKS
 from gnlin.compare.tasks.networks import init_convolutional, init_perceptron, mean_cross_entropy, perceptron
+from gnlin.width import condition as spectral
 
 NETWORKS = {
     "MLP 64-128-64-10": ("digits", lambda key: init_perceptron(key, (64, 128, 64, 10))),

@@ -22,8 +22,8 @@ import optax
 
 import gnlin
 from gnlin import tree
-from gnlin.compare.entry import parse
-from gnlin.compare.method import Method
+from gnlin.compare.entrants.entry import parse
+from gnlin.compare.entrants.method import Method
 from gnlin.compare.tasks import TASKS
 
 DAMPING = 0.05

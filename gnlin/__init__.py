@@ -10,32 +10,32 @@ condition, with `fans` (what is a matrix), `spectral` and `parametrisation`; `la
 form), `minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported here.
 """
 
-from gnlin.alignment import effective_rank, kernel_alignment, kernel_distance, kernel_spectrum
-from gnlin.curvature import QuadraticModel, ggn_vector_product, quadratic_model
-from gnlin.damping import GainRatio, TrustRegion
-from gnlin.drift import measure_kernel_drift
-from gnlin.fans import Fans
-from gnlin.gauss_newton import gauss_newton, scale_by_gauss_newton
-from gnlin.iterative_linearisation import iterative_linearisation, linearise_gradients
-from gnlin.kernel import empirical_ntk, ntk_vector_product
-from gnlin.lazy import LazyTraining, lazy_training
-from gnlin.levenberg_marquardt import levenberg_marquardt
-from gnlin.linearise import Linearisation, linearise, linearised_value_and_grad
-from gnlin.minimise import MinimiseInfo, minimise
-from gnlin.objective import Objective
-from gnlin.parametrisation import (
+from gnlin.drivers import MinimiseInfo, minimise
+from gnlin.kernel.alignment import effective_rank, kernel_alignment, kernel_distance, kernel_spectrum
+from gnlin.kernel.lazy import LazyTraining, lazy_training
+from gnlin.kernel.ntk import empirical_ntk, ntk_vector_product
+from gnlin.problem.curvature import QuadraticModel, ggn_vector_product, quadratic_model
+from gnlin.problem.linearisation import Linearisation, linearise, linearised_value_and_grad
+from gnlin.problem.objective import Objective
+from gnlin.solve import CG, Blocks, Dense, Dual, Jacobi, Kronecker, Nystrom, Solution, System
+from gnlin.transforms.damping import GainRatio, TrustRegion
+from gnlin.transforms.drift import measure_kernel_drift
+from gnlin.transforms.gauss_newton import gauss_newton, scale_by_gauss_newton
+from gnlin.transforms.iterative_linearisation import iterative_linearisation, linearise_gradients
+from gnlin.transforms.levenberg_marquardt import levenberg_marquardt
+from gnlin.transforms.period import LayerPeriods, RelativeGap
+from gnlin.transforms.prox_linear import prox_linear
+from gnlin.transforms.state import anchor, metrics, predict
+from gnlin.transforms.step_length import Subspace
+from gnlin.width.condition import scale_by_spectral_condition
+from gnlin.width.fans import Fans
+from gnlin.width.multipliers import (
     SpectralNorms,
     scale_by_maximal_update_adam,
     scale_by_maximal_update_sgd,
     spectral_init,
     spectral_report,
 )
-from gnlin.period import LayerPeriods, RelativeGap
-from gnlin.prox_linear import prox_linear
-from gnlin.solve import CG, Blocks, Dense, Dual, Jacobi, Kronecker, Nystrom, Solution, System
-from gnlin.spectral import scale_by_spectral_condition
-from gnlin.subspace import Subspace
-from gnlin.telemetry import anchor, metrics, predict
 
 __version__ = "0.1.0"
 

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 import gnlin
 from gnlin.compare import CONTESTANTS, TASKS, Contestant, Method, cli, entries_of, optax_contestant, run
-from gnlin.compare.contestants import DEFAULT
-from gnlin.compare.cost import flops, gradient_flops
-from gnlin.compare.entry import parse
-from gnlin.compare.records import SCHEMA, Records, RecordsError, read
-from gnlin.compare.study import Study, _key, make
+from gnlin.compare.entrants.contestants import DEFAULT
+from gnlin.compare.entrants.entry import parse
+from gnlin.compare.runs.cost import flops, gradient_flops
+from gnlin.compare.runs.records import SCHEMA, Records, RecordsError, read
+from gnlin.compare.runs.study import Study, _key, make
+from gnlin.compare.runs.trial import Program, metered_step
 from gnlin.compare.tasks.digits import digits
-from gnlin.compare.trial import Program, metered_step
 
 # Of the others one wants a small network and has a test of its own.
 RUNNABLE = [name for name, entry in CONTESTANTS.items() if entry.family != "peers" and name != "lm-trust"]

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from problems import third_party, tolerance
 
 import gnlin
-from gnlin.gram import kernel_matrix
+from gnlin.kernel.gram import kernel_matrix
 from gnlin.solve.dual import Dual
 
 N = 5

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from problems import third_party_model, tolerance
 
 import gnlin
-from gnlin.batches import cut_of
+from gnlin.structure.parts import cut_of
 
 N, M = 6, 4
 KINDS = "full", "diagonal", "trace"

@@ -8,7 +8,7 @@ import oracles
 import pytest
 from problems import third_party_model
 
-from gnlin.layers import matrix_shape, read_layers
+from gnlin.structure.layers import matrix_shape, read_layers
 
 
 def normal(*shape):

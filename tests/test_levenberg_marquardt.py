@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import gnlin
-from gnlin.damping import RadiusState, Trial
+from gnlin.transforms.damping import RadiusState, Trial
 
 
 def _train(objective, tx, params, batch, steps):

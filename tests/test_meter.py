@@ -8,9 +8,9 @@ import pytest
 from jax.experimental import pallas
 
 import gnlin
-from gnlin.compare.cost import flops, gradient_flops
-from gnlin.compare.meter import metered
-from gnlin.compare.optimisers import damped_gauss_newton, iterative_linearisation
+from gnlin.compare.entrants.optimisers import damped_gauss_newton, iterative_linearisation
+from gnlin.compare.runs.cost import flops, gradient_flops
+from gnlin.compare.runs.meter import metered
 from gnlin.compare.tasks.digits import digits
 
 SIZE = 64

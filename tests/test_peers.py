@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlin.compare import peers
-from gnlin.compare.cost import flops
-from gnlin.compare.meter import metered
+from gnlin.compare.entrants import peers
+from gnlin.compare.runs.cost import flops
+from gnlin.compare.runs.meter import metered
 from gnlin.compare.tasks.diabetes import diabetes
 from gnlin.compare.tasks.digits import digits
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gnlin.compare import figures, report
-from gnlin.compare.axes import _ticks
-from gnlin.compare.records import SCHEMA, Records, read
-from gnlin.compare.summary import (
+from gnlin.compare.report import figures
+from gnlin.compare.report import page as report
+from gnlin.compare.report.axes import _ticks
+from gnlin.compare.report.summary import (
     Point,
     Spread,
     TaskFacts,
@@ -31,6 +31,7 @@ from gnlin.compare.summary import (
     swept,
     thinned,
 )
+from gnlin.compare.runs.records import SCHEMA, Records, read
 
 FACTS = TaskFacts("toy", "A toy.", 0.1, "accuracy, %", True, 97.0)
 TASKS = {"toy": FACTS}

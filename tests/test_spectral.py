@@ -16,8 +16,8 @@ from problems import classifier, enable_x64, third_party, tolerance, train
 
 import gnlin
 from gnlin.compare.tasks import TASKS
-from gnlin.fans import layout_of, layouts
-from gnlin.spectral import leading_pair
+from gnlin.width.condition import leading_pair
+from gnlin.width.fans import layout_of, layouts
 
 Fans = gnlin.Fans
 SCALE = jax.jit(gnlin.scale_by_spectral_condition().update)

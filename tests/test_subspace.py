@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from test_kronecker import problem
 
 import gnlin
-from gnlin.curvature import LOSS_MODELS
+from gnlin.problem.curvature import LOSS_MODELS
 
 
 def choose(rule, damping=0.05, rate=1.0, rhs_of=lambda gradient: gradient, direction_of=None, last_scale=0.1):

@@ -8,12 +8,12 @@ pictures, tables and a page), `api` and `cli` (how one asks).
 """
 
 from gnlin.compare.api import run
-from gnlin.compare.contestant import Contestant, Option, optax_contestant
-from gnlin.compare.contestants import CONTESTANTS
-from gnlin.compare.entry import Entry, entries_of
-from gnlin.compare.method import Method, from_optax
-from gnlin.compare.task import DataError, Quality, Task
+from gnlin.compare.entrants.contestant import Contestant, Option, optax_contestant
+from gnlin.compare.entrants.contestants import CONTESTANTS
+from gnlin.compare.entrants.entry import Entry, entries_of
+from gnlin.compare.entrants.method import Method, from_optax
 from gnlin.compare.tasks import TASKS
+from gnlin.compare.tasks.task import DataError, Quality, Task
 
 __all__ = [
     "CONTESTANTS",

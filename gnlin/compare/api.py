@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gnlin.compare.contestant import Contestant
-from gnlin.compare.entry import Entry, entries_of, format_value
-from gnlin.compare.records import Record, Records, write_facts
-from gnlin.compare.study import Study, check_entries, facts
-from gnlin.compare.task import Task
+from gnlin.compare.entrants.contestant import Contestant
+from gnlin.compare.entrants.entry import Entry, entries_of, format_value
+from gnlin.compare.runs.records import Record, Records, write_facts
+from gnlin.compare.runs.study import Study, check_entries, facts
 from gnlin.compare.tasks import TASKS
+from gnlin.compare.tasks.task import Task
 
 
 def run(

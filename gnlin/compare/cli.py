@@ -33,13 +33,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import gnlin
-from gnlin.compare import report, summary
-from gnlin.compare.contestants import CONTESTANTS, DEFAULT
-from gnlin.compare.entry import Entry, UsageError, entries_of, format_value
-from gnlin.compare.records import Record, Records, RecordsError, read, read_facts, write_facts
-from gnlin.compare.study import Job, Study, check_entries, facts
-from gnlin.compare.task import DataError, Task
+from gnlin.compare.entrants.contestants import CONTESTANTS, DEFAULT
+from gnlin.compare.entrants.entry import Entry, UsageError, entries_of, format_value
+from gnlin.compare.report import page as report
+from gnlin.compare.report import summary
+from gnlin.compare.runs.records import Record, Records, RecordsError, read, read_facts, write_facts
+from gnlin.compare.runs.study import Job, Study, check_entries, facts
 from gnlin.compare.tasks import TASKS, describe
+from gnlin.compare.tasks.task import DataError, Task
 
 INTERRUPTED = 128 + signal.SIGINT
 

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from gnlin import tree
 from gnlin.checks import check_integer
-from gnlin.gram import inverse_of, kernel_matrix
+from gnlin.kernel.gram import inverse_of, kernel_matrix
 from gnlin.solve.system import Solution, Solver, System, check_solver
 from gnlin.tree import Params
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.checks import check_integer
-from gnlin.layers import Reading, read_layers
 from gnlin.solve.kronecker import root_sample
 from gnlin.solve.system import System
+from gnlin.structure.layers import Reading, read_layers
 from gnlin.tree import Outputs, Params
 
 

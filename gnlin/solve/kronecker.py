@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.checks import check_integer
-from gnlin.layers import Layer, matrix_shape, read_layers
 from gnlin.solve.system import Solution, System
+from gnlin.structure.layers import Layer, matrix_shape, read_layers
 from gnlin.tree import Outputs, Params
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from gnlin import Objective
-from gnlin.compare.task import DataError, Quality, Task
+from gnlin.compare.tasks.task import DataError, Quality, Task
 
 CONTEXT, WINDOWS, HELD_OUT_EVERY = 32, 4608, 9
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))

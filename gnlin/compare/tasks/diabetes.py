@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.task import Quality, Task
 from gnlin.compare.tasks.networks import init_perceptron, perceptron
+from gnlin.compare.tasks.task import Quality, Task
 
 
 def diabetes() -> Task:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.task import Quality, Task
 from gnlin.compare.tasks.networks import (
     accuracy,
     convolutional,
@@ -16,6 +15,7 @@ from gnlin.compare.tasks.networks import (
     mean_cross_entropy,
     perceptron,
 )
+from gnlin.compare.tasks.task import Quality, Task
 
 _TRAIN = 1437
 

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.task import DataError, Quality, Task
 from gnlin.compare.tasks.networks import (
     accuracy,
     convolutional,
@@ -21,6 +20,7 @@ from gnlin.compare.tasks.networks import (
     mean_cross_entropy,
     perceptron,
 )
+from gnlin.compare.tasks.task import DataError, Quality, Task
 
 _BATCH_SIZE = 256
 _CLASSES = 10

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.task import Quality, Task
+from gnlin.compare.tasks.task import Quality, Task
 
 INTERIOR, WALL, GRID, HIDDEN = 256, 64, 50, 32
 

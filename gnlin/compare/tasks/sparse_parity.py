@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from gnlin import Objective
-from gnlin.compare.task import Quality, Task
 from gnlin.compare.tasks.networks import accuracy, init_perceptron, mean_cross_entropy, perceptron
+from gnlin.compare.tasks.task import Quality, Task
 
 BITS, RELEVANT, HIDDEN, TRAIN, HELD_OUT = 40, 4, 128, 32_768, 4096
 

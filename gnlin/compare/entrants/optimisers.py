@@ -1,0 +1,157 @@
+"""The optimisers of Optax and of this package, as methods of the comparison."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+import gnlin
+from gnlin import tree
+from gnlin.compare.entrants.contestant import Options
+from gnlin.compare.entrants.method import Method, from_optax, predict_with_network
+from gnlin.compare.runs.cost import params_shapes
+from gnlin.compare.tasks.task import Task
+
+# Parameters up to which `solver=auto` factorises, and beyond which a step costs too many gradients.
+_DENSE_AT_MOST, _FACTORISED_AT_MOST = 1000, 2000
+
+
+# First order, from Optax.
+
+
+def sgd(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.sgd(options["learning_rate"], momentum=options["momentum"]))
+
+
+def adam(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.adam(options["learning_rate"]))
+
+
+def adamw(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.adamw(options["learning_rate"], weight_decay=options["weight_decay"]))
+
+
+def muon(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, optax.contrib.muon(options["learning_rate"]))
+
+
+def lbfgs(task: Task, options: Options) -> Method:
+    """With Optax's zoom line search, whose last value and gradient are those of the next step."""
+    objective = task.objective
+    search = optax.scale_by_zoom_linesearch(
+        max_linesearch_steps=20, initial_guess_strategy="one", max_learning_rate=options["max_step"]
+    )
+    tx = optax.lbfgs(memory_size=options["memory"], linesearch=search)
+
+    def init(params, batch, key):
+        del key
+        value, grads = jax.value_and_grad(objective.value)(params, batch)
+        return optax.tree.set(tx.init(params), value=value, grad=grads)
+
+    def step(params, state, batch, key):
+        del key
+        value, grads = optax.tree.get(state, "value"), optax.tree.get(state, "grad")
+        extras = {"value": value, "grad": grads, "value_fn": objective.value, "batch": batch}
+        updates, state = tx.update(grads, state, params, **extras)
+        return optax.apply_updates(params, updates), state
+
+    return Method(init, step)
+
+
+# The family.
+
+_INNER: Mapping[str, Callable[[Options], optax.GradientTransformation]] = {
+    "adam": lambda options: optax.adam(options["learning_rate"]),
+    "sgd": lambda options: optax.sgd(options["learning_rate"], momentum=options["momentum"] or None),
+    "adamw": lambda options: optax.adamw(options["learning_rate"]),
+    "muon": lambda options: optax.contrib.muon(options["learning_rate"]),
+}
+
+
+def iterative_linearisation(task: Task, options: Options) -> Method:
+    tx = gnlin.iterative_linearisation(
+        _INNER[options["inner"]](options),
+        task.objective,
+        options["period"],
+        loss_model=options["loss_model"],
+        reset_inner=options["reset"],
+        line_search=(1.0, 0.5, 0.25) if options["line_search"] else None,
+    )
+    method = from_optax(task.objective, tx)
+    if options["period"] == 1:  # an ordinary gradient step, which leaves no linearised model behind
+        method = method._replace(predict=predict_with_network)
+    return method._replace(cycle=options["period"] or 1)
+
+
+def linearised_while_it_holds(task: Task, options: Options) -> Method:
+    rule = gnlin.RelativeGap(options["gap"], options["patience"], options["every"], options["longest"])
+    return from_optax(
+        task.objective, gnlin.iterative_linearisation(_INNER[options["inner"]](options), task.objective, rule)
+    )
+
+
+def prox_linear(task: Task, options: Options) -> Method:
+    inner = _INNER[options["inner"]](options)
+    tx = gnlin.prox_linear(inner, task.objective, options["steps"], loss_model=options["loss_model"])
+    return from_optax(task.objective, tx)
+
+
+def _solver(task: Task, options: Options) -> Any:
+    small = tree.size(params_shapes(task)) <= _DENSE_AT_MOST
+    if options["solver"] == "dense" or (options["solver"] == "auto" and small):
+        return gnlin.Dense()
+    return gnlin.CG(max_steps=options["max_steps"], rtol=options["rtol"], warm_start=options["warm_start"])
+
+
+def gauss_newton(task: Task, options: Options) -> Method:
+    """What `gnlin.gauss_newton` does by itself; the tuned number is the floor of its damping."""
+    least, steps = options["damping"], options["max_steps"]
+    first: Any = jnp.maximum(least, 1e-2)
+    solver = {"kronecker": gnlin.Kronecker(), "cg": gnlin.CG(steps), "dense": gnlin.Dense()}[options["solver"]]
+    tx = gnlin.gauss_newton(
+        options["learning_rate"],
+        task.objective,
+        gnlin.GainRatio(first, minimum=least),
+        solver=solver,
+        step=gnlin.Subspace(momentum=options["momentum"], loss_model=options["loss_model"]),
+    )
+    return from_optax(task.objective, tx)
+
+
+def damped_gauss_newton(task: Task, options: Options) -> Method:
+    """Full steps; with ``control=decay`` λ falls from 1, since a small λ diverges while the outputs still move far."""
+    tuned = options["damping"]
+    schedule = {"decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned), "constant": tuned}
+    damping: Any = schedule[options["control"]]
+    tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(task, options))
+    return from_optax(task.objective, tx)
+
+
+def levenberg_marquardt(task: Task, options: Options) -> Method:
+    tx = gnlin.levenberg_marquardt(
+        task.objective,
+        initial_damping=options["damping"],
+        scaling=options["scaling"],
+        solver=_solver(task, options),
+    )
+    return from_optax(task.objective, tx)
+
+
+def trust_region(task: Task, options: Options) -> Method:
+    tx = gnlin.levenberg_marquardt(
+        task.objective,
+        initial_damping=gnlin.TrustRegion(options["radius"]),
+        scaling=options["scaling"],
+        solver=gnlin.Dense(),
+    )
+    return from_optax(task.objective, tx)
+
+
+def too_large_to_factorise(task: Task) -> str | None:
+    size = tree.size(params_shapes(task))
+    if size <= _FACTORISED_AT_MOST:
+        return None
+    return f"it factorises a matrix of {size} columns, one for each parameter, at every step; take lm"

@@ -1,0 +1,1 @@
+"""Training, watching and keeping runs."""

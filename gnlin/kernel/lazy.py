@@ -1,0 +1,178 @@
+r"""Lazy training in closed form.
+
+Trained by gradient descent from an anchor φ on a loss that is quadratic in the outputs, with gradient g and Hessian
+H = R Rᵀ at f(φ), the linearised model follows a linear recurrence, of matrix I − ηHK with K = J Jᵀ. From the
+eigendecomposition Rᵀ K R = Q Λ Qᵀ
+
+    θ = φ − Jᵀu,     u = R Q F(Λ) Qᵀ R⁺ g,
+
+and how it is trained is in the filter F alone:
+
+    gradient descent, k steps of size η      F(λ) = (1 − (1 − ηλ)ᵏ) / λ
+    gradient flow, time t                    F(λ) = (1 − exp(−λt)) / λ
+    kernel ridge regression, damping μ       F(λ) = 1 / (λ + μ)
+
+The last is the damped Gauss-Newton step, and for μ = 0 the limit of the others: the least change of the parameters that
+minimises the loss.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from gnlin import tree
+from gnlin.checks import check_integer, check_number
+from gnlin.kernel.gram import kernel_matrix
+from gnlin.problem.curvature import output_hessian
+from gnlin.problem.linearisation import Linearisation, linearise
+from gnlin.problem.objective import Objective, check_not_bound, check_objective
+from gnlin.tree import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTraining:
+    r"""The linearised model at an anchor, and where training would take its parameters.
+
+    Each method returns θ, shaped like the parameters. What the lazy model then says of any data is
+    ``gnlin.linearise(objective, anchor, data).predict(theta)``. Methods work under `jit` and `vmap`, so that
+    ``jax.vmap(lazy.gradient_flow)(times)`` is a whole curve.
+
+    Attributes:
+        linear: the linearisation at the anchor, on the training data.
+        eigenvalues: Λ, (N·C,), in ascending order: the curvatures of the loss along the kernel's directions. Gradient
+            descent is stable for η below 2 / eigenvalues[-1], and learns direction i within about 1 / (ηλᵢ) steps.
+        directions: R Q, (N·C, N·C).
+        residual: Qᵀ R⁺ g, (N·C,): the gradient along each direction.
+        outside: ‖g − R R⁺ g‖ / ‖g‖, the share of the gradient in outputs in which the loss is not curved: 0 of squared
+            errors. It is left out: training by a loss that falls for ever (a linear one, Huber's far out) is not this.
+    """
+
+    linear: Linearisation
+    eigenvalues: jax.Array
+    directions: jax.Array
+    residual: jax.Array
+    outside: jax.Array
+
+    def gradient_descent(self, learning_rate: chex.Numeric, steps: chex.Numeric) -> Params:
+        """Parameters after `steps` steps of plain gradient descent on all data."""
+        check_number("learning_rate", learning_rate)
+        check_number("steps", steps)
+        if not isinstance(steps, Tracer) and float(steps) % 1:
+            raise ValueError(f"`steps` must be a whole number; got {steps!r}")
+        rate, count = (jnp.asarray(value, self.eigenvalues.dtype) for value in (learning_rate, steps))
+
+        def filtered(values):
+            base = 1 - rate * values
+            # Close to 1 a power loses the digits that its difference from 1 has; below 0 its sign alternates.
+            sign = jnp.where((base < 0) & (jnp.mod(count, 2) == 1), -1, 1)
+            power = sign * jnp.abs(base) ** count
+            slow = rate * values < 0.5
+            gentle = -jnp.expm1(count * jnp.log1p(-jnp.where(slow, rate * values, 0)))
+            return jnp.where(slow, gentle, 1 - power) / values
+
+        return self._moved(filtered, rate * count)
+
+    def gradient_flow(self, time: chex.Numeric) -> Params:
+        """Parameters at `time` of gradient flow, dθ/dt = −∇Q(θ); `jnp.inf` for its limit."""
+        check_number("time", time, finite=False)
+        time = jnp.asarray(time, self.eigenvalues.dtype)
+        return self._moved(lambda values: -jnp.expm1(-values * time) / values, time)
+
+    def ridge(self, damping: chex.Numeric) -> Params:
+        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its limit.
+
+        For a loss ½ Σ (z − y)² its residuals are multiplied by (K + damping I)⁻¹, for the mean of ½ (z − y)² over N
+        examples by (K + N damping I)⁻¹.
+        """
+        check_number("damping", damping)
+        strength = jnp.asarray(damping, self.eigenvalues.dtype)
+        return self._moved(lambda values: 1 / (values + strength), 1 / strength)
+
+    def _moved(self, filtered: Callable[[jax.Array], jax.Array], at_zero: jax.Array) -> Params:
+        """θ for the filter F, whose limit at 0 is `at_zero`; where that is beyond what λ resolves F is 0 there."""
+        bounded = at_zero * _noise(self.eigenvalues) <= 1
+        seen = self.eigenvalues > jnp.where(bounded, 0, _noise(self.eigenvalues))
+        limit = jnp.where(bounded, at_zero, 0)
+        weights = jnp.where(seen, filtered(jnp.where(seen, self.eigenvalues, 1)), limit) * self.residual
+        cotangent = tree.unflatten(self.directions @ weights, self.linear.outputs)
+        return tree.cast_like(tree.subtract(self.linear.anchor, self.linear.vjp(cotangent)), self.linear.anchor)
+
+
+def lazy_training(
+    objective: Objective, params: Params, batch: Batch = None, *, max_outputs: int = 4096
+) -> LazyTraining:
+    r"""Solve the training of the linearised model in closed form, at any time.
+
+    .. math:: \theta_k = \phi - J^\top R\,Q\,F_k(\Lambda)\,Q^\top R^+ g, \qquad R^\top J J^\top R = Q \Lambda Q^\top
+
+    Exact where the loss is quadratic in the outputs, as a squared error is, whatever its weights; of another loss it is
+    the quadratic model at f(φ), as with ``loss_model="quadratic"``, but for what `outside` says. Takes two
+    eigendecompositions of the size of the N·C outputs; long times deserve double precision.
+
+    Args:
+        objective: the problem; averages and weights are in its loss, and so in the rates.
+        params: φ, the anchor.
+        batch: all training data; not needed where the objective is bound.
+        max_outputs: largest N·C that is accepted.
+
+    Returns:
+        A `LazyTraining`: eigenvalues, and `gradient_descent`, `gradient_flow` and `ridge`.
+
+    Raises:
+        ValueError: there are more than `max_outputs` outputs.
+        ValueError, TypeError: as `linearise`.
+
+    References: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5; Lee et al., arXiv 1902.06720, section 2.2.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([p[0], 2 * p[1]]) - 1.0)
+        >>> lazy = gnlin.lazy_training(objective, jnp.zeros(2))
+        >>> lazy.gradient_descent(learning_rate=0.1, steps=1).round(6)
+        Array([0.1, 0.2], dtype=float32)
+        >>> lazy.ridge(0.0)
+        Array([1. , 0.5], dtype=float32)
+    """
+    check_objective(objective)
+    check_not_bound("batch", objective, batch)
+    check_integer("max_outputs", max_outputs)
+    count = tree.size(jax.eval_shape(lambda params: objective.outputs_and_aux(params, batch)[0], params))
+    if count > max_outputs:
+        raise ValueError(
+            f"`max_outputs` is {max_outputs}, but there are {count} outputs, and eigendecompositions of that size: "
+            "take fewer examples, raise `max_outputs`, or train with gnlin.linearise_gradients(objective, period=None)"
+        )
+    linear = linearise(objective, params, batch)
+    dtype = tree.accumulation_dtype(params, linear.outputs)
+    gradient, hessian = output_hessian(objective, linear.outputs, batch)
+
+    def hessian_column(cotangent: jax.Array) -> jax.Array:
+        return tree.flatten(hessian(tree.unflatten(cotangent, linear.outputs)), dtype)
+
+    curvature = jax.vmap(hessian_column)(jnp.eye(count, dtype=dtype))
+    values, vectors = _eigh(curvature)
+    root, sound = vectors * jnp.sqrt(values)[None, :], values > _noise(values)
+    inverse = jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)
+    kernel = kernel_matrix(linear.jvp, linear.vjp, params).matrix.astype(dtype)
+    eigenvalues, turned = _eigh(root.T @ kernel @ root)
+    slope = tree.flatten(gradient, dtype)
+    along = vectors.T @ slope
+    unseen, size = jnp.linalg.norm(jnp.where(sound, 0, along)), jnp.linalg.norm(slope)
+    outside = unseen / jnp.where(size > 0, size, 1)
+    return LazyTraining(linear, eigenvalues, root @ turned, turned.T @ (inverse * along), outside)
+
+
+def _eigh(matrix: jax.Array) -> tuple[Any, Any]:
+    """Eigenvalues, those that rounding made negative set to 0, and eigenvectors of a positive semi-definite matrix."""
+    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    return jnp.maximum(values, 0), vectors
+
+
+def _noise(values: jax.Array) -> jax.Array:
+    """Eigenvalues up to this size are rounding."""
+    return len(values) * jnp.finfo(values.dtype).eps * jnp.max(values, initial=0)

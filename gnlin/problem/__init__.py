@@ -1,0 +1,1 @@
+"""The problem: a model and a convex loss, their linearisation and their curvature."""

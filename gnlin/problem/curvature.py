@@ -1,0 +1,184 @@
+r"""Curvature of the loss through a linearised model.
+
+With z the outputs, J their Jacobian with respect to the parameters and H the Hessian of the loss with
+respect to z, the generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J: the Hessian of the loss on the
+linearised model. Every product is a push-forward, a product with H in output space, and a pull-back.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+
+from gnlin import tree
+from gnlin.problem.linearisation import Linearisation, linearise, linearise_function
+from gnlin.problem.objective import Objective, with_constants
+from gnlin.tree import Batch, Outputs, Params
+
+# Displacement δz of the outputs from those at the anchor ↦ (model of the loss there, its gradient in δz).
+OutputLoss = Callable[[Outputs], tuple[jax.Array, Outputs]]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadraticModel:
+    r"""The Gauss-Newton model of the loss at a point.
+
+    .. math:: \delta \mapsto \ell + g^\top\delta + \tfrac12 \delta^\top G \delta
+
+    Attributes:
+        value: ℓ at the point.
+        linear: the model's linearisation there.
+        cotangent: gradient of the loss with respect to the outputs.
+        hessian: u ↦ Hu, Hessian of the loss with respect to the outputs.
+    """
+
+    value: jax.Array
+    linear: Linearisation
+    cotangent: Outputs
+    hessian: Callable[[Outputs], Outputs]
+
+    def __call__(self, step: Params) -> jax.Array:
+        """Predicted loss after `step`, shaped like the parameters."""
+        return self.value + self.change(step).astype(self.value.dtype)
+
+    def gradient(self) -> Params:
+        """g, the gradient of the loss at the point."""
+        return self.linear.vjp(self.cotangent)
+
+    def ggn(self, vector: Params) -> Params:
+        """Gv, about 4/3 of a gradient's work."""
+        return self.linear.vjp(self.hessian(self.linear.jvp(vector)))
+
+    def change(self, step: Params) -> jax.Array:
+        """gᵀδ + ½ δᵀGδ by one push-forward; free of the cancellation in a difference of two losses."""
+        moved = self.linear.jvp(step)
+        return tree.inner(self.cotangent, moved) + tree.inner(moved, self.hessian(moved)) / 2
+
+
+def output_hessian(objective: Objective, outputs: Outputs, batch: Batch = None) -> tuple[Outputs, Callable]:
+    """``(g, u ↦ Hu)``: gradient and Hessian products of the loss with respect to the outputs, at `outputs`."""
+
+    def gradient(outputs):
+        return jax.grad(objective.loss_of)(outputs, batch), None
+
+    # H is symmetric: a loss without a forward-mode rule is differentiated twice in reverse.
+    cotangent, hessian, _, _ = linearise_function(gradient, outputs)
+    return cotangent, hessian
+
+
+def exact_loss(objective: Objective, outputs: Outputs, batch: Batch = None) -> OutputLoss:
+    """δz ↦ ℓ(z + δz) and its gradient."""
+
+    def value_and_grad(displacement):
+        return jax.value_and_grad(objective.loss_of)(tree.add(outputs, displacement), batch)
+
+    return value_and_grad
+
+
+def quadratic_loss(objective: Objective, outputs: Outputs, batch: Batch = None) -> OutputLoss:
+    """δz ↦ ℓ(z) + gᵀδz + ½ δzᵀ H δz and its gradient: the Gauss-Newton model, in output space."""
+    value = objective.loss_of(outputs, batch)
+    cotangent, hessian = output_hessian(objective, outputs, batch)
+
+    def value_and_grad(displacement):
+        curved = hessian(displacement)
+        change = tree.inner(cotangent, displacement) + tree.inner(displacement, curved) / 2
+        return value + change.astype(value.dtype), tree.add(cotangent, curved)
+
+    return value_and_grad
+
+
+LossModel = Literal["exact", "quadratic"]
+LOSS_MODELS = {"exact": exact_loss, "quadratic": quadratic_loss}
+
+
+def check_loss_model(loss_model: str) -> None:
+    if loss_model not in LOSS_MODELS:
+        raise ValueError(f"`loss_model` must be one of {sorted(LOSS_MODELS)}; got {loss_model!r}")
+
+
+def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., jax.Array]:
+    """Q as a function of the parameters, ``(params, batch=None) -> scalar``, with the loss modelled by `loss`."""
+
+    def value_fn(params, batch=None):
+        del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
+        return loss(linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)))[0]
+
+    return value_fn
+
+
+def partly_linearised_loss(
+    objective: Objective, anchor: Params, exact: Any, loss_model: LossModel, data: Batch
+) -> Callable[..., jax.Array]:
+    """Q as a function of all parameters, ``(params, batch=None) -> scalar``; those that are `exact` are not linearised.
+
+    At parameters (a, b), b exact, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
+    """
+    objective.check_params(anchor)
+
+    def part(params, chosen):
+        return jax.tree.map(lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact)
+
+    fixed = part(anchor, chosen=False)
+
+    def value_fn(params, batch=None):
+        del batch  # as in `linearised_loss`
+        params = tree.cast_like(params, anchor)
+        linear = linearise(with_constants(objective, part(params, chosen=True)), fixed, data)
+        loss = LOSS_MODELS[loss_model](objective, linear.outputs, data)
+        return loss(linear.jvp(tree.subtract(part(params, chosen=False), fixed)))[0]
+
+    return value_fn
+
+
+def ggn_vector_product(objective: Objective, params: Params, batch: Batch = None) -> Callable[[Params], Params]:
+    r"""The matrix-free product :math:`v \mapsto G v`, :math:`G = J^\top H J`, at `params`.
+
+    The linearisation is done once and serves every product.
+
+    Args:
+        objective: the problem; its `loss` fixes H, averaging included.
+        params: parameters at which to linearise.
+        batch: data; not needed where the objective is bound.
+
+    Returns:
+        A linear function from trees like `params` to trees like `params`.
+
+    Raises:
+        ValueError, TypeError: as `linearise`.
+
+    Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
+        >>> gnlin.ggn_vector_product(objective, jnp.array([3.0]))(jnp.array([1.0]))   # (2·3)² · 1
+        Array([36.], dtype=float32)
+    """
+    return quadratic_model(objective, params, batch).ggn
+
+
+def quadratic_model(objective: Objective, params: Params, batch: Batch = None) -> QuadraticModel:
+    r"""The Gauss-Newton model of the loss at `params`, a function of the step.
+
+    ``-model.change(step)`` is the decrease that Gauss-Newton predicts for `step`.
+
+    Args:
+        objective: the problem.
+        params: parameters at which ℓ, g and G are taken.
+        batch: data; not needed where the objective is bound.
+
+    Raises:
+        ValueError, TypeError: as `linearise`.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
+        >>> gnlin.quadratic_model(objective, jnp.array([1.0]))(jnp.array([-0.5]))   # ½ (1 − 2·0.5)²
+        Array(0., dtype=float32)
+    """
+    linear = linearise(objective, params, batch)
+    cotangent, hessian = output_hessian(objective, linear.outputs, batch)
+    return QuadraticModel(objective.loss_of(linear.outputs, batch), linear, cotangent, hessian)

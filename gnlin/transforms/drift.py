@@ -1,0 +1,157 @@
+"""How far the kernel of the model that is trained has moved: how many features it has learnt.
+
+While the features J are fixed the kernel J Jᵀ is constant. How much it has turned since the start (its alignment with
+what it was), and how much it has changed in all (its distance), is how much features were learnt.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnlin import tree
+from gnlin.checks import check_integer
+from gnlin.kernel.alignment import kernel_alignment, kernel_distance
+from gnlin.kernel.ntk import empirical_ntk
+from gnlin.kernel.rows import number_of_examples
+from gnlin.problem.objective import (
+    Objective,
+    check_not_bound,
+    check_objective,
+    check_params,
+    check_transformation,
+    visible_objective,
+    without_binding,
+)
+from gnlin.transforms.iterative_linearisation import linearised_state
+from gnlin.tree import Batch, Params
+
+
+class KernelDriftState(NamedTuple):
+    inner: optax.OptState
+    count: jax.typing.ArrayLike
+    reference: jax.Array  # the kernel that others are compared with
+    metrics: dict[str, jax.Array]
+
+
+def measure_kernel_drift(
+    inner: optax.GradientTransformation,
+    objective: Objective,
+    probe: Batch,
+    every: int,
+    *,
+    reference: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Around an optimiser: how far the kernel of the model it trains has moved, on the same examples every time.
+
+    At the first update, and at every `every`-th after it, the trace kernel on the n examples of the probe is compared
+    with a reference. The kernel is that of the model *being trained*: at the anchor where `inner` holds one for this
+    update, so that linearised training has no drift, and at the parameters where it does not; with `LayerPeriods`, that
+    of the network at the anchor and the layers that are not linearised. Updates are those of `inner`.
+
+    Compile the step: an update that is not compiled traces the kernel each time, whether or not it is measured.
+
+    A measurement costs a forward pass, C pull-backs and the products of `empirical_ntk` on the probe, divided by
+    `every`; n² numbers are kept. The probe is a constant of the compiled step.
+
+    Metrics: ``kernel/alignment`` and ``kernel/centred_alignment`` (`kernel_alignment` without and with centring),
+    ``kernel/distance`` (`kernel_distance`), ``kernel/age`` (updates since they were measured).
+
+    Args:
+        inner: the optimiser.
+        objective: the problem.
+        probe: a batch.
+        every: updates from one measurement to the next.
+        reference: (n, n), as ``empirical_ntk(objective, params, probe, outputs="trace")`` gives it; `None` for the
+            kernel at the first update.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; `update` takes what `inner` takes, and ``all_params``.
+
+    Raises:
+        ValueError, TypeError: `every` is no integer of at least 1; `probe` is missing, or the model cannot be evaluated
+            on it; `reference` is not (n, n), or is needed since parameters are masked; at update: `params` is missing.
+
+    References: Fort et al., arXiv 2010.15110; Lee et al., arXiv 1902.06720.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective(lambda p, x: jnp.tanh(x @ p), lambda z, x: jnp.sum((z - 1) ** 2))
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+        >>> tx = gnlin.measure_kernel_drift(optax.sgd(0.1), objective, x, every=10)
+        >>> params = jnp.zeros((2, 3)); state = tx.init(params)
+        >>> for _ in range(11):
+        ...     updates, state = tx.update(objective.value_and_grad(params, x)[1], state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> round(float(gnlin.metrics(state)["kernel/alignment"]), 2)
+        0.43
+    """
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+    check_objective(objective)
+    check_not_bound("probe", objective, probe)
+    if probe is None and not objective.is_bound:
+        raise ValueError("`probe` is missing: pass the examples whose kernel is to be followed")
+    check_integer("every", every)
+
+    def init_fn(params):
+        check_params(params, allow_holes=True)
+        if jax.tree.leaves(params) and not tree.has_holes(params):
+            examples = number_of_examples(jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params))
+        elif reference is None:
+            examples = _length(without_binding(objective, probe)[1])  # it takes all parameters to have the outputs
+        else:
+            examples = jnp.shape(reference)[0] if jnp.ndim(reference) else 0
+        if reference is not None:
+            _check_shape(reference, examples)
+        dtype = tree.accumulation_dtype(params)
+        first = jnp.zeros([examples, examples], dtype) if reference is None else jnp.array(reference, dtype)
+        kinds = "alignment", "centred_alignment", "distance"
+        metrics = {f"kernel/{kind}": jnp.asarray(0.0, float) for kind in kinds}
+        metrics["kernel/age"] = jnp.zeros([], jnp.int32)
+        return KernelDriftState(inner.init(params), jnp.zeros([], jnp.int32), first, metrics)
+
+    def update_fn(updates, state, params: Params = None, *, all_params=None, **extra_args):
+        problem = visible_objective(objective, params, all_params)
+        problem.check_params(params)
+        updates, inner_state = inner.update(updates, state.inner, params, all_params=all_params, **extra_args)
+        found = linearised_state(inner_state)
+        trained = params if found is None else tree.fill_holes(found.anchor, params)
+
+        def measured(trained):
+            kernel = empirical_ntk(problem, trained, probe, outputs="trace")
+            _check_shape(state.reference, kernel.shape[0])
+            first = jnp.where(state.count == 0, kernel, state.reference) if reference is None else state.reference
+            values = {
+                "kernel/alignment": kernel_alignment(kernel, first, centred=False),
+                "kernel/centred_alignment": kernel_alignment(kernel, first),
+                "kernel/distance": kernel_distance(kernel, first),
+            }
+            return first, {**tree.cast(values, float), "kernel/age": jnp.zeros([], jnp.int32)}
+
+        def kept(_):
+            return state.reference, {**state.metrics, "kernel/age": state.metrics["kernel/age"] + 1}
+
+        first, metrics = jax.lax.cond(state.count % every == 0, measured, kept, trained)
+        return updates, KernelDriftState(inner_state, optax.safe_increment(state.count), first, metrics)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_shape(reference: jax.Array, examples: int) -> None:
+    if jnp.shape(reference) != (examples, examples):
+        raise ValueError(
+            f"`reference` must be a kernel between the {examples} examples of the probe, of shape "
+            f"{(examples, examples)}; got {jnp.shape(reference)}"
+        )
+
+
+def _length(probe: Batch) -> int:
+    lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(probe) if jnp.ndim(leaf)}
+    if len(lengths) != 1:
+        raise ValueError(
+            "`reference` is needed where parameters are masked and the leaves of the probe differ in length: how many "
+            f"examples there are cannot be told from {jax.tree.map(jnp.shape, probe)}"
+        )
+    return lengths.pop()

@@ -1,0 +1,128 @@
+"""Reading the state: anchors and metrics, from any nesting of Optax wrappers."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from gnlin.problem.linearisation import linearise
+from gnlin.problem.objective import Objective, check_objective
+from gnlin.transforms.drift import KernelDriftState
+from gnlin.transforms.gauss_newton import GaussNewtonState, ScaleByGaussNewtonState
+from gnlin.transforms.iterative_linearisation import (
+    IterativeLinearisationState,
+    LinearisedGradientsState,
+    linearised_state,
+    next_anchor,
+)
+from gnlin.transforms.levenberg_marquardt import LevenbergMarquardtState
+from gnlin.transforms.prox_linear import ProxLinearState
+from gnlin.tree import Batch, Outputs, Params
+from gnlin.width.condition import SpectralConditionState
+
+_STATES = (
+    GaussNewtonState,
+    IterativeLinearisationState,
+    KernelDriftState,
+    LevenbergMarquardtState,
+    LinearisedGradientsState,
+    ProxLinearState,
+    ScaleByGaussNewtonState,
+    SpectralConditionState,
+)
+
+
+def anchor(opt_state: Any) -> Params:
+    """The anchor φ that iterative linearisation holds in `opt_state`.
+
+    Args:
+        opt_state: any Optax state that contains one of this package, however nested.
+
+    Returns:
+        The parameters at which the model was last linearised; with the holes of `optax.masked` where the transform
+        saw only part of the tree.
+
+    Raises:
+        ValueError: there is no anchor in `opt_state`, or more than one.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
+        >>> tx = optax.chain(gnlin.linearise_gradients(objective, period=4), optax.adam(1e-3))
+        >>> gnlin.anchor(tx.init(jnp.ones(2)))
+        Array([1., 1.], dtype=float32)
+    """
+    found = linearised_state(opt_state)
+    if found is None:
+        raise ValueError("`opt_state` holds no anchor: no linearise_gradients or iterative_linearisation is in it")
+    return found.anchor
+
+
+def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch = None) -> Outputs:
+    r"""Outputs of the model *being trained*.
+
+    That is :math:`f(\phi) + J(\phi)(\theta - \phi)` where `opt_state` holds an anchor φ that the next update will still
+    use, and the true model f(θ) at the end of a cycle or where there is no anchor. Works under `jit`; costs at most
+    twice a forward pass and a little more.
+
+    Args:
+        objective: the problem.
+        opt_state: any Optax state.
+        params: θ.
+        batch: data to predict on, for instance held out.
+
+    Raises:
+        ValueError: `opt_state` holds more than one anchor; `batch` is missing.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
+        >>> tx = gnlin.linearise_gradients(objective, period=None)
+        >>> _, state = tx.update(None, tx.init(jnp.ones(1)), jnp.ones(1))   # anchored at 1
+        >>> gnlin.predict(objective, state, 2 * jnp.ones(1))                # 1 + 2 (2 − 1)
+        Array([3.], dtype=float32)
+    """
+    check_objective(objective)
+    found = linearised_state(opt_state)
+    if found is None:
+        return objective.outputs_and_aux(params, batch)[0]
+    return linearise(objective, next_anchor(found, params), batch).predict(params)
+
+
+def metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """All diagnostics in `opt_state`, flat and ready to log.
+
+    Args:
+        opt_state: any Optax state, however nested; works under `jit`.
+
+    Returns:
+        Dictionary of scalars, such as ``cg/steps``, ``cg/residual``, ``damping``, ``gain_ratio``, ``accepted``,
+        ``linearise/refreshes``; empty where no transform of this package is in it. Where several transforms report the
+        same name, the second is ``name/1``, and so on, in the order of the state.
+
+    Example:
+        >>> import gnlin, jax.numpy as jnp, optax
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
+        >>> tx = optax.chain(gnlin.scale_by_gauss_newton(objective, damping=0.5), optax.scale_by_learning_rate(1.0))
+        >>> params = jnp.ones(2)
+        >>> _, state = tx.update(None, tx.init(params), params)
+        >>> {name: round(float(value), 6) for name, value in gnlin.metrics(state).items()}
+        {'damping': 0.5, 'cg/steps': 1.0, 'cg/residual': 0.0, 'cg/converged': 1.0}
+    """
+    collected: dict[str, jax.Array] = {}
+    seen = collections.Counter()
+    for state in _states(opt_state):
+        for name, value in state.metrics.items():
+            collected[f"{name}/{seen[name]}" if seen[name] else name] = value
+            seen[name] += 1
+    return collected
+
+
+def _states(node: Any) -> Iterator[Any]:
+    """States of this package inside `node`, outer ones first."""
+    for found in jax.tree.leaves(node, is_leaf=lambda item: isinstance(item, _STATES)):
+        if isinstance(found, _STATES):
+            yield found
+            for field in found:
+                yield from _states(field)
