@@ -1,4 +1,5 @@
-"""The two filters of the mathematics page: measured with gnlin, compared with their formulas, and drawn.
+"""The two filters of the mathematics page: measured with gnlin, compared with their formulas, and
+drawn.
 
 python docs/filter_curves.py [FILE.svg]
 """
@@ -36,11 +37,16 @@ def formulas(period: int, sigma: np.ndarray) -> Filters:
 def measured(period: int) -> Filters:
     """Both filters, read off the steps that gnlin takes from one anchor of a nonlinear model, in float64."""
     size = len(SINGULAR_VALUES)
-    left, right, bend = (np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0] for seed in range(3))
+    left, right, bend = (
+        np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0] for seed in range(3)
+    )
     jacobian = jnp.asarray(left * SINGULAR_VALUES @ right.T)
     target = jnp.asarray(left.sum(axis=1))
-    # The quadratic term has no derivative at the anchor θ = 0, where J is `jacobian`; elsewhere the model bends.
-    objective = gnlin.Objective.least_squares(lambda p: jacobian @ p + (jnp.asarray(bend) @ p) ** 2 - target)
+    # The quadratic term has no derivative at the anchor θ = 0, where J is `jacobian`; elsewhere the
+    # model bends.
+    objective = gnlin.Objective.least_squares(
+        lambda p: jacobian @ p + (jnp.asarray(bend) @ p) ** 2 - target
+    )
     anchor = jnp.zeros(size)
     gradient = objective.value_and_grad(anchor)[1]
 
@@ -71,8 +77,12 @@ def check() -> None:
         s = RATE * period * SINGULAR_VALUES**2
         small = s < 1e-3
         difference = (expected.steps - expected.damped) * SINGULAR_VALUES**2
-        np.testing.assert_allclose(difference[small], ((1 - (period - 1) / (2 * period)) * s**2)[small], rtol=1e-2)
-        print(f"K = {period}: as the formulas say to 1e-9; largest ratio of the two {ratio_over_all(period):.2f}")
+        np.testing.assert_allclose(
+            difference[small], ((1 - (period - 1) / (2 * period)) * s**2)[small], rtol=1e-2
+        )
+        print(
+            f"K = {period}: as the formulas say to 1e-9; largest ratio of the two {ratio_over_all(period):.2f}"
+        )
 
 
 def ratio_over_all(period: int) -> float:
@@ -86,19 +96,43 @@ def draw(path: Path) -> None:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    mpl.rcParams |= {"svg.hashsalt": "gnlin", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    mpl.rcParams |= {
+        "svg.hashsalt": "gnlin",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     sigma = np.logspace(-2.5, 0, 400)
     figure, (factor, fraction) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
     for period, colour in zip(PERIODS, ("tab:orange", "tab:blue"), strict=True):
         curves, dots = formulas(period, sigma), measured(period)
         for axes, scale, dot_scale in ((factor, 1, 1), (fraction, sigma**2, SINGULAR_VALUES**2)):
-            axes.plot(sigma, curves.steps * scale, color=colour, label=f"K = {period} gradient steps")
-            axes.plot(sigma, curves.damped * scale, "--", color=colour, label=f"damping λ = 1/({period}η)")
+            axes.plot(
+                sigma, curves.steps * scale, color=colour, label=f"K = {period} gradient steps"
+            )
+            axes.plot(
+                sigma, curves.damped * scale, "--", color=colour, label=f"damping λ = 1/({period}η)"
+            )
             axes.plot(SINGULAR_VALUES, dots.steps * dot_scale, "o", color=colour, markersize=3.5)
-            axes.plot(SINGULAR_VALUES, dots.damped * dot_scale, "s", color=colour, markersize=3.5, fillstyle="none")
+            axes.plot(
+                SINGULAR_VALUES,
+                dots.damped * dot_scale,
+                "s",
+                color=colour,
+                markersize=3.5,
+                fillstyle="none",
+            )
     factor.plot(sigma, 1 / sigma**2, ":", color="grey", label="undamped, 1/σ²")
-    factor.set(xscale="log", yscale="log", ylim=(0.3, 300), xlabel="singular value σ of J", ylabel="filter factor")
-    fraction.set(xscale="log", xlabel="singular value σ of J", ylabel="fraction of the residual fitted")
+    factor.set(
+        xscale="log",
+        yscale="log",
+        ylim=(0.3, 300),
+        xlabel="singular value σ of J",
+        ylabel="filter factor",
+    )
+    fraction.set(
+        xscale="log", xlabel="singular value σ of J", ylabel="fraction of the residual fitted"
+    )
     factor.legend(frameon=False, fontsize=8)
     figure.patch.set_facecolor("white")
     figure.savefig(path, metadata={"Date": None, "Creator": None})

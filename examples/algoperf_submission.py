@@ -2,12 +2,12 @@
 
 python examples/algoperf_submission.py
 
-The functions `get_batch_size`, `init_optimizer_state`, `update_params`, `prepare_for_eval` and `data_selection` are
-what the benchmark (https://github.com/mlcommons/algorithmic-efficiency) calls. What is particular to gnlin is
-`objective_of`: model and loss are taken apart, and what else the model needs (its state, a key for dropout) travels in
-the batch. Its statistics for normalisation stand still while a gradient is taken, and move once in each step, with a
-forward pass. The stand-in for a workload below shows that the functions fit together, without the benchmark being
-installed.
+The functions `get_batch_size`, `init_optimizer_state`, `update_params`, `prepare_for_eval` and
+`data_selection` are what the benchmark (https://github.com/mlcommons/algorithmic-efficiency) calls.
+What is particular to gnlin is `objective_of`: model and loss are taken apart, and what else the
+model needs (its state, a key for dropout) travels in the batch. Its statistics for normalisation
+stand still while a gradient is taken, and move once in each step, with a forward pass. The stand-in
+for a workload below shows that the functions fit together, without the benchmark being installed.
 """
 
 import functools
@@ -31,13 +31,20 @@ def objective_of(workload):
 
     def model(params, batch):
         logits, _ = workload.model_fn(
-            params, batch["data"], batch["model_state"], mode="train", rng=batch["rng"], update_batch_norm=False
+            params,
+            batch["data"],
+            batch["model_state"],
+            mode="train",
+            rng=batch["rng"],
+            update_batch_norm=False,
         )
         return logits
 
     def loss(logits, batch):
         data = batch["data"]
-        terms = workload.loss_fn(label_batch=data["targets"], logits_batch=logits, mask_batch=data.get("weights"))
+        terms = workload.loss_fn(
+            label_batch=data["targets"], logits_batch=logits, mask_batch=data.get("weights")
+        )
         return terms["summed"] / terms["n_valid_examples"]
 
     return gnlin.Objective(model, loss)
@@ -46,13 +53,19 @@ def objective_of(workload):
 def init_optimizer_state(workload, model_params, model_state, hyperparameters, rng):
     objective = objective_of(workload)
     tx = optax.chain(
-        gnlin.linearise_gradients(objective, hyperparameters.period), optax.adam(hyperparameters.learning_rate)
+        gnlin.linearise_gradients(objective, hyperparameters.period),
+        optax.adam(hyperparameters.learning_rate),
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, batch):
         _, model_state = workload.model_fn(
-            params, batch["data"], batch["model_state"], mode="train", rng=batch["rng"], update_batch_norm=True
+            params,
+            batch["data"],
+            batch["model_state"],
+            mode="train",
+            rng=batch["rng"],
+            update_batch_norm=True,
         )
         updates, opt_state = tx.update(None, opt_state, params, batch=batch)
         return optax.apply_updates(params, updates), opt_state, model_state
@@ -96,7 +109,14 @@ def prepare_for_eval(
 
 
 def data_selection(
-    workload, input_queue, optimizer_state, current_param_container, model_state, hyperparameters, global_step, rng
+    workload,
+    input_queue,
+    optimizer_state,
+    current_param_container,
+    model_state,
+    hyperparameters,
+    global_step,
+    rng,
 ):
     return next(input_queue)
 
@@ -106,7 +126,10 @@ class Digits:
 
     def init_model_fn(self, rng):
         first, second = jax.random.split(rng)
-        return {"in": jax.random.normal(first, (64, 32)) / 8, "out": jax.random.normal(second, (32, 10)) / 6}, None
+        return {
+            "in": jax.random.normal(first, (64, 32)) / 8,
+            "out": jax.random.normal(second, (32, 10)) / 6,
+        }, None
 
     def model_fn(self, params, batch, model_state, mode, rng, update_batch_norm):
         return jnp.tanh(batch["inputs"] @ params["in"]) @ params["out"], model_state
@@ -121,7 +144,10 @@ class Digits:
         generator = np.random.default_rng(0)
         while True:
             chosen = generator.choice(len(labels), size, replace=False)
-            yield {"inputs": jnp.asarray(images[chosen] / 16, jnp.float32), "targets": jnp.asarray(labels[chosen])}
+            yield {
+                "inputs": jnp.asarray(images[chosen] / 16, jnp.float32),
+                "targets": jnp.asarray(labels[chosen]),
+            }
 
 
 def main(steps=200):
@@ -131,16 +157,41 @@ def main(steps=200):
     state = init_optimizer_state(workload, params, model_state, hyperparameters, jax.random.key(1))
     for number in range(steps):
         rng = jax.random.fold_in(jax.random.key(2), number)
-        batch = data_selection(workload, queue, state, params, model_state, hyperparameters, number, rng)
+        batch = data_selection(
+            workload, queue, state, params, model_state, hyperparameters, number, rng
+        )
         state, params, model_state = update_params(
-            workload, params, None, model_state, hyperparameters, batch, None, state, [], number, rng
+            workload,
+            params,
+            None,
+            model_state,
+            hyperparameters,
+            batch,
+            None,
+            state,
+            [],
+            number,
+            rng,
         )
     state, params, model_state = prepare_for_eval(
-        workload, params, None, model_state, hyperparameters, None, state, [], steps, jax.random.key(3)
+        workload,
+        params,
+        None,
+        model_state,
+        hyperparameters,
+        None,
+        state,
+        [],
+        steps,
+        jax.random.key(3),
     )
     batch = next(queue)
-    logits, _ = workload.model_fn(params, batch, model_state, mode="eval", rng=None, update_batch_norm=False)
-    print(f"accuracy after {steps} steps: {float((logits.argmax(-1) == batch['targets']).mean()):.3f}")
+    logits, _ = workload.model_fn(
+        params, batch, model_state, mode="eval", rng=None, update_batch_norm=False
+    )
+    print(
+        f"accuracy after {steps} steps: {float((logits.argmax(-1) == batch['targets']).mean()):.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""How much the features of a network move, and which layers have to: two maps of iterative linearisation.
+"""How much the features of a network move, and which layers have to: two maps of iterative
+linearisation.
 
-python examples/feature_learning.py digits-cnn      # or sparse-parity; minutes, and resumed where it was stopped
-python examples/feature_learning.py digits --quick
+python examples/feature_learning.py digits-cnn      # or sparse-parity; minutes, and resumed where
+it was stopped python examples/feature_learning.py digits --quick
 
-The first table has a row for each period K of the anchor: how far the kernel of the trained model has come from that at
-the start, on 64 held-out examples, and what the model is worth. The second has one for each choice of layers that are
-linearised at the start for good (0), while the others follow their true gradient (1). Runs are kept in two directories
-in gnlin-results/, of which ``gnlin report`` makes pages with figures.
+The first table has a row for each period K of the anchor: how far the kernel of the trained model
+has come from that at the start, on 64 held-out examples, and what the model is worth. The second
+has one for each choice of layers that are linearised at the start for good (0), while the others
+follow their true gradient (1). Runs are kept in two directories in gnlin-results/, of which ``gnlin
+report`` makes pages with figures.
 """
 
 import argparse
@@ -32,8 +34,12 @@ def drifting(task, options, every):
     """Iterative linearisation of Adam whose kernel is looked at every so many steps."""
     probe = jax.tree.map(lambda leaf: leaf[:64], task.held_out)
     period = options["period"]
-    inner = gnlin.iterative_linearisation(optax.adam(options["learning_rate"]), task.objective, period)
-    method = from_optax(task.objective, gnlin.measure_kernel_drift(inner, task.objective, probe, every))
+    inner = gnlin.iterative_linearisation(
+        optax.adam(options["learning_rate"]), task.objective, period
+    )
+    method = from_optax(
+        task.objective, gnlin.measure_kernel_drift(inner, task.objective, probe, every)
+    )
     return method._replace(cycle=period or 1)
 
 
@@ -78,10 +84,17 @@ def mean(records, read):
 
 
 def print_drift(rows):
-    print("| K | rate | anchors | centred alignment | alignment | distance | training loss | held out |")
+    print(
+        "| K | rate | anchors | centred alignment | alignment | distance | training loss | held out |"
+    )
     print("|---" * 8 + "|")
     for row in rows:
-        metrics = ("linearise/refreshes", "kernel/centred_alignment", "kernel/alignment", "kernel/distance")
+        metrics = (
+            "linearise/refreshes",
+            "kernel/centred_alignment",
+            "kernel/alignment",
+            "kernel/distance",
+        )
         cells = [
             "never" if row.options["period"] is None else str(row.options["period"]),
             f"{row.setting['learning_rate']:g}",
@@ -95,15 +108,25 @@ def print_drift(rows):
 def print_layers(rows):
     print("\n| layers that learn features | rate | training loss | held out |\n" + "|---" * 4 + "|")
     for row in rows:
-        loss, quality = (mean(row.records, lambda r, name=name: r["curve"][name][-1]) for name in ("loss", "quality"))
-        print(f"| {row.options['layers']} | {row.setting['learning_rate']:g} | {loss} | {quality} |", flush=True)
+        loss, quality = (
+            mean(row.records, lambda r, name=name: r["curve"][name][-1])
+            for name in ("loss", "quality")
+        )
+        print(
+            f"| {row.options['layers']} | {row.setting['learning_rate']:g} | {loss} | {quality} |",
+            flush=True,
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="some rows of each, a twentieth of the work, one seed")
+    parser.add_argument(
+        "--quick", action="store_true", help="some rows of each, a twentieth of the work, one seed"
+    )
     given = parser.parse_args()
     task = TASKS[given.task]()
     marks = ["".join(each) for each in itertools.product("10", repeat=len(layers_of(task)))]
@@ -113,12 +136,23 @@ def main():
         name = f"{name}-quick"
 
     def rows(contestant, sweep, what):
-        runs = run(given.task, [contestant], sweep=sweep, seeds=seeds, work=work, out=f"gnlin-results/{name}-{what}")
+        runs = run(
+            given.task,
+            [contestant],
+            sweep=sweep,
+            seeds=seeds,
+            work=work,
+            out=f"gnlin-results/{name}-{what}",
+        )
         return summarise(runs, {task.name: facts(task)})
 
-    print_drift(rows(drift(every), {"period": ["never" if k is None else k for k in periods]}, "drift"))
+    print_drift(
+        rows(drift(every), {"period": ["never" if k is None else k for k in periods]}, "drift")
+    )
     print_layers(rows(SOME, {"layers": marks}, "layers"))
-    print(f"\nFor figures: gnlin report gnlin-results/{name}-drift; gnlin report gnlin-results/{name}-layers")
+    print(
+        f"\nFor figures: gnlin report gnlin-results/{name}-drift; gnlin report gnlin-results/{name}-layers"
+    )
 
 
 def layers_of(task):

@@ -1,9 +1,12 @@
-"""Gauss-Newton in function space (`gnlin.Dual`) against conjugate gradients: work and time over outputs and parameters.
+"""Gauss-Newton in function space (`gnlin.Dual`) against conjugate gradients: work and time over
+outputs and parameters.
 
-python examples/function_space.py             # one network; --full is the whole table, --quick a smaller network
+python examples/function_space.py             # one network; --full is the whole table, --quick a
+smaller network
 
-Systems (G + λI) x = gradient of softmax networks, λ = 1e-3. Work is in gradients on the batch, that of the right-hand
-side and of the linearisation included; "same" is conjugate gradients to the residual that `Dual` reached.
+Systems (G + λI) x = gradient of softmax networks, λ = 1e-3. Work is in gradients on the batch, that
+of the right-hand side and of the linearisation included; "same" is conjugate gradients to the
+residual that `Dual` reached.
 
 With other programs at work, set OPENBLAS_NUM_THREADS=1: the threads of LAPACK wait for each other.
 """
@@ -52,7 +55,10 @@ def problem(widths, examples):
     key = jax.random.key(0)
     sizes = list(itertools.pairwise(widths))
     keys = jax.random.split(key, len(sizes) + 2)
-    params = [(jax.random.normal(k, s) / s[0] ** 0.5, jnp.zeros(s[1])) for k, s in zip(keys, sizes, strict=False)]
+    params = [
+        (jax.random.normal(k, s) / s[0] ** 0.5, jnp.zeros(s[1]))
+        for k, s in zip(keys, sizes, strict=False)
+    ]
     x = jax.random.normal(keys[-1], (examples, widths[0]))
     y = jnp.argmax(x @ jax.random.normal(keys[-2], (widths[0], max(widths[-1], 2))), 1)
     return params, {"x": x, "y": y}
@@ -80,12 +86,15 @@ def measured(solver, params, batch, unit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="all networks: an hour")
     parser.add_argument("--quick", action="store_true", help="a small network: half a minute")
     given = parser.parse_args()
     print(
-        "| P | N·C | K, pull-backs | Dual: gradients | ms | residual | CG, 20 steps: gradients | ms | residual ", end=""
+        "| P | N·C | K, pull-backs | Dual: gradients | ms | residual | CG, 20 steps: gradients | ms | residual ",
+        end="",
     )
     print("| CG, same: steps | gradients | ms |\n" + "|---:" * 12 + "|")
     for widths, examples in FULL if given.full else QUICK if given.quick else ONE:

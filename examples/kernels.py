@@ -1,9 +1,12 @@
-"""The empirical kernel (`gnlin.empirical_ntk`) against a plain contraction of the Jacobian: time, and memory.
+"""The empirical kernel (`gnlin.kernel.empirical_ntk`) against a plain contraction of the Jacobian:
+time, and memory.
 
-python examples/kernels.py             # time on the digits; --full adds larger networks and the memory table
+python examples/kernels.py             # time on the digits; --full adds larger networks and the
+memory table
 
-Plain is what one writes first: `jax.vmap` of `jax.jacrev` over the examples, its rows as one matrix, and its products.
-Both are compiled, and take turns in one process; ratios above 1 say that plain is slower.
+Plain is what one writes first: `jax.vmap` of `jax.jacrev` over the examples, its rows as one
+matrix, and its products. Both are compiled, and take turns in one process; ratios above 1 say that
+plain is slower.
 """
 
 import argparse
@@ -34,9 +37,12 @@ def init_perceptron(key, *widths):
 def convolutional(params, x):
     hidden = x.reshape(len(x), 8, 8, -1)
     for kernel, bias in params["kernels"]:
-        numbers = jax.lax.conv_dimension_numbers(hidden.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+        numbers = jax.lax.conv_dimension_numbers(
+            hidden.shape, kernel.shape, ("NHWC", "HWIO", "NHWC")
+        )
         hidden = jax.nn.relu(
-            jax.lax.conv_general_dilated(hidden, kernel, (1, 1), "SAME", (1, 1), (1, 1), numbers) + bias
+            jax.lax.conv_general_dilated(hidden, kernel, (1, 1), "SAME", (1, 1), (1, 1), numbers)
+            + bias
         )
     return jnp.mean(hidden, axis=(1, 2)) @ params["out"]
 
@@ -123,8 +129,12 @@ SUMS = {"full": "ncp,mdp->ncmd", "diagonal": "ncp,mcp->cnm", "trace": "ncp,mcp->
 
 def plain(model, outputs):
     def kernel(params, x):
-        jacobian = jax.vmap(lambda one: jax.jacrev(lambda params: model(params, one[None])[0])(params))(x)
-        rows = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(jacobian)], axis=-1)
+        jacobian = jax.vmap(
+            lambda one: jax.jacrev(lambda params: model(params, one[None])[0])(params)
+        )(x)
+        rows = jnp.concatenate(
+            [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(jacobian)], axis=-1
+        )
         return jnp.einsum(SUMS[outputs], rows, rows, precision="highest")
 
     return kernel
@@ -132,7 +142,9 @@ def plain(model, outputs):
 
 def ours(model, outputs, **bound):
     objective = gnlin.Objective(model, lambda z, x: jnp.sum(z**2))
-    return lambda params, x: gnlin.empirical_ntk(objective, params, x, outputs=outputs, **bound)
+    return lambda params, x: gnlin.kernel.empirical_ntk(
+        objective, params, x, outputs=outputs, **bound
+    )
 
 
 def seconds(function, *arguments):
@@ -142,16 +154,28 @@ def seconds(function, *arguments):
 
 
 def compare_times(networks, x, repeats):
-    print("| network | N | outputs | plain, ms | gnlin, ms | ratio | difference |\n" + "|---" * 7 + "|")
+    print(
+        "| network | N | outputs | plain, ms | gnlin, ms | ratio | difference |\n"
+        + "|---" * 7
+        + "|"
+    )
     for name, (model, params, examples) in networks.items():
         for outputs in SUMS:
             both = [jax.jit(build(model, outputs)) for build in (plain, ours)]
             kernels = [function(params, x[:examples]) for function in both]
             difference = jnp.max(jnp.abs(kernels[0] - kernels[1])) / jnp.max(jnp.abs(kernels[0]))
-            times = np.array([[seconds(function, params, x[:examples]) for function in both] for _ in range(repeats)])
+            times = np.array(
+                [
+                    [seconds(function, params, x[:examples]) for function in both]
+                    for _ in range(repeats)
+                ]
+            )
             old, new = np.median(times, axis=0)
             ratio = np.median(times[:, 0] / times[:, 1])
-            print(f"| {name} | {examples} | {outputs} | {1e3 * old:.1f} | {1e3 * new:.1f} | {ratio:.2f} ", end="")
+            print(
+                f"| {name} | {examples} | {outputs} | {1e3 * old:.1f} | {1e3 * new:.1f} | {ratio:.2f} ",
+                end="",
+            )
             print(f"| {difference:.0e} |", flush=True)
 
 
@@ -159,18 +183,32 @@ def compare_memory(networks, examples, bounds):
     """What compiled programs need beside their arguments, by XLA's own account."""
     print("\n| network | N | outputs | bound, MiB | taken, MiB |\n" + "|---" * 5 + "|")
     for name, (model, params, _) in networks.items():
-        shapes = jax.eval_shape(lambda params=params: params), jax.ShapeDtypeStruct((examples, 64), jnp.float32)
+        shapes = (
+            jax.eval_shape(lambda params=params: params),
+            jax.ShapeDtypeStruct((examples, 64), jnp.float32),
+        )
         for outputs, bound in itertools.product(SUMS, bounds):
             try:
-                compiled = jax.jit(ours(model, outputs, max_bytes=bound)).lower(*shapes).compile().memory_analysis()
-                taken = f"{(compiled.temp_size_in_bytes + compiled.output_size_in_bytes) / 2**20:.1f}"
+                compiled = (
+                    jax.jit(ours(model, outputs, max_bytes=bound))
+                    .lower(*shapes)
+                    .compile()
+                    .memory_analysis()
+                )
+                taken = (
+                    f"{(compiled.temp_size_in_bytes + compiled.output_size_in_bytes) / 2**20:.1f}"
+                )
             except ValueError:
                 taken = "refused"
-            print(f"| {name} | {examples} | {outputs} | {bound / 2**20:.0f} | {taken} |", flush=True)
+            print(
+                f"| {name} | {examples} | {outputs} | {bound / 2**20:.0f} | {taken} |", flush=True
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a small network")
     parser.add_argument("--full", action="store_true", help="larger networks, and memory")
     options = parser.parse_args()
@@ -181,7 +219,11 @@ def main():
     if options.full:
         compare_times(LARGE, x, 3)
         compare_memory(NETWORKS | LARGE, 500, [2**27, 2**28, 2**29, 2**30])
-        compare_memory({"perceptron 64-1024-1024-10": LARGE["perceptron 64-1024-1024-10"]}, 2000, [2**31, 2**32])
+        compare_memory(
+            {"perceptron 64-1024-1024-10": LARGE["perceptron 64-1024-1024-10"]},
+            2000,
+            [2**31, 2**32],
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A curve fit to the last digits: thermal expansion of copper (Hahn1 of the NIST reference data), a quotient of cubics.
+"""A curve fit to the last digits: thermal expansion of copper (Hahn1 of the NIST reference data), a
+quotient of cubics.
 
 python examples/least_squares.py
 """
@@ -20,14 +21,18 @@ def load(path):
     lines = path.read_text().splitlines()
     first, last = map(int, re.search(r"Data\s+\(lines (\d+) to (\d+)\)", "\n".join(lines)).groups())
     rows = [re.match(r"\s*b\d+ =\s+(\S+)\s+(\S+)\s+(\S+)", line) for line in lines]
-    *starts, certified = np.array([[float(number) for number in row.groups()] for row in rows if row]).T
+    *starts, certified = np.array(
+        [[float(number) for number in row.groups()] for row in rows if row]
+    ).T
     y, x = np.array([line.split() for line in lines[first - 1 : last]], float).T
     return starts, certified, {"x": jnp.asarray(x), "y": jnp.asarray(y)}
 
 
 def residuals(b, batch):
     x = batch["x"]  # temperature
-    expansion = (b[0] + b[1] * x + b[2] * x**2 + b[3] * x**3) / (1 + b[4] * x + b[5] * x**2 + b[6] * x**3)
+    expansion = (b[0] + b[1] * x + b[2] * x**2 + b[3] * x**3) / (
+        1 + b[4] * x + b[5] * x**2 + b[6] * x**3
+    )
     return expansion - batch["y"]
 
 
@@ -37,14 +42,18 @@ def main():
     objective = gnlin.Objective.least_squares(residuals)
     tx = gnlin.levenberg_marquardt(objective, scaling="marquardt", solver=gnlin.Dense())
     # Rounding alone leaves this gradient at about 6e-4: it is a sum over powers of x up to 6e8.
-    params, info = gnlin.minimise(objective, jnp.asarray(starts[0]), tx, batch=batch, max_steps=200, tol=1e-2)
+    params, info = gnlin.minimise(
+        objective, jnp.asarray(starts[0]), tx, batch=batch, max_steps=200, tol=1e-2
+    )
 
     # Number of digits that agree, up to the eleven that NIST certifies.
     digits = np.minimum(-np.log10(np.maximum(np.abs(params / certified - 1), 1e-11)), 11)
     print(f"{'':<4}{'certified':>18}{'fitted':>18}{'digits':>9}")
     for i, row in enumerate(zip(certified, params, digits, strict=True), start=1):
         print("b{:<3}{:>18.10e}{:>18.10e}{:>9.1f}".format(i, *row))
-    print(f"residual sum of squares {2 * info.value:.10e} after {info.steps} steps, converged: {info.converged}")
+    print(
+        f"residual sum of squares {2 * info.value:.10e} after {info.steps} steps, converged: {info.converged}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python examples/own_optimiser.py
 
-Whatever makes an Optax transformation from one number can take part. It is tuned, trained and counted like everyone
-else, and ``gnlin report gnlin-results/own`` turns the runs into a page.
+Whatever makes an Optax transformation from one number can take part. It is tuned, trained and
+counted like everyone else, and ``gnlin report gnlin-results/own`` turns the runs into a page.
 """
 
 import optax
@@ -21,4 +21,6 @@ if __name__ == "__main__":
             print(f"{row['label']:14} {rate:<8g} {row['status']}: {row['reason']}")
             continue
         last = {name: values[-1] for name, values in row["curve"].items()}
-        print(f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %")
+        print(
+            f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %"
+        )

@@ -1,11 +1,13 @@
-"""What a preconditioner saves conjugate gradients, in iterations and in work, on problems of `gnlin compare`.
+"""What a preconditioner saves conjugate gradients, in iterations and in work, on problems of `gnlin
+compare`.
 
 python examples/preconditioners.py            # one task, one seed, minutes; --full is three of each
 
-Gauss-Newton systems (G + λI) x = gradient on the full batch, at parameters that `gnlin.gauss_newton` has trained for 5
-and for 30 steps. Each preconditioner has seen the systems of the five steps before, as it would have in training. All
-stop at the same relative residual. Work is that of the whole step, gradient, linearisation and preconditioner included,
-in gradients; of a sketch that serves several systems, the share of one.
+Gauss-Newton systems (G + λI) x = gradient on the full batch, at parameters that
+`gnlin.gauss_newton` has trained for 5 and for 30 steps. Each preconditioner has seen the systems of
+the five steps before, as it would have in training. All stop at the same relative residual. Work is
+that of the whole step, gradient, linearisation and preconditioner included, in gradients; of a
+sketch that serves several systems, the share of one.
 """
 
 import argparse
@@ -72,18 +74,27 @@ class Solves:
 
     def __call__(self, iterates, steps, damping, rtols):
         """For each tolerance (iterations, work in gradients) of the system after so many steps."""
-        *before, now = (jax.tree.map(lambda leaf, i=i: leaf[i], iterates) for i in range(steps - SEEN, steps + 1))
+        *before, now = (
+            jax.tree.map(lambda leaf, i=i: leaf[i], iterates)
+            for i in range(steps - SEEN, steps + 1)
+        )
         opt_state, works = self._transform(damping, 1.0).init(now), []
         for params in before:  # prepared, and at a tolerance of 1 not solved
             opt_state, work = self._counted(damping, 1.0, params, opt_state)
             works.append(work)
         period = getattr(self.preconditioner, "refresh_every", 1)
         share = (works[0] - works[-1]) / period if period > 1 else 0.0
-        return [self._figures(*self._counted(damping, rtol, now, opt_state), share) for rtol in rtols]
+        return [
+            self._figures(*self._counted(damping, rtol, now, opt_state), share) for rtol in rtols
+        ]
 
     def _figures(self, opt_state, work, share):
         found = gnlin.metrics(opt_state)
-        return (int(found["cg/steps"]), work + share) if found["cg/converged"] else (MAX_STEPS + 1, float("inf"))
+        return (
+            (int(found["cg/steps"]), work + share)
+            if found["cg/converged"]
+            else (MAX_STEPS + 1, float("inf"))
+        )
 
 
 def shown(results):
@@ -104,7 +115,9 @@ def print_tables(name, preconditioners, dampings, seeds, stages, rtols=(1e-1, 1e
                     cells[steps, rtol, damping, label] = shown(results)
     for steps in stages:
         for rtol in rtols:
-            print(f"\n{name} after {steps} steps, residual {rtol:g}: iterations (gradients), median of {seeds} seeds\n")
+            print(
+                f"\n{name} after {steps} steps, residual {rtol:g}: iterations (gradients), median of {seeds} seeds\n"
+            )
             print("| λ | " + " | ".join(preconditioners) + " |")
             print("|---" * (len(preconditioners) + 1) + "|")
             for damping in dampings:
@@ -113,16 +126,22 @@ def print_tables(name, preconditioners, dampings, seeds, stages, rtols=(1e-1, 1e
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two columns, one λ: half a minute")
-    parser.add_argument("--full", action="store_true", help="three seeds, variants, five λ, early and late: hours")
+    parser.add_argument(
+        "--full", action="store_true", help="three seeds, variants, five λ, early and late: hours"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="these tasks")
     parser.add_argument("--dampings", nargs="+", type=float, help="these λ")
     given = parser.parse_args()
     chosen = PRECONDITIONERS | (VARIANTS if given.full else {})
     dampings = given.dampings or ([1e-1, 1e-2, 1e-3, 1e-4, 1e-5] if given.full else [1e-1, 1e-3])
     seeds, stages = (3, (5, 30)) if given.full else (1, (5,))
-    for name in given.tasks or (["digits", "diabetes", "digits-autoencoder"] if given.full else ["diabetes"]):
+    for name in given.tasks or (
+        ["digits", "diabetes", "digits-autoencoder"] if given.full else ["diabetes"]
+    ):
         if given.quick:
             few = {label: PRECONDITIONERS[label] for label in ("none", "Nyström")}
             print_tables(name, few, [1e-2], seeds, stages, rtols=(1e-1, 1e-4))

@@ -26,7 +26,9 @@ def load():
     images, labels = load_digits(return_X_y=True)
     order = jax.random.permutation(jax.random.key(0), len(labels))
     data = {"x": jnp.asarray(images / 16, jnp.float32)[order], "y": jnp.asarray(labels)[order]}
-    return jax.tree.map(lambda leaf: leaf[HELD_OUT:], data), jax.tree.map(lambda leaf: leaf[:HELD_OUT], data)
+    return jax.tree.map(lambda leaf: leaf[HELD_OUT:], data), jax.tree.map(
+        lambda leaf: leaf[:HELD_OUT], data
+    )
 
 
 def train(objective, tx, data):
@@ -50,7 +52,9 @@ def main():
     objective = gnlin.Objective(model, loss)
     optimisers = {
         "Adam": optax.with_extra_args_support(optax.adam(1e-2)),
-        "iterative linearisation": optax.chain(gnlin.linearise_gradients(objective, period=16), optax.adam(1e-2)),
+        "iterative linearisation": optax.chain(
+            gnlin.linearise_gradients(objective, period=16), optax.adam(1e-2)
+        ),
         "damped Gauss-Newton": gnlin.gauss_newton(1.0, objective, damping=0.1),
         "Levenberg-Marquardt": gnlin.levenberg_marquardt(objective),
     }

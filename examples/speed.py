@@ -1,13 +1,15 @@
-"""Time of a step, of an iteration of conjugate gradients and of compilation: gnlin beside other libraries.
+"""Time of a step, of an iteration of conjugate gradients and of compilation: gnlin beside other
+libraries.
 
 python examples/speed.py            # digits and diabetes, a few minutes
 python examples/speed.py --quick    # half a minute: gnlin alone, few repetitions
 
-Everything is timed in one process in shuffled order, and the least of many repetitions counts: other programs only add.
-An iteration is the difference between steps of 25 and of 5 iterations, all of which are made (tolerances are zero).
-lineax and jaxopt solve the same system with gnlin's products; somax and optimistix (least squares, without damping)
-bring their own. Compilation is tracing, lowering and XLA's part, without any cache, and the least of three. What is not
-installed is left out.
+Everything is timed in one process in shuffled order, and the least of many repetitions counts:
+other programs only add. An iteration is the difference between steps of 25 and of 5 iterations, all
+of which are made (tolerances are zero). lineax and jaxopt solve the same system with gnlin's
+products; somax and optimistix (least squares, without damping) bring their own. Compilation is
+tracing, lowering and XLA's part, without any cache, and the least of three. What is not installed
+is left out.
 """
 
 import argparse
@@ -47,9 +49,12 @@ def lineax(steps):
     import lineax
 
     def solve(matvec, rhs):
-        # Its tolerances are absolute at heart: a large system does not meet the smallest that it allows.
+        # Its tolerances are absolute at heart: a large system does not meet the smallest that it
+        # allows.
         operator = lineax.FunctionLinearOperator(
-            lambda v: tree.scale(1e4, matvec(v)), jax.eval_shape(lambda: rhs), lineax.positive_semidefinite_tag
+            lambda v: tree.scale(1e4, matvec(v)),
+            jax.eval_shape(lambda: rhs),
+            lineax.positive_semidefinite_tag,
         )
         solver = lineax.CG(rtol=0.0, atol=0.0, max_steps=steps, stabilise_every=None)
         return tree.scale(1e4, lineax.linear_solve(operator, rhs, solver, throw=False).value)
@@ -118,7 +123,11 @@ def compiled(method, params, state, batch, key, repetitions):
     for _ in range(repetitions):
         jax.clear_caches()
         start = time.perf_counter()
-        executable = jax.jit(lambda *arguments: method.step(*arguments)).lower(params, state, batch, key).compile()
+        executable = (
+            jax.jit(lambda *arguments: method.step(*arguments))
+            .lower(params, state, batch, key)
+            .compile()
+        )
         seconds.append(time.perf_counter() - start)
     return executable, min(seconds)
 
@@ -133,7 +142,9 @@ def measure(task, examples, quick):
         if method is None:
             continue
         state = method.init(params, batch, key)
-        executable, compilation[name, steps] = compiled(method, params, state, batch, key, 1 if quick else 3)
+        executable, compilation[name, steps] = compiled(
+            method, params, state, batch, key, 1 if quick else 3
+        )
         calls[name, steps] = lambda run=executable, state=state: run(params, state, batch, key)
         seconds[name, steps] = []
     for _ in range(3 if quick else 60):
@@ -146,18 +157,34 @@ def measure(task, examples, quick):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="gnlin alone, few repetitions: half a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="gnlin alone, few repetitions: half a minute"
+    )
     quick = parser.parse_args().quick
-    for name, examples in [("diabetes", None)] if quick else [("digits", 256), ("digits", None), ("diabetes", None)]:
+    for name, examples in (
+        [("diabetes", None)] if quick else [("digits", 256), ("digits", None), ("diabetes", None)]
+    ):
         task = TASKS[name]()
         best, compilation = measure(task, examples or task.train_size, quick)
-        print(f"\n{name}, {examples or task.train_size} examples; a gradient takes {best[None]:.2f} ms\n")
-        print("| method | ms for an iteration | ms for a step | compilation, s |\n|---|---:|---:|---:|")
+        print(
+            f"\n{name}, {examples or task.train_size} examples; a gradient takes {best[None]:.2f} ms\n"
+        )
+        print(
+            "| method | ms for an iteration | ms for a step | compilation, s |\n|---|---:|---:|---:|"
+        )
         for method, steps in compilation:
             if steps != FEW:
-                iteration = f"{(best[method, MANY] - best[method, FEW]) / (MANY - FEW):.3f}" if steps else ""
-                print(f"| {method} | {iteration} | {best[method, steps]:.2f} | {compilation[method, steps]:.2f} |")
+                iteration = (
+                    f"{(best[method, MANY] - best[method, FEW]) / (MANY - FEW):.3f}"
+                    if steps
+                    else ""
+                )
+                print(
+                    f"| {method} | {iteration} | {best[method, steps]:.2f} | {compilation[method, steps]:.2f} |"
+                )
 
 
 if __name__ == "__main__":

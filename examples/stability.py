@@ -1,11 +1,13 @@
-"""`gnlin.gauss_newton(1.0, objective)`, nothing else said, on every task of the comparison: does its loss ever blow up?
+"""`gnlin.gauss_newton(1.0, objective)`, nothing else said, on every task of the comparison: does
+its loss ever blow up?
 
-python examples/stability.py                               # every task, batches of 32, 128 and full; an hour or two
-python examples/stability.py digits poisson-pinn           # some tasks
-python examples/stability.py --quick                       # half a minute: one task, few steps
+python examples/stability.py                               # every task, batches of 32, 128 and
+full; an hour or two python examples/stability.py digits poisson-pinn           # some tasks python
+examples/stability.py --quick                       # half a minute: one task, few steps
 
-Each row is one run: the loss over the training data (its first 4096 examples where there are more) at the start, the
-largest and the last of 20 evaluations after it, and the share of steps that were refused.
+Each row is one run: the loss over the training data (its first 4096 examples where there are more)
+at the start, the largest and the last of 20 evaluations after it, and the share of steps that were
+refused.
 """
 
 import argparse
@@ -39,7 +41,11 @@ def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[fl
     order = None if batch_size is None else task.batches(seed, steps, batch_size)
     found, accepted = [float(value(params, probe))], 0
     for number in range(steps):
-        batch = train if order is None else jax.tree.map(lambda leaf, rows=order[number]: leaf[rows], train)
+        batch = (
+            train
+            if order is None
+            else jax.tree.map(lambda leaf, rows=order[number]: leaf[rows], train)
+        )
         params, state = step(params, state, batch)
         accepted += bool(gnlin.metrics(state)["accepted"])
         if (number + 1) % max(1, steps // 20) == 0:
@@ -49,9 +55,13 @@ def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[fl
 
 def main() -> None:
     shipped = [name for name in TASKS if name not in ON_DISK]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="*", help=", ".join(shipped))
-    parser.add_argument("--batches", nargs="+", default=BATCHES, help="numbers of examples, or full")
+    parser.add_argument(
+        "--batches", nargs="+", default=BATCHES, help="numbers of examples, or full"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one task, 20 steps: half a minute")
@@ -59,14 +69,21 @@ def main() -> None:
     names, steps, seeds = options.tasks or shipped, options.steps, options.seeds
     if options.quick:
         names, options.batches, steps, seeds = ["diabetes"], ["32", "full"], 20, 1
-    print("| task | batch | seed | start | largest after | last | refused |\n|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| task | batch | seed | start | largest after | last | refused |\n|---|---:|---:|---:|---:|---:|---:|"
+    )
     for name in names:
         task = TASKS[name]()
         with task.precision():
             for size in options.batches:
                 for seed in range(seeds):
-                    (start, *after), refused = losses(task, None if size == "full" else int(size), seed, steps)
-                    print(f"| {name} | {size} | {seed} | {start:.3g} | {max(after):.3g} | {after[-1]:.3g} ", end="")
+                    (start, *after), refused = losses(
+                        task, None if size == "full" else int(size), seed, steps
+                    )
+                    print(
+                        f"| {name} | {size} | {seed} | {start:.3g} | {max(after):.3g} | {after[-1]:.3g} ",
+                        end="",
+                    )
                     print(f"| {refused:.0%} |", flush=True)
 
 

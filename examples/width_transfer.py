@@ -1,16 +1,18 @@
-"""Does the best learning rate stay put as a network widens? With and without the spectral condition.
+"""Does the best learning rate stay put as a network widens? With and without the spectral
+condition.
 
-python examples/width_transfer.py                          # widths 64 and 256, one seed: a minute or two
-python examples/width_transfer.py --full                   # widths 64 to 2048, three seeds: some twenty minutes
-python examples/width_transfer.py --quick                  # seconds
-python examples/width_transfer.py --full --figure FILE.svg # and the losses by rate, drawn
+python examples/width_transfer.py                          # widths 64 and 256, one seed: a minute
+or two python examples/width_transfer.py --full                   # widths 64 to 2048, three seeds:
+some twenty minutes python examples/width_transfer.py --quick                  # seconds python
+examples/width_transfer.py --full --figure FILE.svg # and the losses by rate, drawn
 
-Perceptrons 64-width-width-10 with tanh on scikit-learn's digits, in mini-batches of 128, by rates that fall linearly to
-zero. For each optimiser and width the rate is searched in factors of two, from the best one of the width before, until
-the best has two worse ones on either side; what counts is the loss over the training data at the end, mean over
-seeds. A row shows the best rate at every width, then, at the widest, the loss with its own best rate and with the best
-rate of the narrowest. SGD has momentum 0.9. Optimisers with an asterisk start from `spectral_init`, the others from
-normal weights / √fan-in.
+Perceptrons 64-width-width-10 with tanh on scikit-learn's digits, in mini-batches of 128, by rates
+that fall linearly to zero. For each optimiser and width the rate is searched in factors of two,
+from the best one of the width before, until the best has two worse ones on either side; what counts
+is the loss over the training data at the end, mean over seeds. A row shows the best rate at every
+width, then, at the widest, the loss with its own best rate and with the best rate of the narrowest.
+SGD has momentum 0.9. Optimisers with an asterisk start from `spectral_init`, the others from normal
+weights / √fan-in.
 """
 
 import argparse
@@ -32,7 +34,9 @@ WORSE = 2  # rates on either side of the best that have to be worse
 
 
 def spectral(inner):
-    return lambda rate: optax.chain(inner, gnlin.scale_by_spectral_condition(), optax.scale_by_learning_rate(rate))
+    return lambda rate: optax.chain(
+        inner, gnlin.width.scale_by_spectral_condition(), optax.scale_by_learning_rate(rate)
+    )
 
 
 def followed_by(optimiser, multipliers):
@@ -45,11 +49,19 @@ momentum = functools.partial(optax.sgd, momentum=0.9)
 METHODS = {
     "SGD": (momentum, False, 2.0**-4),
     "SGD *": (momentum, True, 2.0**-4),
-    "SGD, multipliers *": (followed_by(momentum, gnlin.scale_by_maximal_update_sgd()), True, 2.0**-3),
+    "SGD, multipliers *": (
+        followed_by(momentum, gnlin.width.scale_by_maximal_update_sgd()),
+        True,
+        2.0**-3,
+    ),
     "SGD, spectral *": (spectral(optax.trace(0.9)), True, 2.0**-4),
     "Adam": (optax.adam, False, 2.0**-8),
     "Adam *": (optax.adam, True, 2.0**-8),
-    "Adam, multipliers *": (followed_by(optax.adam, gnlin.scale_by_maximal_update_adam()), True, 2.0**-2),
+    "Adam, multipliers *": (
+        followed_by(optax.adam, gnlin.width.scale_by_maximal_update_adam()),
+        True,
+        2.0**-2,
+    ),
     "Adam, spectral *": (spectral(optax.scale_by_adam()), True, 2.0**-4),
 }
 
@@ -58,7 +70,7 @@ def start(key, width: int, by_condition: bool):
     params = init_perceptron(key, (64, width, width, 10))
     if by_condition:
         for layer, each in zip(params, jax.random.split(key, len(params)), strict=True):
-            layer["w"] = gnlin.spectral_init(each, layer["w"].shape)
+            layer["w"] = gnlin.width.spectral_init(each, layer["w"].shape)
     return params
 
 
@@ -77,7 +89,9 @@ class Search:
 
             def step(carry, rows):
                 params, state = carry
-                grads = jax.grad(task.objective.value)(params, jax.tree.map(lambda leaf: leaf[rows], train))
+                grads = jax.grad(task.objective.value)(
+                    params, jax.tree.map(lambda leaf: leaf[rows], train)
+                )
                 updates, state = tx.update(grads, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
@@ -86,7 +100,9 @@ class Search:
             return task.objective.value(params, train)
 
         orders = [np.stack(list(task.batches(seed, steps, 128))) for seed in range(seeds)]
-        self.run = lambda rate: [float(run(rate, jax.random.key(i), each)) for i, each in enumerate(orders)]
+        self.run = lambda rate: [
+            float(run(rate, jax.random.key(i), each)) for i, each in enumerate(orders)
+        ]
 
     def loss(self, rate: float) -> float:
         if rate not in self.found:
@@ -126,11 +142,17 @@ def draw(path: Path, losses: dict[str, dict[int, dict[float, float]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="widths 64 to 2048 and three seeds")
-    parser.add_argument("--quick", action="store_true", help="widths 8 and 16, few steps, two optimisers")
+    parser.add_argument(
+        "--quick", action="store_true", help="widths 8 and 16, few steps, two optimisers"
+    )
     parser.add_argument("--steps", type=int, default=55, help="mini-batches, 11 to an epoch")
-    parser.add_argument("--figure", type=Path, help="file for a figure of the losses by rate: SVG, PNG or PDF")
+    parser.add_argument(
+        "--figure", type=Path, help="file for a figure of the losses by rate: SVG, PNG or PDF"
+    )
     options = parser.parse_args()
     widths, seeds, methods = (64, 256), 1, list(METHODS)
     if options.full:
@@ -138,7 +160,9 @@ def main() -> None:
     if options.quick:
         widths, methods, options.steps = (8, 16), ["Adam", "Adam, spectral *"], 10
     last = f"{widths[-1]}, rate"
-    print(f"| optimiser | {' | '.join(map(str, widths))} | loss at {last} its own | loss at {last} of {widths[0]} |")
+    print(
+        f"| optimiser | {' | '.join(map(str, widths))} | loss at {last} its own | loss at {last} of {widths[0]} |"
+    )
     print("|---|" + "---:|" * (len(widths) + 2))
     losses: dict[str, dict[int, dict[float, float]]] = {}
     for method in methods:

@@ -1,19 +1,20 @@
 """Iterative linearisation and damped Gauss-Newton as Optax gradient transformations.
 
-Reading order, which is also the direction in which data flows: `objective` (the problem), `linearise` (its model
-expanded at an anchor), `curvature` (Gauss-Newton products), `layers` (what a linearisation says of the network's
-structure) with `by_example`, `rows` (of the Jacobian) and `gram` (their products), `batches` (parts of a batch, with
-`traces`), `kernel` (the neural tangent kernel) and `alignment` (how kernels compare), `solve` (one linear system,
-several solvers), then the transforms: `period` (how long an anchor is kept), `iterative_linearisation`, `drift` (how
-far the kernel moves), `prox_linear`, `damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`; the spectral
-condition, with `fans` (what is a matrix), `spectral` and `parametrisation`; `lazy` (linearised training in closed
-form), `minimise` (a driver) and `telemetry` (what the state says). `compare`, the command line, is never imported here.
+Reading order, which is also the direction in which data flows: `objective` (the problem),
+`linearise` (its model expanded at an anchor), `curvature` (Gauss-Newton products), `layers` (what a
+linearisation says of the network's structure) with `by_example`, `rows` (of the Jacobian) and
+`gram` (their products), `batches` (parts of a batch, with `traces`), `kernel` (the neural tangent
+kernel) and `alignment` (how kernels compare), `solve` (one linear system, several solvers), then
+the transforms: `period` (how long an anchor is kept), `iterative_linearisation`, `drift` (how far
+the kernel moves), `prox_linear`, `damping`, `subspace`, `gauss_newton` and `levenberg_marquardt`;
+the spectral condition, with `fans` (what is a matrix), `spectral` and `parametrisation`; `lazy`
+(linearised training in closed form), `minimise` (a driver) and `telemetry` (what the state says).
+`compare`, the command line, is never imported here.
 """
 
+from gnlin import kernel as kernel
+from gnlin import width as width
 from gnlin.drivers import MinimiseInfo, minimise
-from gnlin.kernel.alignment import effective_rank, kernel_alignment, kernel_distance, kernel_spectrum
-from gnlin.kernel.lazy import LazyTraining, lazy_training
-from gnlin.kernel.ntk import empirical_ntk, ntk_vector_product
 from gnlin.problem.curvature import QuadraticModel, ggn_vector_product, quadratic_model
 from gnlin.problem.linearisation import Linearisation, linearise, linearised_value_and_grad
 from gnlin.problem.objective import Objective
@@ -27,15 +28,6 @@ from gnlin.transforms.period import LayerPeriods, RelativeGap
 from gnlin.transforms.prox_linear import prox_linear
 from gnlin.transforms.state import anchor, metrics, predict
 from gnlin.transforms.step_length import Subspace
-from gnlin.width.condition import scale_by_spectral_condition
-from gnlin.width.fans import Fans
-from gnlin.width.multipliers import (
-    SpectralNorms,
-    scale_by_maximal_update_adam,
-    scale_by_maximal_update_sgd,
-    spectral_init,
-    spectral_report,
-)
 
 __version__ = "0.1.0"
 
@@ -44,12 +36,10 @@ __all__ = [
     "Blocks",
     "Dense",
     "Dual",
-    "Fans",
     "GainRatio",
     "Jacobi",
     "Kronecker",
     "LayerPeriods",
-    "LazyTraining",
     "Linearisation",
     "MinimiseInfo",
     "Nystrom",
@@ -57,20 +47,13 @@ __all__ = [
     "QuadraticModel",
     "RelativeGap",
     "Solution",
-    "SpectralNorms",
     "Subspace",
     "System",
     "TrustRegion",
     "anchor",
-    "effective_rank",
-    "empirical_ntk",
     "gauss_newton",
     "ggn_vector_product",
     "iterative_linearisation",
-    "kernel_alignment",
-    "kernel_distance",
-    "kernel_spectrum",
-    "lazy_training",
     "levenberg_marquardt",
     "linearise",
     "linearise_gradients",
@@ -78,14 +61,8 @@ __all__ = [
     "measure_kernel_drift",
     "metrics",
     "minimise",
-    "ntk_vector_product",
     "predict",
     "prox_linear",
     "quadratic_model",
     "scale_by_gauss_newton",
-    "scale_by_maximal_update_adam",
-    "scale_by_maximal_update_sgd",
-    "scale_by_spectral_condition",
-    "spectral_init",
-    "spectral_report",
 ]

@@ -28,7 +28,9 @@ def _run() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
-        sys.exit(f'The command line needs {error.name}, which is not installed: pip install "gnlin[compare]"')
+        sys.exit(
+            f'The command line needs {error.name}, which is not installed: pip install "gnlin[compare]"'
+        )
 
 
 def _interrupted() -> None:

@@ -20,7 +20,9 @@ def check_number(name: str, value: Any, *, finite: bool = True, positive: bool =
     if positive and not float(value) > 0:
         raise ValueError(f"`{name}` must be positive; got {value!r}")
     if not 0 <= float(value) <= (sys.float_info.max if finite else math.inf):
-        raise ValueError(f"`{name}` must be {'finite and ' if finite else ''}at least 0; got {value!r}")
+        raise ValueError(
+            f"`{name}` must be {'finite and ' if finite else ''}at least 0; got {value!r}"
+        )
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -51,29 +51,35 @@ def minimise(
 ) -> tuple[Params, MinimiseInfo]:
     r"""Run an optimiser on one batch until the gradient vanishes.
 
-    A thin driver over `jaxopt.OptaxSolver`, compiled as one loop: curve fits, full-batch training. With
-    `implicit_diff` the result is differentiable with respect to `batch` by the implicit function theorem,
+    A thin driver over `jaxopt.OptaxSolver`, compiled as one loop: curve fits, full-batch training.
+    With `implicit_diff` the result is differentiable with respect to `batch` by the implicit
+    function theorem,
 
     .. math:: \partial\theta^\star
-              = -(\nabla^2_{\theta\theta}\ell)^{-1}\,\nabla^2_{\theta,\text{batch}}\ell\;\partial\text{batch},
+              =
+              -(\nabla^2_{\theta\theta}\ell)^{-1}\,\nabla^2_{\theta,\text{batch}}\ell\;\partial\text{batch},
 
-    at a cost that does not grow with the number of steps; the solution must then be a strict minimum, solved
-    accurately. The Hessian is formed and factorised up to 1000 parameters; beyond, conjugate gradients solve with it.
+    at a cost that does not grow with the number of steps; the solution must then be a strict
+    minimum, solved accurately. The Hessian is formed and factorised up to 1000 parameters; beyond,
+    conjugate gradients solve with it.
 
     Every call compiles the loop anew: wrap repeated calls in one `jax.jit`.
 
     Args:
         objective: the problem.
         params: where to start.
-        tx: any Optax optimiser, of this package or not; it receives ``batch``, ``value``, ``grad`` and ``value_fn``.
-        batch: the data; not needed where the objective is bound. Differentiate with respect to this argument: data
-            inside a bound objective is a constant.
+        tx: any Optax optimiser, of this package or not; it receives ``batch``, ``value``, ``grad``
+            and ``value_fn``.
+        batch: the data; not needed where the objective is bound. Differentiate with respect to this
+            argument: data inside a bound objective is a constant.
         max_steps: most updates.
-        tol: stop once the Euclidean norm of the gradient is at most this; with 0 only a gradient of exact zeros stops.
+        tol: stop once the Euclidean norm of the gradient is at most this; with 0 only a gradient of
+            exact zeros stops.
         implicit_diff: whether to differentiate through the solution; `False` cuts the derivative.
 
     Returns:
-        ``(params, info)``, see `MinimiseInfo`. Not reaching `tol` is no error: look at ``info.converged``.
+        ``(params, info)``, see `MinimiseInfo`. Not reaching `tol` is no error: look at
+        ``info.converged``.
 
     Raises:
         ValueError, TypeError: `max_steps` or `tol` is out of range; `batch` is missing.
@@ -101,10 +107,16 @@ def minimise(
 
     def run(init, batch):
         def update(updates, state, params=None):
-            # The driver hands over gradients alone; under its jit the value is the one it computed already.
-            extra = {"value": objective.value(params, batch), "grad": updates, "value_fn": objective.value}
+            # The driver hands over gradients alone; under its jit the value is the one it computed
+            # already.
+            extra = {
+                "value": objective.value(params, batch),
+                "grad": updates,
+                "value_fn": objective.value,
+            }
             step, state = tx.update(updates, state, params, batch=batch, **extra)
-            # The driver looks at the gradient only after the update that used it: stay where it was small enough.
+            # The driver looks at the gradient only after the update that used it: stay where it was
+            # small enough.
             done = tree.norm(updates) <= tol
             return tree.select(done, tree.zeros_like(step), step), state
 
@@ -119,16 +131,21 @@ def minimise(
         return solver.run(init)
 
     if implicit_diff:
-        run = jaxopt.implicit_diff.custom_root(jax.grad(objective.value), has_aux=True, solve=_solve_hessian)(run)
+        run = jaxopt.implicit_diff.custom_root(
+            jax.grad(objective.value), has_aux=True, solve=_solve_hessian
+        )(run)
     solution, state = run(params, batch)
     if not implicit_diff:
         solution, state = jax.lax.stop_gradient((solution, state))
     value, grads = jax.value_and_grad(objective.value)(solution, batch)
     gradient_norm = tree.norm(grads)
-    return solution, MinimiseInfo(state.iter_num, value, gradient_norm, gradient_norm <= tol, state.internal_state)
+    return solution, MinimiseInfo(
+        state.iter_num, value, gradient_norm, gradient_norm <= tol, state.internal_state
+    )
 
 
-# A float64 Hessian of this size is 8 MB, and factorising it takes less time than conjugate gradients would.
+# A float64 Hessian of this size is 8 MB, and factorising it takes less time than conjugate
+# gradients would.
 _LARGEST_DENSE = 1000
 
 
@@ -142,5 +159,7 @@ def _solve_hessian(matvec: Callable[[Params], Params], rhs: Params) -> Params:
     size = jnp.sqrt(jnp.abs(jnp.diag(hessian)))
     unit = jnp.where(size > 0, size, 1)
     # With a diagonal of ones the solution does not depend on the units of the parameters.
-    scaled = jnp.linalg.solve(hessian / unit[:, None] / unit[None, :], tree.flatten(rhs, dtype) / unit)
+    scaled = jnp.linalg.solve(
+        hessian / unit[:, None] / unit[None, :], tree.flatten(rhs, dtype) / unit
+    )
     return tree.unflatten(scaled / unit, rhs)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Any pytree of arrays. chex.ArrayTree spells this out, but arithmetic on its leaves does not type-check.
+# Any pytree of arrays. chex.ArrayTree spells this out, but arithmetic on its leaves does not
+# type-check.
 Tree = Any
 Params = Tree
 Outputs = Tree
@@ -27,7 +28,9 @@ def cast(tree: Tree, dtype) -> Tree:
 
 
 def cast_like(tree: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda leaf, ref: jnp.asarray(leaf).astype(jnp.result_type(ref)), tree, like)
+    return jax.tree.map(
+        lambda leaf, ref: jnp.asarray(leaf).astype(jnp.result_type(ref)), tree, like
+    )
 
 
 def copy(tree: Tree) -> Tree:
@@ -38,7 +41,9 @@ def copy(tree: Tree) -> Tree:
 def spread(labels: Tree, tree: Tree) -> list[Any]:
     """What `labels`, a tree like `tree` or like its upper part, says of each leaf, in their order."""
     found: list[Any] = []
-    jax.tree.map(lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, tree)
+    jax.tree.map(
+        lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, tree
+    )
     return found
 
 
@@ -123,7 +128,10 @@ def unflatten(vector: jax.Array, like: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(like)
     ends = list(itertools.accumulate((leaf.size for leaf in leaves), initial=0))
     parts = [vector[start:end] for start, end in itertools.pairwise(ends)]
-    shaped = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+    shaped = [
+        part.reshape(leaf.shape).astype(leaf.dtype)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, shaped)
 
 
@@ -138,4 +146,6 @@ def has_holes(tree: Any) -> bool:
 
 def fill_holes(tree: Any, full: Any) -> Any:
     """`tree` with every `optax.MaskedNode` replaced by what stands there in `full`."""
-    return jax.tree.map(lambda node, whole: whole if is_masked(node) else node, tree, full, is_leaf=is_masked)
+    return jax.tree.map(
+        lambda node, whole: whole if is_masked(node) else node, tree, full, is_leaf=is_masked
+    )

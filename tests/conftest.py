@@ -1,15 +1,21 @@
 """Strict JAX for every test below this folder.
 
-Shapes and dtypes must be said, never guessed: rank promotion raises, and so does dtype promotion. What Optax and
-others compute for themselves is written for the usual rules: see `problems.third_party`. The default precision stays
-float32; a test in double precision asks for the fixture `x64`. Doctests elsewhere see JAX as a user does.
+Shapes and dtypes must be said, never guessed: rank promotion raises, and so does dtype promotion.
+What Optax and others compute for themselves is written for the usual rules: see
+`problems.third_party`. The default precision stays float32; a test in double precision asks for the
+fixture `x64`. Doctests elsewhere see JAX as a user does.
 """
 
 import os
 
-# Most of the time here is compilation. LLVM's optimisations change neither results nor the counts of operations.
+# Most of the time here is compilation. LLVM's optimisations change neither results nor the counts
+# of operations.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
 
 import jax

@@ -22,17 +22,25 @@ class Fit(NamedTuple):
 
 def load(name: str) -> Fit:
     lines = (DATA / f"{name}.dat").read_text().splitlines()
-    first, last = (int(n) for n in re.search(r"Data\s+\(lines (\d+) to (\d+)\)", "\n".join(lines)).groups())
+    first, last = (
+        int(n) for n in re.search(r"Data\s+\(lines (\d+) to (\d+)\)", "\n".join(lines)).groups()
+    )
     rows = [re.match(r"\s*b\d+ =\s+(\S+)\s+(\S+)\s+(\S+)", line) for line in lines[: first - 1]]
     starts_and_certified = np.array([[float(v) for v in row.groups()] for row in rows if row])
     data = np.array([[float(v) for v in line.split()] for line in lines[first - 1 : last]])
-    total = next(float(line.split(":")[1]) for line in lines if line.startswith("Residual Sum of Squares"))
+    total = next(
+        float(line.split(":")[1]) for line in lines if line.startswith("Residual Sum of Squares")
+    )
     x = data[:, 1] if data.shape[1] == 2 else data[:, 1:]
-    return Fit(name, tuple(starts_and_certified[:, :2].T), starts_and_certified[:, 2], data[:, 0], x, total)
+    return Fit(
+        name, tuple(starts_and_certified[:, :2].T), starts_and_certified[:, 2], data[:, 0], x, total
+    )
 
 
 def _gauss(b, x):
-    peaks = b[2] * jnp.exp(-((x - b[3]) ** 2) / b[4] ** 2) + b[5] * jnp.exp(-((x - b[6]) ** 2) / b[7] ** 2)
+    peaks = b[2] * jnp.exp(-((x - b[3]) ** 2) / b[4] ** 2) + b[5] * jnp.exp(
+        -((x - b[6]) ** 2) / b[7] ** 2
+    )
     return b[0] * jnp.exp(-b[1] * x) + peaks
 
 
@@ -41,7 +49,9 @@ def _chwirut(b, x):
 
 
 def _hahn(b, x):
-    return (b[0] + b[1] * x + b[2] * x**2 + b[3] * x**3) / (1 + b[4] * x + b[5] * x**2 + b[6] * x**3)
+    return (b[0] + b[1] * x + b[2] * x**2 + b[3] * x**3) / (
+        1 + b[4] * x + b[5] * x**2 + b[6] * x**3
+    )
 
 
 def _kirby(b, x):
@@ -84,4 +94,8 @@ def residuals(name: str) -> Callable:
 def correct_digits(params, certified) -> float:
     """Fewest correct significant digits over the parameters (the log relative error, NIST's LRE)."""
     error = np.abs(np.asarray(params) - certified) / np.abs(certified)
-    return float(np.min(-np.log10(np.maximum(error, 1e-16)))) if np.all(np.isfinite(error)) else -np.inf
+    return (
+        float(np.min(-np.log10(np.maximum(error, 1e-16))))
+        if np.all(np.isfinite(error))
+        else -np.inf
+    )

@@ -1,7 +1,8 @@
 """Dense references by another route: NumPy on materialised matrices, and plain loops.
 
-The package multiplies by J, H and Jᵀ in turn. Here the Gauss-Newton matrix is instead the Hessian, by nested reverse
-mode, of the loss on the linearised model, as a function of the raveled parameters.
+The package multiplies by J, H and Jᵀ in turn. Here the Gauss-Newton matrix is instead the Hessian,
+by nested reverse mode, of the loss on the linearised model, as a function of the raveled
+parameters.
 """
 
 import jax

@@ -38,9 +38,11 @@ __all__ = [
 
 
 def tolerance(dtype, scale: float = 8.0) -> dict[str, float]:
-    """Keywords ``rtol`` and ``atol`` for `numpy.testing.assert_allclose` and chex: `scale` times the dtype's eps.
+    """Keywords ``rtol`` and ``atol`` for `numpy.testing.assert_allclose` and chex: `scale` times
+    the dtype's eps.
 
-    The default suits quantities of order one that took a handful of roundings; a larger `scale` wants a reason.
+    The default suits quantities of order one that took a handful of roundings; a larger `scale`
+    wants a reason.
     """
     bound = scale * float(jnp.finfo(dtype).eps)
     return {"rtol": bound, "atol": bound}
@@ -91,13 +93,19 @@ def classifier(dtypes: Dtypes = FLOAT32, *, examples: int = 48, batches: int = 6
     draw = _Normals(0)
     teacher = draw(3, 3)
     params = {
-        "hidden": (jnp.asarray(draw(3, 4) / np.sqrt(3), dtypes.hidden), jnp.zeros(4, dtypes.hidden)),
+        "hidden": (
+            jnp.asarray(draw(3, 4) / np.sqrt(3), dtypes.hidden),
+            jnp.zeros(4, dtypes.hidden),
+        ),
         "readout": {"w": jnp.asarray(draw(4, 3) / np.sqrt(4), dtypes.readout), "b": None},
     }
 
     def batch():
         x = draw(examples, 3)
-        return {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(np.argmax(x @ teacher, axis=1), jnp.int32)}
+        return {
+            "x": jnp.asarray(x, jnp.float32),
+            "y": jnp.asarray(np.argmax(x @ teacher, axis=1), jnp.int32),
+        }
 
     loss = cross_entropy_in_float32 if dtypes.wide_loss else cross_entropy
     return Problem(gnlin.Objective(MLP(), loss), params, tuple(batch() for _ in range(batches)))
@@ -108,7 +116,9 @@ def logistic_regression(dtypes: Dtypes = FLOAT32, *, examples: int = 48) -> Prob
     """The classifier's first batch under a linear model: weights in the first of the `dtypes`, biases in the second."""
     problem = classifier(dtypes, examples=examples, batches=1)
     params = {"w": jnp.zeros((3, 3), dtypes.hidden), "b": jnp.zeros(3, dtypes.readout)}
-    return problem._replace(objective=dataclasses.replace(problem.objective, model=_linear), params=params)
+    return problem._replace(
+        objective=dataclasses.replace(problem.objective, model=_linear), params=params
+    )
 
 
 def _linear(params, batch):
@@ -129,10 +139,13 @@ def cross_entropy_in_float32(outputs, batch):
 
 
 @functools.cache
-def linear_regression(dtype=jnp.float32, *, examples: int = 8, features: int = 3) -> tuple[Problem, Any]:
+def linear_regression(
+    dtype=jnp.float32, *, examples: int = 8, features: int = 3
+) -> tuple[Problem, Any]:
     """A perfectly conditioned least-squares problem with noise in its targets, and its solution.
 
-    The loss is a mean over examples with Hessian I, so that gradient descent at rate 1 is Newton's method.
+    The loss is a mean over examples with Hessian I, so that gradient descent at rate 1 is Newton's
+    method.
     """
     draw = _Normals(1)
     x = np.sqrt(examples) * np.linalg.qr(draw(examples, features))[0]
@@ -148,7 +161,8 @@ def linear_regression(dtype=jnp.float32, *, examples: int = 8, features: int = 3
 
 
 def third_party(function: Any) -> Any:
-    """A schedule or a gradient transformation of Optax's own, under JAX's usual promotion of dtypes.
+    """A schedule or a gradient transformation of Optax's own, under JAX's usual promotion of
+    dtypes.
 
     Inside one of our transforms everything else is then still held to the strict rules.
     """
@@ -185,7 +199,11 @@ def host_copy(data: Any) -> Any:
 
 
 def train(
-    update: Callable[..., tuple[Any, Any]], objective: gnlin.Objective, params: Any, opt_state: Any, batches
+    update: Callable[..., tuple[Any, Any]],
+    objective: gnlin.Objective,
+    params: Any,
+    opt_state: Any,
+    batches,
 ) -> tuple[Any, Any]:
     """``(params, opt_state)`` after one compiled ``update(grads, opt_state, params, batch=batch)`` for each batch."""
 
@@ -205,7 +223,9 @@ class _Normals:
 
     def __init__(self, seed: int):
         with enable_x64(False):
-            self.stock = np.asarray(jax.random.normal(jax.random.key(seed), (2048,), jnp.float32), np.float64)
+            self.stock = np.asarray(
+                jax.random.normal(jax.random.key(seed), (2048,), jnp.float32), np.float64
+            )
 
     def __call__(self, *shape: int) -> np.ndarray:
         size = math.prod(shape)

@@ -18,7 +18,9 @@ BATCH = PROBLEM.batches[0]
 
 TRANSFORMS = {
     "linearise_gradients": lambda objective: gnlin.linearise_gradients(objective, 3),
-    "iterative_linearisation": lambda objective: gnlin.iterative_linearisation(optax.sgd(0.1), objective, 3),
+    "iterative_linearisation": lambda objective: gnlin.iterative_linearisation(
+        optax.sgd(0.1), objective, 3
+    ),
     "prox_linear": lambda objective: gnlin.prox_linear(optax.sgd(0.1), objective, 2),
     "scale_by_gauss_newton": lambda objective: gnlin.scale_by_gauss_newton(objective, 0.1),
     "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, gnlin.GainRatio(0.1)),
@@ -44,7 +46,9 @@ def update(build, objective, params, *, wrap=lambda f: f, state_of=None, **extra
 @with_and_without_jit
 @each_transform
 def test_missing_batch(build, wrap):
-    with pytest.raises(ValueError, match=r"`batch` is missing: pass batch=.*objective\.bind\(batch\)"):
+    with pytest.raises(
+        ValueError, match=r"`batch` is missing: pass batch=.*objective\.bind\(batch\)"
+    ):
         update(build, OBJECTIVE, PROBLEM.params, wrap=wrap)
 
 
@@ -52,8 +56,12 @@ def test_missing_batch(build, wrap):
 @each_transform
 def test_missing_params(build, wrap):
     tx = build(OBJECTIVE)
-    with pytest.raises(ValueError, match=r"`params` is missing: call tx\.update\(grads, opt_state, params"):
-        wrap(lambda opt_state: tx.update(PROBLEM.params, opt_state, batch=BATCH))(tx.init(PROBLEM.params))
+    with pytest.raises(
+        ValueError, match=r"`params` is missing: call tx\.update\(grads, opt_state, params"
+    ):
+        wrap(lambda opt_state: tx.update(PROBLEM.params, opt_state, batch=BATCH))(
+            tx.init(PROBLEM.params)
+        )
 
 
 @with_and_without_jit
@@ -63,14 +71,20 @@ def test_gradients_of_other_parameters(name, grads, wrap):
     tx = TRANSFORMS[name](OBJECTIVE)
     message = r"`updates` does not match `params`; pass the gradient at `params`\.\n  updates: \['[wv]'\] float32"
     with pytest.raises(ValueError, match=message):
-        wrap(lambda grads: tx.update(grads, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH))(grads)
+        wrap(lambda grads: tx.update(grads, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH))(
+            grads
+        )
 
 
 @with_and_without_jit
 @pytest.mark.parametrize("name", ["linearise_gradients", "iterative_linearisation"])
-@pytest.mark.parametrize("others", [{"w": jnp.zeros(7)}, {"v": jnp.zeros(3)}], ids=["shape", "name"])
+@pytest.mark.parametrize(
+    "others", [{"w": jnp.zeros(7)}, {"v": jnp.zeros(3)}], ids=["shape", "name"]
+)
 def test_state_of_other_parameters(name, others, wrap):
-    with pytest.raises(ValueError, match=r"`opt_state` does not match `params`; call tx\.init\(params\)"):
+    with pytest.raises(
+        ValueError, match=r"`opt_state` does not match `params`; call tx\.init\(params\)"
+    ):
         update(TRANSFORMS[name], OBJECTIVE, PROBLEM.params, wrap=wrap, state_of=others, batch=BATCH)
 
 
@@ -87,8 +101,12 @@ def test_masked_parameters_without_the_whole_tree(build, wrap):
     objective = gnlin.Objective(lambda p, batch: batch["x"] @ p["w"] + p["b"][None], OBJECTIVE.loss)
     tx = optax.masked(build(objective), {"w": True, "b": False})
     opt_state = tx.init(params)
-    with pytest.raises(ValueError, match=r"(?s)`params` has optax\.MaskedNode holes.*all_params=params"):
-        wrap(lambda params, opt_state: tx.update(params, opt_state, params, batch=BATCH))(params, opt_state)
+    with pytest.raises(
+        ValueError, match=r"(?s)`params` has optax\.MaskedNode holes.*all_params=params"
+    ):
+        wrap(lambda params, opt_state: tx.update(params, opt_state, params, batch=BATCH))(
+            params, opt_state
+        )
 
 
 @each_transform
@@ -97,22 +115,30 @@ def test_whole_tree_with_holes_of_its_own(build):
     params = {"w": jnp.ones(3), "b": jnp.zeros([])}
     objective = gnlin.Objective(lambda p, batch: batch["x"] @ p["w"] + p["b"][None], OBJECTIVE.loss)
     tx = optax.masked(build(objective), {"w": True, "b": False}, mask_compatible_extra_args=True)
-    with pytest.raises(ValueError, match=r"`all_params` has .*holes.*mask_compatible_extra_args=False"):
+    with pytest.raises(
+        ValueError, match=r"`all_params` has .*holes.*mask_compatible_extra_args=False"
+    ):
         tx.update(params, tx.init(params), params, batch=BATCH, all_params=params)
 
 
 def test_a_parameter_that_is_no_array():
-    with pytest.raises(TypeError, match=r"params\['w'\] is 1.0; make it an array, jnp.asarray\(1.0\)"):
+    with pytest.raises(
+        TypeError, match=r"params\['w'\] is 1.0; make it an array, jnp.asarray\(1.0\)"
+    ):
         gnlin.gauss_newton(1.0, OBJECTIVE, 0.1).init({"w": 1.0})
 
 
 @pytest.mark.parametrize(
-    "leaf", [jnp.arange(3), jnp.ones(3, jnp.complex64), jnp.ones(3, bool)], ids=lambda a: str(a.dtype)
+    "leaf",
+    [jnp.arange(3), jnp.ones(3, jnp.complex64), jnp.ones(3, bool)],
+    ids=lambda a: str(a.dtype),
 )
 @each_transform
 def test_parameters_that_are_not_real_floats(build, leaf):
     params = {"w": jnp.ones(3), "extra": (leaf,)}
-    remedy = rf"params\['extra'\]\[0\] has dtype {leaf.dtype}.*real floating.*batch.*two real leaves"
+    remedy = (
+        rf"params\['extra'\]\[0\] has dtype {leaf.dtype}.*real floating.*batch.*two real leaves"
+    )
     with pytest.raises(TypeError, match=remedy):
         build(OBJECTIVE).init(params)
     with pytest.raises(TypeError, match=remedy):
@@ -125,8 +151,12 @@ def test_parameters_that_are_not_real_floats(build, leaf):
 @with_and_without_jit
 @each_transform
 def test_loss_that_is_no_scalar(build, wrap):
-    per_example = gnlin.Objective(OBJECTIVE.model, lambda outputs, batch: (outputs - batch["y"]) ** 2)
-    with pytest.raises(ValueError, match=r"`loss` must return one real scalar; got shape \(8,\).*[Aa]verage or sum"):
+    per_example = gnlin.Objective(
+        OBJECTIVE.model, lambda outputs, batch: (outputs - batch["y"]) ** 2
+    )
+    with pytest.raises(
+        ValueError, match=r"`loss` must return one real scalar; got shape \(8,\).*[Aa]verage or sum"
+    ):
         update(build, per_example, PROBLEM.params, wrap=wrap, batch=BATCH)
 
 
@@ -143,19 +173,25 @@ def test_outputs_of_integers(build, wrap):
         lambda params, batch: {"label": jnp.sign(batch["x"] @ params["w"]).astype(jnp.int32)},
         lambda outputs, batch: jnp.sum(outputs["label"].astype(jnp.float32)),
     )
-    with pytest.raises(TypeError, match=r"`model` must return real floating arrays; outputs\['label'\].*int32.*aux"):
+    with pytest.raises(
+        TypeError, match=r"`model` must return real floating arrays; outputs\['label'\].*int32.*aux"
+    ):
         update(build, labels, PROBLEM.params, wrap=wrap, batch=BATCH)
 
 
 @each_transform
 def test_aux_that_is_no_pair(build):
     single = gnlin.Objective(OBJECTIVE.model, OBJECTIVE.loss, has_aux=True)
-    with pytest.raises(TypeError, match=r"`model` must return the pair \(outputs, aux\) when has_aux=True"):
+    with pytest.raises(
+        TypeError, match=r"`model` must return the pair \(outputs, aux\) when has_aux=True"
+    ):
         update(build, single, PROBLEM.params, batch=BATCH)
 
 
 def test_aux_that_was_not_announced():
-    pair = gnlin.Objective(lambda params, batch: (OBJECTIVE.model(params, batch), "aux"), OBJECTIVE.loss)
+    pair = gnlin.Objective(
+        lambda params, batch: (OBJECTIVE.model(params, batch), "aux"), OBJECTIVE.loss
+    )
     with pytest.raises(TypeError, match="aux"):
         pair.value(PROBLEM.params, BATCH)
 
@@ -165,7 +201,8 @@ def test_aux_that_was_not_announced():
 def test_more_examples_than_targets(build, wrap):
     batch = {"x": jnp.ones([32, 3]), "y": jnp.ones(16)}
     with pytest.raises(
-        ValueError, match=r"(?s)`loss\(outputs, batch\)` failed.*float32\[32\].*\['y'\] float32\[16\].*agree"
+        ValueError,
+        match=r"(?s)`loss\(outputs, batch\)` failed.*float32\[32\].*\['y'\] float32\[16\].*agree",
     ):
         update(build, OBJECTIVE, PROBLEM.params, wrap=wrap, batch=batch)
 
@@ -174,7 +211,9 @@ def test_more_examples_than_targets(build, wrap):
 @each_transform
 def test_wrong_number_of_features(build, wrap):
     batch = {"x": jnp.ones([8, 5]), "y": jnp.ones(8)}
-    expected = r"(?s)`model\(params, batch\)` failed.*\['w'\] float32\[3\].*\['x'\] float32\[8, 5\].*agree"
+    expected = (
+        r"(?s)`model\(params, batch\)` failed.*\['w'\] float32\[3\].*\['x'\] float32\[8, 5\].*agree"
+    )
     with pytest.raises(ValueError, match=expected):
         update(build, OBJECTIVE, PROBLEM.params, wrap=wrap, batch=batch)
 
@@ -182,17 +221,23 @@ def test_wrong_number_of_features(build, wrap):
 def test_wrong_shapes_inside_a_network():
     problem = classifier()
     batch = {**problem.batches[0], "x": jnp.ones([8, 5])}
-    with pytest.raises(ValueError, match=r"(?s)`model\(params, batch\)` failed.*\['hidden'\]\[0\] float32\[3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"(?s)`model\(params, batch\)` failed.*\['hidden'\]\[0\] float32\[3, 4\]"
+    ):
         problem.objective.value(problem.params, batch)
 
 
 # What factories are given.
 
 
-@pytest.mark.parametrize("objective", [OBJECTIVE.value, None, "mse"], ids=["function", "None", "string"])
+@pytest.mark.parametrize(
+    "objective", [OBJECTIVE.value, None, "mse"], ids=["function", "None", "string"]
+)
 @each_transform
 def test_objective_that_is_none(build, objective):
-    with pytest.raises(TypeError, match=r"`objective` must be a gnlin\.Objective\(model, loss\); got"):
+    with pytest.raises(
+        TypeError, match=r"`objective` must be a gnlin\.Objective\(model, loss\); got"
+    ):
         build(objective)
 
 
@@ -213,7 +258,9 @@ DAMPED = {
 }
 each_damped = pytest.mark.parametrize("build", DAMPED.values(), ids=DAMPED.keys())
 
-BAD_DAMPING = st.floats(max_value=-1e-30) | st.sampled_from([float("nan"), float("inf"), -float("inf")])
+BAD_DAMPING = st.floats(max_value=-1e-30) | st.sampled_from(
+    [float("nan"), float("inf"), -float("inf")]
+)
 
 
 @each_damped
@@ -275,43 +322,60 @@ def test_limits_of_damping_fit_its_dtype():
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), "1", None])
 def test_learning_rate(rate):
-    with pytest.raises((ValueError, TypeError), match=r"`learning_rate` must be (a number|finite and at least 0); got"):
+    with pytest.raises(
+        (ValueError, TypeError),
+        match=r"`learning_rate` must be (a number|finite and at least 0); got",
+    ):
         gnlin.gauss_newton(rate, OBJECTIVE)
 
 
 @pytest.mark.parametrize("step", [0.5, "exact", gnlin.Subspace])
 def test_step_rule(step):
-    with pytest.raises(TypeError, match=r"`step` must be a record such as gnlin\.Subspace\(\); got"):
+    with pytest.raises(
+        TypeError, match=r"`step` must be a record such as gnlin\.Subspace\(\); got"
+    ):
         gnlin.gauss_newton(1.0, OBJECTIVE, step=step)
 
 
 def test_state_of_other_parameters_is_named():
     transform = gnlin.gauss_newton(1.0, OBJECTIVE)
-    others = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] + 1)), PROBLEM.params)
+    others = jax.tree.map(
+        lambda leaf: jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] + 1)), PROBLEM.params
+    )
     with pytest.raises(ValueError, match="`opt_state`"):
         transform.update(None, transform.init(others), PROBLEM.params, batch=BATCH)
 
 
 def test_preconditioner_that_is_to_solve():
-    with pytest.raises(TypeError, match=r"`solver` must solve systems; .* gnlin\.CG\(preconditioner=Nystrom\("):
+    with pytest.raises(
+        TypeError, match=r"`solver` must solve systems; .* gnlin\.CG\(preconditioner=Nystrom\("
+    ):
         gnlin.gauss_newton(1.0, OBJECTIVE, solver=gnlin.Nystrom())  # pyright: ignore[reportArgumentType]
 
 
 def test_preconditioner_must_return_a_function():
-    transform = gnlin.gauss_newton(1.0, OBJECTIVE, 0.1, solver=gnlin.CG(preconditioner=lambda system: 1.0))
-    with pytest.raises(TypeError, match="`preconditioner`, a function of the System, must return the function"):
+    transform = gnlin.gauss_newton(
+        1.0, OBJECTIVE, 0.1, solver=gnlin.CG(preconditioner=lambda system: 1.0)
+    )
+    with pytest.raises(
+        TypeError, match="`preconditioner`, a function of the System, must return the function"
+    ):
         transform.update(None, transform.init(PROBLEM.params), PROBLEM.params, batch=BATCH)
 
 
 @pytest.mark.parametrize("damping", [gnlin.GainRatio, jnp.ones(3)], ids=["class", "array"])
 def test_damping_is_one_number(damping):
-    with pytest.raises((ValueError, TypeError), match=r"`damping` must be (a number, a schedule|a single number)"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"`damping` must be (a number, a schedule|a single number)"
+    ):
         gnlin.gauss_newton(1.0, OBJECTIVE, damping)
 
 
 PERIODIC = {
     "linearise_gradients": lambda period: gnlin.linearise_gradients(OBJECTIVE, period),
-    "iterative_linearisation": lambda period: gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, period),
+    "iterative_linearisation": lambda period: gnlin.iterative_linearisation(
+        optax.sgd(0.1), OBJECTIVE, period
+    ),
 }
 each_periodic = pytest.mark.parametrize("build", PERIODIC.values(), ids=PERIODIC.keys())
 
@@ -319,14 +383,18 @@ each_periodic = pytest.mark.parametrize("build", PERIODIC.values(), ids=PERIODIC
 @each_periodic
 @given(period=st.integers(max_value=0))
 def test_period_below_one(build, period):
-    with pytest.raises(ValueError, match=r"`period` must be at least 1; got .*None to never re-linearise"):
+    with pytest.raises(
+        ValueError, match=r"`period` must be at least 1; got .*None to never re-linearise"
+    ):
         build(period)
 
 
 @each_periodic
 @pytest.mark.parametrize("period", [1.5, 2.0, True, "3", float("inf")], ids=str)
 def test_period_that_is_no_integer(build, period):
-    with pytest.raises(TypeError, match=r"`period` must be an integer of at least 1, None .*, a schedule, .*; got"):
+    with pytest.raises(
+        TypeError, match=r"`period` must be an integer of at least 1, None .*, a schedule, .*; got"
+    ):
         build(period)
 
 
@@ -346,20 +414,25 @@ def test_steps_out_of_range(steps):
     ids=["linearise_gradients", "iterative_linearisation", "prox_linear"],
 )
 def test_unknown_loss_model(build):
-    with pytest.raises(ValueError, match=r"`loss_model` must be one of .*exact.*quadratic.*; got 'cubic'"):
+    with pytest.raises(
+        ValueError, match=r"`loss_model` must be one of .*exact.*quadratic.*; got 'cubic'"
+    ):
         build(loss_model="cubic")
 
 
 @pytest.mark.parametrize("line_search", [0.5, "backtracking"])
 def test_line_search_that_is_no_sequence(line_search):
     with pytest.raises(
-        TypeError, match=rf"`line_search` must be a sequence.*such as \(1.0, 0.5\); got {line_search!r}"
+        TypeError,
+        match=rf"`line_search` must be a sequence.*such as \(1.0, 0.5\); got {line_search!r}",
     ):
         gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, 2, line_search=line_search)
 
 
 def test_a_name_that_the_batch_lacks():
-    with pytest.raises(ValueError, match=r"(?s)`model\(params, batch\)` failed: KeyError: 'x'.*batch: \['z'\]"):
+    with pytest.raises(
+        ValueError, match=r"(?s)`model\(params, batch\)` failed: KeyError: 'x'.*batch: \['z'\]"
+    ):
         OBJECTIVE.value(PROBLEM.params, {"z": jnp.ones(3)})
 
 
@@ -369,7 +442,9 @@ def test_an_objective_is_bound_once():
 
 
 def test_residuals_with_an_optional_batch_need_one():
-    objective = gnlin.Objective.least_squares(lambda p, batch=None: p if batch is None else p - batch)
+    objective = gnlin.Objective.least_squares(
+        lambda p, batch=None: p if batch is None else p - batch
+    )
     with pytest.raises(ValueError, match="`batch` is missing"):
         objective.value(jnp.ones(2))
     assert objective.value(jnp.ones(2), 3 * jnp.ones(2)) == 4
@@ -387,12 +462,16 @@ def test_all_params_of_another_form():
 def test_acceleration_of_a_model_without_forward_mode():
     square = jax.custom_vjp(lambda p: p**2)
     square.defvjp(lambda p: (p**2, p), lambda p, u: (2 * p * u,))
-    tx = gnlin.levenberg_marquardt(gnlin.Objective.least_squares(square), geodesic_acceleration=0.75)
+    tx = gnlin.levenberg_marquardt(
+        gnlin.Objective.least_squares(square), geodesic_acceleration=0.75
+    )
     with pytest.raises(TypeError, match="`geodesic_acceleration` needs forward-mode derivatives"):
         tx.update(None, tx.init(jnp.ones(2)), jnp.ones(2))
 
 
-@pytest.mark.parametrize("line_search", [(), (0.0,), (1.0, -0.5), (float("nan"),), (float("inf"),)], ids=str)
+@pytest.mark.parametrize(
+    "line_search", [(), (0.0,), (1.0, -0.5), (float("nan"),), (float("inf"),)], ids=str
+)
 def test_line_search_out_of_range(line_search):
     with pytest.raises(ValueError, match="`line_search` must be a non-empty sequence of positive"):
         gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, 2, line_search=line_search)
@@ -412,13 +491,17 @@ def test_inner_that_is_no_transformation(build):
 
 
 def test_unknown_scaling():
-    with pytest.raises(ValueError, match='`scaling` must be "identity" or "marquardt"; got \'diagonal\''):
+    with pytest.raises(
+        ValueError, match='`scaling` must be "identity" or "marquardt"; got \'diagonal\''
+    ):
         gnlin.levenberg_marquardt(OBJECTIVE, scaling="diagonal")
 
 
 @pytest.mark.parametrize("size", [-0.75, float("nan")], ids=str)
 def test_acceleration_out_of_range(size):
-    with pytest.raises(ValueError, match="`geodesic_acceleration` must be finite and at least 0; got"):
+    with pytest.raises(
+        ValueError, match="`geodesic_acceleration` must be finite and at least 0; got"
+    ):
         gnlin.levenberg_marquardt(OBJECTIVE, geodesic_acceleration=size)
 
 
@@ -434,7 +517,9 @@ def test_acceleration_out_of_range(size):
 def test_solver_that_is_none(build):
     with pytest.raises(TypeError, match=r"`solver` must be a solver record such as gnlin\.CG\(\)"):
         build("cg")
-    with pytest.raises(TypeError, match=r"`solver` must be a solver record, not its class; write CG\("):
+    with pytest.raises(
+        TypeError, match=r"`solver` must be a solver record, not its class; write CG\("
+    ):
         build(gnlin.CG)
 
 
@@ -473,8 +558,8 @@ def test_preconditioner_that_is_no_function():
         (gnlin.scale_by_gauss_newton, (OBJECTIVE, 0.1), "slover"),
         (gnlin.gauss_newton, (1.0, OBJECTIVE, 0.1), "momentum"),
         (gnlin.levenberg_marquardt, (OBJECTIVE,), "damping"),
-        (gnlin.scale_by_spectral_condition, (), "steps"),
-        (gnlin.Fans, (), "fan_in"),
+        (gnlin.width.scale_by_spectral_condition, (), "steps"),
+        (gnlin.width.Fans, (), "fan_in"),
         (gnlin.CG, (), "maxiter"),
         (gnlin.Dense, (), "jitter"),
         (gnlin.GainRatio, (1.0,), "acceptance"),
@@ -528,7 +613,9 @@ def test_minimise(options, error, message):
         lambda **given: gnlin.linearise(OBJECTIVE, PROBLEM.params, **given),
         lambda **given: gnlin.ggn_vector_product(OBJECTIVE, PROBLEM.params, **given),
         lambda **given: gnlin.quadratic_model(OBJECTIVE, PROBLEM.params, **given),
-        lambda **given: gnlin.linearised_value_and_grad(OBJECTIVE)(PROBLEM.params, PROBLEM.params, **given),
+        lambda **given: gnlin.linearised_value_and_grad(OBJECTIVE)(
+            PROBLEM.params, PROBLEM.params, **given
+        ),
         lambda **given: gnlin.predict(OBJECTIVE, (), PROBLEM.params, **given),
         lambda **given: OBJECTIVE.value(PROBLEM.params, **given),
         lambda **given: OBJECTIVE.value_and_grad(PROBLEM.params, **given),
@@ -555,6 +642,8 @@ def test_state_without_an_anchor():
 
 
 def test_state_with_two_anchors():
-    tx = optax.chain(gnlin.linearise_gradients(OBJECTIVE, 2), gnlin.linearise_gradients(OBJECTIVE, 3))
+    tx = optax.chain(
+        gnlin.linearise_gradients(OBJECTIVE, 2), gnlin.linearise_gradients(OBJECTIVE, 3)
+    )
     with pytest.raises(ValueError, match="`opt_state` holds 2 anchors"):
         gnlin.anchor(tx.init(PROBLEM.params))

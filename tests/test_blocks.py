@@ -68,7 +68,9 @@ def _expected(matrix, diagonal, blocks, params, rhs):
 
 
 @each_labelling
-@pytest.mark.parametrize(("inner", "scaled"), [(gnlin.Dense(), False), (CG, True)], ids=["dense", "cg scaled"])
+@pytest.mark.parametrize(
+    ("inner", "scaled"), [(gnlin.Dense(), False), (CG, True)], ids=["dense", "cg scaled"]
+)
 def test_block_diagonal_solve(x64, labels, blocks, inner, scaled):
     objective, params, batch = _problem()
     model = gnlin.quadratic_model(objective, params, batch)
@@ -92,7 +94,11 @@ def test_block_diagonal_solve(x64, labels, blocks, inner, scaled):
 
 def test_a_solver_for_each_label_and_what_is_reported(x64):
     objective, params, batch = _problem()
-    solvers = {"w": gnlin.CG(max_steps=2, rtol=0.0), "b": gnlin.CG(max_steps=3, rtol=0.0), "out": gnlin.Dense()}
+    solvers = {
+        "w": gnlin.CG(max_steps=2, rtol=0.0),
+        "b": gnlin.CG(max_steps=3, rtol=0.0),
+        "out": gnlin.Dense(),
+    }
     labels = {"first": {"w": "w", "b": "b"}, "last": "out"}
     tx = gnlin.gauss_newton(1.0, objective, DAMPING, solver=gnlin.Blocks(solvers, labels))
     _, state = jax.jit(lambda p, s: tx.update(None, s, p, batch=batch))(params, tx.init(params))
@@ -107,7 +113,9 @@ def test_a_solver_for_each_label_and_what_is_reported(x64):
         idle = {name: solver if name == label else _Idle() for name in solvers}
         blocks = gnlin.Blocks(idle, labels)
         alone.append(_solve(blocks, system, model.gradient(), blocks.init(params)[0])[1])
-    np.testing.assert_allclose(found["cg/residual"], max(each["cg/residual"] for each in alone[:2]), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["cg/residual"], max(each["cg/residual"] for each in alone[:2]), rtol=1e-6
+    )
     assert [int(each["cg/steps"]) for each in alone[:2]] == [2, 3]
 
 
@@ -122,11 +130,16 @@ class _Idle:
 
 
 BLOCKS = gnlin.Blocks(
-    gnlin.CG(max_steps=4, warm_start=0.5), lambda params: {"hidden": "hidden", "readout": {"w": "out", "b": "out"}}
+    gnlin.CG(max_steps=4, warm_start=0.5),
+    lambda params: {"hidden": "hidden", "readout": {"w": "out", "b": "out"}},
 )
 TRANSFORMS = {
-    "scale_by_gauss_newton": lambda objective: gnlin.scale_by_gauss_newton(objective, 0.1, solver=BLOCKS),
-    "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, gnlin.GainRatio(0.1), solver=BLOCKS),
+    "scale_by_gauss_newton": lambda objective: gnlin.scale_by_gauss_newton(
+        objective, 0.1, solver=BLOCKS
+    ),
+    "gauss_newton": lambda objective: gnlin.gauss_newton(
+        1.0, objective, gnlin.GainRatio(0.1), solver=BLOCKS
+    ),
     "levenberg_marquardt": lambda objective: gnlin.levenberg_marquardt(objective, solver=BLOCKS),
 }
 
@@ -151,7 +164,9 @@ def test_transforms_under_scan(name, dtype):
         params = jax.tree.map(lambda p, u: (p + sign * u).astype(dtype), params, updates)
         return (params, state), problem.objective.value(params, problem.batches[0])
 
-    _, losses = jax.jit(lambda start: jax.lax.scan(step, start, length=6))((params, tx.init(params)))
+    _, losses = jax.jit(lambda start: jax.lax.scan(step, start, length=6))(
+        (params, tx.init(params))
+    )
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.9 * problem.objective.value(params, problem.batches[0])
 
@@ -159,7 +174,10 @@ def test_transforms_under_scan(name, dtype):
 def test_kronecker_factors_within_blocks():
     problem = classifier()
     labels = {"hidden": "hidden", "readout": "out"}
-    solvers = {"hidden": gnlin.Kronecker(), "out": gnlin.CG(max_steps=2, preconditioner=gnlin.Kronecker())}
+    solvers = {
+        "hidden": gnlin.Kronecker(),
+        "out": gnlin.CG(max_steps=2, preconditioner=gnlin.Kronecker()),
+    }
     tx = gnlin.gauss_newton(1.0, problem.objective, solver=gnlin.Blocks(solvers, labels))
     state = tx.init(problem.params)
     update = jax.jit(lambda p, s, b: tx.update(None, s, p, batch=b))
@@ -172,7 +190,9 @@ def test_kronecker_factors_within_blocks():
 def test_a_block_costs_what_lies_between_it_and_the_outputs():
     """Products for the last of four layers touch nothing below it."""
     sizes = (32, 32, 32, 32, 8)
-    params = [0.1 * oracles.normal(i, o, seed=i).astype(jnp.float32) for i, o in itertools.pairwise(sizes)]
+    params = [
+        0.1 * oracles.normal(i, o, seed=i).astype(jnp.float32) for i, o in itertools.pairwise(sizes)
+    ]
     x = oracles.normal(64, 32, seed=9).astype(jnp.float32)
 
     def model(params, batch):
@@ -214,7 +234,11 @@ class _TwoProducts:
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        ({"hidden": "a"}, ValueError, "`labels` must be a tree of labels of the form of `params`, or a prefix"),
+        (
+            {"hidden": "a"},
+            ValueError,
+            "`labels` must be a tree of labels of the form of `params`, or a prefix",
+        ),
         (None, ValueError, "`labels` must be a tree of labels of the form of `params`"),
         (lambda params: {"w": 1}, ValueError, r"`labels` must be .*; got {'w': 1} for PyTreeDef"),
         (np.zeros(2), TypeError, "`labels` must be strings, numbers or flags; got array"),
@@ -230,5 +254,7 @@ def test_solvers_that_do_not_fit():
     for solver in ("cg", gnlin.CG, {"a": 3}):
         with pytest.raises(TypeError, match="`solver` must be a solver record"):
             gnlin.Blocks(solver, "a")
-    with pytest.raises(ValueError, match=r"`solver` must have a record for every label; got \['b'\], without 'a'"):
+    with pytest.raises(
+        ValueError, match=r"`solver` must have a record for every label; got \['b'\], without 'a'"
+    ):
         gnlin.Blocks({"b": CG}, "a").init(classifier().params)

@@ -34,12 +34,16 @@ def test_each_iterate_is_the_best_of_its_krylov_space(x64, preconditioned):
     matrix, b = np.asarray(_spd(8, 0)), np.asarray(oracles.normal(8, seed=1))
     inverse = np.diag(1 / np.diag(matrix)) if preconditioned else np.eye(8)
     function = (lambda system: lambda v: jnp.asarray(inverse) @ v) if preconditioned else None
-    space = np.stack([np.linalg.matrix_power(inverse @ matrix, k) @ inverse @ b for k in range(4)], axis=1)
+    space = np.stack(
+        [np.linalg.matrix_power(inverse @ matrix, k) @ inverse @ b for k in range(4)], axis=1
+    )
     for k in (1, 2, 4):
         basis = np.linalg.qr(space[:, :k])[0]
         best = basis @ np.linalg.solve(basis.T @ matrix @ basis, basis.T @ b)
         solution, _ = _solve(
-            gnlin.CG(max_steps=k, rtol=0.0, preconditioner=function), _system(jnp.asarray(matrix)), jnp.asarray(b)
+            gnlin.CG(max_steps=k, rtol=0.0, preconditioner=function),
+            _system(jnp.asarray(matrix)),
+            jnp.asarray(b),
         )
         np.testing.assert_allclose(solution.step, best, rtol=1e-9, atol=1e-11)
         residual = np.linalg.norm(b - matrix @ best) / np.linalg.norm(b)
@@ -66,7 +70,10 @@ def test_unrolled_iterations_are_those_of_the_loop(x64, options):
     matrix = _spd(9, 3, spread=3.0)
     system = gnlin.System(lambda v: v["a"], lambda u: {"a": u}, lambda u: matrix @ u, 0.1)
     if "preconditioner" in options:
-        options = {**options, "preconditioner": lambda system: lambda v: {"a": _jacobi(system)(v["a"])}}
+        options = {
+            **options,
+            "preconditioner": lambda system: lambda v: {"a": _jacobi(system)(v["a"])},
+        }
     loop, written = (gnlin.CG(max_steps=14, unroll=unroll, **options) for unroll in (False, True))
     carry = loop.init(rhs)[0]
     for _ in range(2 if "warm_start" in options else 1):
@@ -76,8 +83,12 @@ def test_unrolled_iterations_are_those_of_the_loop(x64, options):
         np.testing.assert_allclose(ours.step["a"], theirs.step["a"], rtol=1e-10)
         assert int(ours.stats["cg/steps"]) == int(theirs.stats["cg/steps"])
         assert bool(ours.stats["cg/converged"]) == bool(theirs.stats["cg/converged"])
-        np.testing.assert_allclose(ours.stats["cg/residual"], theirs.stats["cg/residual"], rtol=1e-6)
-    assert (int(ours.stats["cg/steps"]) < 14) is (options.get("rtol", 0.0) > 0 or "progress_tol" in options)
+        np.testing.assert_allclose(
+            ours.stats["cg/residual"], theirs.stats["cg/residual"], rtol=1e-6
+        )
+    assert (int(ours.stats["cg/steps"]) < 14) is (
+        options.get("rtol", 0.0) > 0 or "progress_tol" in options
+    )
 
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
@@ -100,7 +111,11 @@ def test_breakdown_keeps_what_was_reached(unroll):
 
 
 def test_progress_rule_is_that_of_martens(x64):
-    matrix, b, tolerance = np.asarray(_spd(40, 5, spread=4.0)), np.asarray(oracles.normal(40, seed=6)), 2e-2
+    matrix, b, tolerance = (
+        np.asarray(_spd(40, 5, spread=4.0)),
+        np.asarray(oracles.normal(40, seed=6)),
+        2e-2,
+    )
     x, residual, direction, values = np.zeros(40), b, b, [0.0]
     for _ in range(39):
         product = matrix @ direction
@@ -108,7 +123,9 @@ def test_progress_rule_is_that_of_martens(x64):
         x, before, residual = x + length * direction, residual, residual - length * product
         direction = residual + (residual @ residual) / (before @ before) * direction
         values.append(x @ matrix @ x / 2 - b @ x)
-    expected = next(k for k in range(11, 40) if (values[k] - values[k - 10]) / values[k] < 10 * tolerance)
+    expected = next(
+        k for k in range(11, 40) if (values[k] - values[k - 10]) / values[k] < 10 * tolerance
+    )
     cg = gnlin.CG(max_steps=40, rtol=0.0, progress_tol=tolerance)
     solution, _ = _solve(cg, _system(jnp.asarray(matrix)), jnp.asarray(b))
     assert int(solution.stats["cg/steps"]) == expected
@@ -145,8 +162,14 @@ def test_unrolled_iterations_leave_no_loop(max_steps):
     objective, params, x = _convolutional()
 
     def compiled(unroll):
-        tx = gnlin.scale_by_gauss_newton(objective, 0.1, solver=gnlin.CG(max_steps=max_steps, rtol=0.0, unroll=unroll))
-        return jax.jit(lambda p, s, b: tx.update(None, s, p, batch=b)).lower(params, tx.init(params), x).compile()
+        tx = gnlin.scale_by_gauss_newton(
+            objective, 0.1, solver=gnlin.CG(max_steps=max_steps, rtol=0.0, unroll=unroll)
+        )
+        return (
+            jax.jit(lambda p, s, b: tx.update(None, s, p, batch=b))
+            .lower(params, tx.init(params), x)
+            .compile()
+        )
 
     written, loop = compiled(True), compiled(False)
     assert " while(" not in written.as_text()
@@ -156,14 +179,20 @@ def test_unrolled_iterations_leave_no_loop(max_steps):
 def test_unrolled_in_bfloat16_under_scan():
     problem = classifier()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), problem.params)
-    tx = gnlin.gauss_newton(0.5, problem.objective, 0.1, solver=gnlin.CG(max_steps=3, unroll=True, warm_start=0.5))
+    tx = gnlin.gauss_newton(
+        0.5, problem.objective, 0.1, solver=gnlin.CG(max_steps=3, unroll=True, warm_start=0.5)
+    )
 
     def step(carry, batch):
         params, state = carry
         updates, state = tx.update(None, state, params, batch=batch)
-        return (jax.tree.map(jnp.add, params, updates), state), problem.objective.value(params, batch)
+        return (jax.tree.map(jnp.add, params, updates), state), problem.objective.value(
+            params, batch
+        )
 
-    (params, _), losses = jax.jit(lambda start: jax.lax.scan(step, start, problem.stacked))((params, tx.init(params)))
+    (params, _), losses = jax.jit(lambda start: jax.lax.scan(step, start, problem.stacked))(
+        (params, tx.init(params))
+    )
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     assert losses[-1] < losses[0]
 

@@ -18,7 +18,16 @@ import pytest
 from typer.testing import CliRunner
 
 import gnlin
-from gnlin.compare import CONTESTANTS, TASKS, Contestant, Method, cli, entries_of, optax_contestant, run
+from gnlin.compare import (
+    CONTESTANTS,
+    TASKS,
+    Contestant,
+    Method,
+    cli,
+    entries_of,
+    optax_contestant,
+    run,
+)
 from gnlin.compare.entrants.contestants import DEFAULT
 from gnlin.compare.entrants.entry import parse
 from gnlin.compare.runs.cost import flops, gradient_flops
@@ -28,7 +37,9 @@ from gnlin.compare.runs.trial import Program, metered_step
 from gnlin.compare.tasks.digits import digits
 
 # Of the others one wants a small network and has a test of its own.
-RUNNABLE = [name for name, entry in CONTESTANTS.items() if entry.family != "peers" and name != "lm-trust"]
+RUNNABLE = [
+    name for name, entry in CONTESTANTS.items() if entry.family != "peers" and name != "lm-trust"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +62,12 @@ def tiny(task):
         return jax.tree.map(lambda leaf: leaf[:size], batch)
 
     return dataclasses.replace(
-        task, train=part(task.train, 40), held_out=part(task.held_out, 20), batch_size=16, work=40.0, target=0.5
+        task,
+        train=part(task.train, 40),
+        held_out=part(task.held_out, 20),
+        batch_size=16,
+        work=40.0,
+        target=0.5,
     )
 
 
@@ -87,7 +103,10 @@ def test_options_are_said_in_words():
         ("il:inner=adm", "il:inner must be one of adam, sgd, adamw, muon; got 'adm'"),
         ("il:period", "il:period: write option=value"),
         ("il:reset=maybe", "il:reset must be yes or no; got 'maybe'"),
-        ("sgd:batch=0", "sgd:batch must be mini .the task's., full, or a number of examples; got '0'"),
+        (
+            "sgd:batch=0",
+            "sgd:batch must be mini .the task's., full, or a number of examples; got '0'",
+        ),
         ("gn:damping=small", "gn:damping must be a number of at least 0; got 'small'"),
         ("gn-cg:rtol=nan", "gn-cg:rtol must be a number; got 'nan'"),
         ("adam:learning_rate=inf", "adam:learning_rate must be a number of at least 0; got 'inf'"),
@@ -100,7 +119,12 @@ def test_what_is_not_known_is_an_error_that_suggests(word, message):
 
 
 def test_sweeps_are_crossed_for_those_that_have_the_option():
-    labels = [entry.label for entry in entries_of(["adam", "il"], {"period": ["1", "never"], "inner": ["sgd", "adam"]})]
+    labels = [
+        entry.label
+        for entry in entries_of(
+            ["adam", "il"], {"period": ["1", "never"], "inner": ["sgd", "adam"]}
+        )
+    ]
     assert labels == [
         "adam",
         "il:period=1,inner=sgd",
@@ -108,11 +132,19 @@ def test_sweeps_are_crossed_for_those_that_have_the_option():
         "il:period=never,inner=sgd",
         "il:period=never",
     ]
-    assert [entry.label for entry in entries_of([], {"period": ["1", "4"]})] == ["il:period=1", "il:period=4"]
-    assert [entry.contestant.name for entry in entries_of([], {"damping": ["1"]})] == ["gn", "gn-cg", "lm"]
+    assert [entry.label for entry in entries_of([], {"period": ["1", "4"]})] == [
+        "il:period=1",
+        "il:period=4",
+    ]
+    assert [entry.contestant.name for entry in entries_of([], {"damping": ["1"]})] == [
+        "gn",
+        "gn-cg",
+        "lm",
+    ]
     assert [entry.grid for entry in entries_of(["gn"], {"damping": ["1", "2"]})] == [(1.0,), (2.0,)]
     with pytest.raises(
-        ValueError, match="none of the contestants has an option 'periods' to sweep; did you mean 'period'"
+        ValueError,
+        match="none of the contestants has an option 'periods' to sweep; did you mean 'period'",
     ):
         entries_of(["il"], {"periods": ["1"]})
 
@@ -125,7 +157,9 @@ def test_contestants_of_ones_own_are_swept_and_may_not_share_a_name():
         ("lion:learning_rate=0.1", (0.1,)),
         ("lion:learning_rate=0.2", (0.2,)),
     ]
-    with pytest.raises(ValueError, match="two contestants are called 'lion'; give one another name"):
+    with pytest.raises(
+        ValueError, match="two contestants are called 'lion'; give one another name"
+    ):
         entries_of([lion, optax_contestant("lion", optax.adam, (0.1,))])
     close = entries_of(["adam:learning_rate=0.01", "adam:learning_rate=0.01000001"])
     assert len({entry.label for entry in close}) == 2
@@ -166,7 +200,9 @@ def test_loops_of_known_length_and_factorisations_are_counted():
     value_alone = lambda a: jax.value_and_grad(lambda b: repeated(7)(b).sum())(a)[0]  # noqa: E731
     assert flops(value_alone, matrix) == pytest.approx(7 * product, rel=0.02)
     tall = jax.ShapeDtypeStruct((300, 100), jnp.float32)
-    assert flops(lambda a: jnp.linalg.qr(a, mode="r"), tall) == pytest.approx(4 * 100**2 * (300 - 100 / 3), rel=0.05)
+    assert flops(lambda a: jnp.linalg.qr(a, mode="r"), tall) == pytest.approx(
+        4 * 100**2 * (300 - 100 / 3), rel=0.05
+    )
     square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     assert flops(jnp.linalg.cholesky, square) == pytest.approx(512**3 / 3, rel=0.05)
 
@@ -181,7 +217,8 @@ def test_an_adam_step_costs_one_gradient_and_a_linearised_one_five_thirds(task):
 
     # Adam's own arithmetic is 15 operations for each parameter against 6 × 128 for the gradient.
     assert cost("adam") == pytest.approx(1.0, abs=0.025)
-    # The first layer passes no gradient on to the data, which saves a little of the linearised step as of the gradient.
+    # The first layer passes no gradient on to the data, which saves a little of the linearised step
+    # as of the gradient.
     assert cost("il:period=16") == pytest.approx(5 / 3, rel=0.04)
     assert cost("sgd:batch=full") == pytest.approx(1437 / 128, rel=0.01)
     assert cost("sgd:batch=256") == pytest.approx(2, rel=0.01)
@@ -207,11 +244,15 @@ def test_every_contestant_trains_within_its_budget(tiny, name):
     curve = first["curve"]
     assert first["status"] == "finished"
     assert curve["step"][0] == curve["seconds"][0] == 0
-    assert curve["cost"][0] == pytest.approx(2.5 if name == "lbfgs" else 0, abs=0.5)  # its first value and gradient
+    assert curve["cost"][0] == pytest.approx(
+        2.5 if name == "lbfgs" else 0, abs=0.5
+    )  # its first value and gradient
     assert curve["step"][-1] == first["steps"]
     assert all(np.diff(curve["cost"]) > 0)
     dearest = max(np.diff(curve["cost"]) / np.diff(curve["step"]))
-    least = 200 - trained.cycle * max(dearest, first["cost_per_step"])  # what is left does not suffice for a cycle
+    least = 200 - trained.cycle * max(
+        dearest, first["cost_per_step"]
+    )  # what is left does not suffice for a cycle
     assert least <= curve["cost"][-1] <= 200 + 0.2 * dearest
     assert curve["loss"][-1] < curve["loss"][0]
     assert all(0 <= accuracy <= 100 for accuracy in curve["quality"])
@@ -236,11 +277,17 @@ def test_the_model_being_trained_is_the_linearised_one(tiny):
 
     params, state = start, adam.init(start)
     for indices in tiny.batches(0, record["steps"], 16):
-        params, state = step(params, state, jax.tree.map(lambda leaf, indices=indices: leaf[indices], tiny.train))
+        params, state = step(
+            params, state, jax.tree.map(lambda leaf, indices=indices: leaf[indices], tiny.train)
+        )
     outputs = gnlin.linearise(tiny.objective, start, tiny.train).predict(params)
     curve = record["curve"]
-    np.testing.assert_allclose(curve["loss"][-1], tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3)
-    np.testing.assert_allclose(curve["network_loss"][-1], tiny.objective.value(params, tiny.train), rtol=1e-3)
+    np.testing.assert_allclose(
+        curve["loss"][-1], tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        curve["network_loss"][-1], tiny.objective.value(params, tiny.train), rtol=1e-3
+    )
     held_out = gnlin.linearise(tiny.objective, start, tiny.held_out).predict(params)
     np.testing.assert_allclose(
         curve["quality"][-1], 100 * (held_out.argmax(-1) == tiny.held_out["y"]).mean(), rtol=1e-6
@@ -250,7 +297,9 @@ def test_the_model_being_trained_is_the_linearised_one(tiny):
 def test_evaluation_in_pieces_is_that_of_the_whole(tiny, monkeypatch):
     whole = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
     monkeypatch.setattr("gnlin.compare.trial._WHOLE", 39)
-    monkeypatch.setattr("gnlin.compare.trial._PIECE", 16)  # of 40 examples, so that one piece is smaller
+    monkeypatch.setattr(
+        "gnlin.compare.trial._PIECE", 16
+    )  # of 40 examples, so that one piece is smaller
     pieces = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
     for name in ("loss", "quality", "network_loss", "network_quality"):
         np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-4)
@@ -284,8 +333,14 @@ def test_what_fails_is_a_record_with_its_reason_and_the_others_go_on(tiny):
     absent = dataclasses.replace(
         CONTESTANTS["adam"], name="absent", reason_absent=lambda: "not installed; pip install it"
     )
-    unfit = dataclasses.replace(CONTESTANTS["adam"], name="unfit", reason_unfit=lambda task: f"not for {task.name}")
-    runs = run(tiny, [optax_contestant("bad", explode, (1.0, 2.0)), absent, unfit, "adam:learning_rate=0.01"], seeds=1)
+    unfit = dataclasses.replace(
+        CONTESTANTS["adam"], name="unfit", reason_unfit=lambda task: f"not for {task.name}"
+    )
+    runs = run(
+        tiny,
+        [optax_contestant("bad", explode, (1.0, 2.0)), absent, unfit, "adam:learning_rate=0.01"],
+        seeds=1,
+    )
     assert [(record["label"], record["status"], record["reason"]) for record in runs] == [
         ("bad", "failed", f"RuntimeError: out of luck ({__file__}, line {line})"),
         ("bad", "failed", f"RuntimeError: out of luck ({__file__}, line {line})"),
@@ -330,21 +385,35 @@ def test_steps_that_cost_less_than_they_look_spend_the_budget_too(tiny):
         def step(params, state, batch, key):
             def dear(params):
                 def turn(_, moved):
-                    return jax.tree.map(lambda w, g: w + 1e-12 * g, moved, jax.grad(task.objective.value)(moved, batch))
+                    return jax.tree.map(
+                        lambda w, g: w + 1e-12 * g,
+                        moved,
+                        jax.grad(task.objective.value)(moved, batch),
+                    )
 
                 return jax.lax.fori_loop(0, many, turn, params)
 
-            params = jax.lax.cond(state[0].count % often == often - 1, dear, lambda params: params, params)
+            params = jax.lax.cond(
+                state[0].count % often == often - 1, dear, lambda params: params, params
+            )
             return adam.step(params, state, batch, key)
 
         return adam._replace(step=step)
 
-    rare = Contestant("rare", "", functools.partial(build, 9, 10), grid=(0.004,), options=CONTESTANTS["adam"].options)
+    rare = Contestant(
+        "rare",
+        "",
+        functools.partial(build, 9, 10),
+        grid=(0.004,),
+        options=CONTESTANTS["adam"].options,
+    )
     (record,) = run(tiny, [rare], seeds=1)
     assert record["cost_per_step"] == pytest.approx(1 + 0.9, abs=0.4)
     assert abs(record["curve"]["cost"][-1] - tiny.work) < 10
 
-    never = Contestant("never", "", functools.partial(build, 39, 1000), grid=(0.004,), options=rare.options)
+    never = Contestant(
+        "never", "", functools.partial(build, 39, 1000), grid=(0.004,), options=rare.options
+    )
     (record,) = run(tiny, [never], seeds=1, work=4.0)
     assert 4 * tiny.work - 2 < record["curve"]["cost"][-1] <= 4 * tiny.work
     assert record["steps"] > 100  # and not the four that the dear ones would have been
@@ -365,8 +434,12 @@ def test_a_run_ends_with_a_whole_cycle_of_the_model_that_was_trained(tiny):
         params = optax.apply_updates(params, updates)
     outputs = gnlin.linearise(tiny.objective, gnlin.anchor(state), tiny.train).predict(params)
     curve = record["curve"]
-    np.testing.assert_allclose(curve["loss"][-1], tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3)
-    np.testing.assert_allclose(curve["network_loss"][-1], tiny.objective.value(params, tiny.train), rtol=1e-3)
+    np.testing.assert_allclose(
+        curve["loss"][-1], tiny.objective.loss_of(outputs, tiny.train), rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        curve["network_loss"][-1], tiny.objective.value(params, tiny.train), rtol=1e-3
+    )
     assert curve["loss"][-1] != curve["network_loss"][-1]
 
 
@@ -383,7 +456,10 @@ def test_an_untraced_method_runs_as_a_traced_one(tiny):
 
     adam = CONTESTANTS["adam"]
     untraced = Contestant("untraced", "", build, grid=(0.004,), options=adam.options)
-    (own,), (other,) = run(tiny, [untraced], seeds=1), run(tiny, ["adam:learning_rate=0.004"], seeds=1)
+    (own,), (other,) = (
+        run(tiny, [untraced], seeds=1),
+        run(tiny, ["adam:learning_rate=0.004"], seeds=1),
+    )
     assert own["cost_per_step"] == 2.0
     assert own["steps"] == 20
     assert own["compile_seconds"] > own["seconds"]
@@ -394,7 +470,10 @@ def test_an_untraced_method_runs_as_a_traced_one(tiny):
 def test_a_first_state_that_costs_more_than_the_budget_is_a_reason(tiny):
     (record,) = run(tiny, ["lbfgs:max_step=1"], seeds=1, work=0.05)
     assert record["status"] == "failed"
-    assert re.match(r"its first state alone costs [23] gradient-equivalents of 2: raise --work", record["reason"])
+    assert re.match(
+        r"its first state alone costs [23] gradient-equivalents of 2: raise --work",
+        record["reason"],
+    )
 
 
 def test_steps_of_unknown_cost_do_not_overshoot_the_budget(tiny):
@@ -407,9 +486,13 @@ def test_steps_of_unknown_cost_do_not_overshoot_the_budget(tiny):
             def turn(carry):
                 number, params = carry
                 grads = jax.grad(task.objective.value)(params, batch)
-                return number + 1, jax.tree.map(lambda leaf, grad: leaf - 1e-4 * grad, params, grads)
+                return number + 1, jax.tree.map(
+                    lambda leaf, grad: leaf - 1e-4 * grad, params, grads
+                )
 
-            params = jax.lax.while_loop(lambda carry: carry[0] < 40 + 0 * state[0].count, turn, (0, params))[1]
+            params = jax.lax.while_loop(
+                lambda carry: carry[0] < 40 + 0 * state[0].count, turn, (0, params)
+            )[1]
             return adam.step(params, state, batch, key)
 
         return adam._replace(step=step)
@@ -427,7 +510,10 @@ def test_a_reason_that_cannot_be_told_is_a_reason(tiny):
     line = unfit.__code__.co_firstlineno + 1
     odd = dataclasses.replace(CONTESTANTS["adam"], name="odd", grid=(0.01,), reason_unfit=unfit)
     odd_record, adam = run(tiny, [odd, "adam:learning_rate=0.01"], seeds=1)
-    assert (odd_record["status"], odd_record["reason"]) == ("failed", f"KeyError: 'layers' ({__file__}, line {line})")
+    assert (odd_record["status"], odd_record["reason"]) == (
+        "failed",
+        f"KeyError: 'layers' ({__file__}, line {line})",
+    )
     assert adam["status"] == "finished"
 
 
@@ -455,7 +541,9 @@ def test_runs_that_are_there_are_not_repeated(tiny, kept):
     after = (kept / "records.jsonl").read_text()
     assert after.startswith(before)
     assert len(after.splitlines()) == 4
-    with pytest.raises(RecordsError, match=r"runs of digits with --work 1, not 0.5; take another --out"):
+    with pytest.raises(
+        RecordsError, match=r"runs of digits with --work 1, not 0.5; take another --out"
+    ):
         run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], out=kept, work=0.5)
 
 
@@ -480,7 +568,10 @@ def test_a_line_that_was_cut_short_is_removed_and_its_run_repeated(tiny, kept, l
         ("loss,accuracy\n0.1,0.9\n", "line 1 is no record of gnlin compare: it is not JSON"),
         ('{"loss": 3}\n', "line 1 is no record of gnlin compare. Take another --out"),
         ("a note", "line 1 is no record of gnlin compare"),
-        (f'{{"schema": {SCHEMA + 1}}}\n', f"line 1 has schema {SCHEMA + 1}, and this version of gnlin reads {SCHEMA}"),
+        (
+            f'{{"schema": {SCHEMA + 1}}}\n',
+            f"line 1 has schema {SCHEMA + 1}, and this version of gnlin reads {SCHEMA}",
+        ),
         (
             f'{{"schema": {SCHEMA}, "task": "digits"}}\n',
             "line 1 lacks command, compile_seconds, contestant, cost_per_step, curve",
@@ -497,7 +588,9 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, content, mes
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path, kept):
     (tmp_path / "file").touch()
-    with pytest.raises(RecordsError, match=r"cannot write to .*file/results: .*; take another --out"):
+    with pytest.raises(
+        RecordsError, match=r"cannot write to .*file/results: .*; take another --out"
+    ):
         Records(tmp_path / "file" / "results")
     with pytest.raises(RecordsError, match=r"no records\.jsonl in"):
         read(tmp_path / "nothing")
@@ -529,7 +622,9 @@ class Full:
 def test_a_full_disk_is_named_and_what_was_written_stays(kept, monkeypatch):
     records = Records(kept)
     monkeypatch.setattr(records, "_file", Full(records._file))
-    with pytest.raises(RecordsError, match="No space left on device; make room and run the same command"):
+    with pytest.raises(
+        RecordsError, match="No space left on device; make room and run the same command"
+    ):
         records.add({**records.runs[0], "seed": 7})
     records.close()
     assert not (kept / "records.jsonl").read_text().endswith("\n")
@@ -545,11 +640,17 @@ def test_a_record_without_a_whole_curve_is_named(kept, curve):
     path = kept / "records.jsonl"
     first, *others = path.read_text().splitlines()
     record = json.loads(first)
-    whole = {name: values[:1] for name, values in record["curve"].items()} if len(curve.get("loss", [])) > 1 else {}
+    whole = (
+        {name: values[:1] for name, values in record["curve"].items()}
+        if len(curve.get("loss", [])) > 1
+        else {}
+    )
     path.write_text("\n".join([json.dumps({**record, "curve": {**whole, **curve}}), *others, ""]))
     result = CliRunner().invoke(cli.app, ["report", str(kept)])
     assert result.exit_code == 2
-    assert re.search(r"line 1 lacks .*\. Delete the line: its run will be done again", result.output)
+    assert re.search(
+        r"line 1 lacks .*\. Delete the line: its run will be done again", result.output
+    )
 
 
 # Executors.
@@ -562,11 +663,15 @@ def test_any_executor_gives_the_same_runs(tiny):
         shared = run(tiny, words, seeds=2, executor=executor)
 
     def outcome(runs):
-        return {(run["label"], run["seed"], *run["setting"].values()): run["curve"]["loss"] for run in runs}
+        return {
+            (run["label"], run["seed"], *run["setting"].values()): run["curve"]["loss"]
+            for run in runs
+        }
 
     assert outcome(shared).keys() == outcome(alone).keys()
     for key, losses in outcome(alone).items():
-        # XLA divides a product among threads that are free, and a sum in another order is rounded otherwise.
+        # XLA divides a product among threads that are free, and a sum in another order is rounded
+        # otherwise.
         np.testing.assert_allclose(outcome(shared)[key], losses, rtol=1e-3)
     assert len(alone) == (5 + 1) + 2
 
@@ -585,10 +690,14 @@ def test_jobs_of_one_study_share_a_program_after_they_have_travelled(tiny):
 def test_a_dask_cluster_makes_the_runs(tmp_path):
     distributed = pytest.importorskip("distributed")
     with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as cluster,
         distributed.Client(cluster) as client,
     ):
-        runs = run("diabetes", ["adam"], seeds=2, work=0.002, executor=client.get_executor(pure=False))
+        runs = run(
+            "diabetes", ["adam"], seeds=2, work=0.002, executor=client.get_executor(pure=False)
+        )
     assert [record["status"] for record in runs] == ["finished"] * 6
 
 
@@ -607,7 +716,9 @@ def test_workers_that_die_end_the_study_and_not_the_records(tiny, tmp_path):
             return super().submit(die)
 
     for executor in (Killed(1), Broken(1)):
-        with pytest.raises(RecordsError, match=r"a worker process died.*run the same command again"):
+        with pytest.raises(
+            RecordsError, match=r"a worker process died.*run the same command again"
+        ):
             run(tiny, ["adam"], seeds=1, out=tmp_path, executor=executor)
     assert read(tmp_path) == []
 
@@ -636,18 +747,27 @@ def test_what_finished_beside_a_worker_that_died_is_kept(tiny, tmp_path, dies_at
     with pytest.raises(RecordsError, match="a worker process died"):
         run(tiny, ["sgd", "adam"], seeds=1, out=tmp_path, executor=executor)
     assert len(read(tmp_path)) == len({1, 2, 3, 5} - {dies_at})
-    assert executor.futures[3].cancelled()  # what has not begun does not go on behind the caller's back
+    assert executor.futures[
+        3
+    ].cancelled()  # what has not begun does not go on behind the caller's back
 
 
 def test_a_study_tells_of_each_run_once_and_of_as_many_as_it_makes(tiny):
     def explode(rate):
         raise RuntimeError("no")
 
-    words = [optax_contestant("bad", explode, (1.0, 2.0)), "il:period=4,learning_rate=0.01", "sgd", "kfac:batch=7000"]
+    words = [
+        optax_contestant("bad", explode, (1.0, 2.0)),
+        "il:period=4,learning_rate=0.01",
+        "sgd",
+        "kfac:batch=7000",
+    ]
     told = []
     study = Study(tiny, entries_of(words), 3, Records(), 20.0)
     before = study.total
-    for _ in study.carry_out(lambda job, done: told.append((job.entry.label, job.number, job.seed, done))):
+    for _ in study.carry_out(
+        lambda job, done: told.append((job.entry.label, job.number, job.seed, done))
+    ):
         pass
     ends = [event for event in told if event[-1] == 1.0]
     assert len(ends) == len(set(ends)) == len(study.records.runs) == study.total == before - 2
@@ -681,7 +801,9 @@ def test_a_job_travels(tiny):
 def test_what_python_hands_over_is_checked(tiny):
     with pytest.raises(ValueError, match=r"`contestants` must be a sequence; write \['adam'\]"):
         run(tiny, "adam")
-    with pytest.raises(ValueError, match=r"holds GradientTransformation.*takes part as optax_contestant\(name,"):
+    with pytest.raises(
+        ValueError, match=r"holds GradientTransformation.*takes part as optax_contestant\(name,"
+    ):
         run(tiny, [optax.adam(0.01)])
 
 
@@ -696,12 +818,17 @@ def test_results_of_another_task_of_the_same_name_are_refused(tiny, tmp_path):
         dataclasses.replace(own, batch_size=8),
         dataclasses.replace(own, target=0.1),
     ):
-        with pytest.raises(RecordsError, match=r"has runs of another task 'own'.*take another name, or another --out"):
+        with pytest.raises(
+            RecordsError,
+            match=r"has runs of another task 'own'.*take another name, or another --out",
+        ):
             run(other, **words)
     assert len(read(tmp_path)) == 1
     with pytest.raises(ValueError, match=r"`sweep` wants a sequence .* write {'damping': \[5\]}"):
         run(tiny, ["gn"], sweep={"damping": 5})
-    with pytest.raises(ValueError, match="`batch_size` must be 1 to 40, or None for all data; got 41"):
+    with pytest.raises(
+        ValueError, match="`batch_size` must be 1 to 40, or None for all data; got 41"
+    ):
         dataclasses.replace(tiny, batch_size=41)
     with pytest.raises(ValueError, match="the contestant 'none' has no value in its grid"):
         run(tiny, [optax_contestant("none", optax.sgd, ())])
@@ -725,7 +852,9 @@ def test_a_task_and_an_optimiser_from_outside():
         work=300.0,
         target=1e-3,
     )
-    lion = optax_contestant("lion", lambda rate: optax.lion(rate, weight_decay=0.0), (0.001, 0.01, 0.1))
+    lion = optax_contestant(
+        "lion", lambda rate: optax.lion(rate, weight_decay=0.0), (0.001, 0.01, 0.1)
+    )
     runs = run(task, [lion, "gn-cg:control=constant"], seeds=2)
     assert {record["label"] for record in runs} == {"lion", "gn-cg:control=constant"}
     assert min(record["curve"]["quality"][-1] for record in runs) < 1e-6
@@ -755,12 +884,16 @@ def command(tiny, monkeypatch, tmp_path):
 
     def invoke(*arguments):
         monkeypatch.setattr(sys, "argv", ["gnlin", *map(str, arguments)])
-        return CliRunner().invoke(cli.app, [*map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        return CliRunner().invoke(
+            cli.app, [*map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"}
+        )
 
     return invoke
 
 
-def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
+def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(
+    command, tmp_path, monkeypatch
+):
     calls = []
     original = Program.run
 
@@ -787,8 +920,9 @@ def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, 
     (records.parent / "task.json").unlink()
     result = command("report", records.parent)
     assert result.exit_code == 2
-    assert "says nothing of the task 'digits'; run `gnlin compare digits` into it again" in result.output.replace(
-        "\n", " "
+    assert (
+        "says nothing of the task 'digits'; run `gnlin compare digits` into it again"
+        in result.output.replace("\n", " ")
     )
 
 
@@ -798,10 +932,16 @@ def test_interrupted_study_keeps_its_runs_and_the_same_command_goes_on(command, 
         (["compare", "digts"], "unknown task 'digts'; did you mean 'digits'?"),
         (["compare", "digits", "sdg"], "unknown contestant 'sdg'; did you mean 'sgd'?"),
         (["compare", "digits", "il:perod=3"], "did you mean 'period'?"),
-        (["compare", "digits", "--sweep", "period"], "--sweep period: write option=value,value,..."),
+        (
+            ["compare", "digits", "--sweep", "period"],
+            "--sweep period: write option=value,value,...",
+        ),
         (["compare", "digits", "--sweep", "perod=3,4"], "has an option 'perod' to sweep"),
         (["compare", "digits", "--work", "0"], "--work must be positive"),
-        (["compare", "digits", "adam:learning_rate=-1"], "adam:learning_rate must be a number of at least 0; got '-1'"),
+        (
+            ["compare", "digits", "adam:learning_rate=-1"],
+            "adam:learning_rate must be a number of at least 0; got '-1'",
+        ),
         (["compare", "digits", "gn-cg:warm_start=5"], "gn-cg:warm_start=5: `warm_start` must"),
         (["report", "nowhere"], "no records.jsonl in nowhere"),
         (["compare", "digits", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
@@ -831,15 +971,33 @@ def test_processes_share_the_runs(tmp_path):
     options = ["--seeds", "1", "--work", "0.002", "--workers", "2", "--out", str(tmp_path)]
     result = python(["-m", "gnlin"], "compare", *words, *options)
     assert result.returncode == 0, result.stderr
-    assert "run 2 of 2: " in result.stdout  # a log tells of each run; the number is told once, in the label
-    assert re.search(r"run \d of 2: adam:learning_rate=0.01, seed 0: finished, train loss \S+, \S+ s", result.stdout)
+    assert (
+        "run 2 of 2: " in result.stdout
+    )  # a log tells of each run; the number is told once, in the label
+    assert re.search(
+        r"run \d of 2: adam:learning_rate=0.01, seed 0: finished, train loss \S+, \S+ s",
+        result.stdout,
+    )
     assert [record["status"] for record in read(tmp_path)] == ["finished"] * 2
 
 
 def test_nothing_that_finished_is_lost_or_repeated_after_kill_9(tmp_path):
-    arguments = ["compare", "diabetes", "sgd", "adam", "--seeds", "2", "--work", "0.01", "--out", str(tmp_path)]
+    arguments = [
+        "compare",
+        "diabetes",
+        "sgd",
+        "adam",
+        "--seeds",
+        "2",
+        "--work",
+        "0.01",
+        "--out",
+        str(tmp_path),
+    ]
     path = tmp_path / "records.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "gnlin", *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gnlin", *arguments], stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_text().count("\n") >= 2):
         assert time.monotonic() < deadline
@@ -855,19 +1013,28 @@ def test_nothing_that_finished_is_lost_or_repeated_after_kill_9(tmp_path):
     runs = [json.loads(line) for line in after.splitlines()]
     keys = [(record["label"], *record["setting"].values(), record["seed"]) for record in runs]
     assert len(set(keys)) == len(keys) == 12
-    (again,) = (run for run in runs if all(run[key] == json.loads(first)[key] for key in ("label", "setting", "seed")))
+    (again,) = (
+        run
+        for run in runs
+        if all(run[key] == json.loads(first)[key] for key in ("label", "setting", "seed"))
+    )
     assert again["curve"]["loss"] == json.loads(first)["curve"]["loss"]
 
 
 def python(code_or_module, *arguments):
-    return subprocess.run([sys.executable, *code_or_module, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *code_or_module, *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def test_missing_extra_is_named_in_one_line():
     code = "import sys; sys.modules['typer'] = None; from gnlin.__main__ import main; main()"
     result = python(["-c", code])
     assert result.returncode == 1
-    assert result.stderr.strip() == 'The command line needs typer, which is not installed: pip install "gnlin[compare]"'
+    assert (
+        result.stderr.strip()
+        == 'The command line needs typer, which is not installed: pip install "gnlin[compare]"'
+    )
 
 
 def test_core_import_leaves_the_command_line_alone():

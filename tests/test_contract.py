@@ -1,7 +1,8 @@
 """What Optax users may take for granted, asked of every transform in the same way.
 
-Each case is a record that builds its transform; the checks know nothing of which one they have in hand. The problem
-has a tuple and a None leaf among its parameters, and every update is given arguments that are not its own.
+Each case is a record that builds its transform; the checks know nothing of which one they have in
+hand. The problem has a tuple and a None leaf among its parameters, and every update is given
+arguments that are not its own.
 """
 
 import dataclasses
@@ -29,12 +30,20 @@ from problems import (
 import gnlin
 
 DAMPING_SCHEDULE = third_party(optax.exponential_decay(0.2, transition_steps=1, decay_rate=0.9))
-PERIOD_SCHEDULE = third_party(optax.piecewise_constant_schedule(1, {1: 2}))  # cycles of 1, then of 2
+PERIOD_SCHEDULE = third_party(
+    optax.piecewise_constant_schedule(1, {1: 2})
+)  # cycles of 1, then of 2
 
 
 def for_everyone(value, grads, params, batch, objective):
     """What one training loop that serves every optimiser passes, and an argument that no transform knows."""
-    return {"batch": batch, "value": value, "grad": grads, "value_fn": objective.value, "unrelated": jnp.ones(3)}
+    return {
+        "batch": batch,
+        "value": value,
+        "grad": grads,
+        "value_fn": objective.value,
+        "unrelated": jnp.ones(3),
+    }
 
 
 def for_line_searches(value, grads, params, batch, objective):
@@ -82,7 +91,9 @@ class Case:
     metrics: frozenset[str]
     extras: Callable[..., dict[str, Any]] = for_everyone
     guard: Callable[..., Any] = unguarded
-    notices_nan: Callable[[Any, dict], bool] = lambda opt_state, metrics: opt_state["ours"].total_notfinite == 1
+    notices_nan: Callable[[Any, dict], bool] = lambda opt_state, metrics: (
+        opt_state["ours"].total_notfinite == 1
+    )
     convex_steps: int = 1
     convex_accuracy: float = 1e-3
 
@@ -98,7 +109,9 @@ def linearised(name, inner, convex_steps, *, period, loss_model="exact", metrics
     """`linearise_gradients` chained with an inner optimiser."""
 
     def build(objective):
-        return optax.chain(gnlin.linearise_gradients(objective, period, loss_model=loss_model), inner)
+        return optax.chain(
+            gnlin.linearise_gradients(objective, period, loss_model=loss_model), inner
+        )
 
     def inject(objective):
         factory = optax.inject_hyperparams(gnlin.linearise_gradients)
@@ -122,7 +135,9 @@ def cycles(name, inner, convex_steps, *, metrics=frozenset(), **options):
         return gnlin.iterative_linearisation(inner, objective, 3, **options)
 
     def inject(objective):
-        return optax.inject_hyperparams(gnlin.iterative_linearisation)(inner, objective, 3, **options)
+        return optax.inject_hyperparams(gnlin.iterative_linearisation)(
+            inner, objective, 3, **options
+        )
 
     return Case(
         f"iterative_linearisation-{name}",
@@ -141,7 +156,9 @@ def first_and_rest(params):
     return jax.tree.unflatten(structure, ["first", *["rest"] * (len(leaves) - 1)][: len(leaves)])
 
 
-LAYERWISE = frozenset(f"linearise/{what}/{label}" for what in ("refreshes", "age") for label in ("first", "rest"))
+LAYERWISE = frozenset(
+    f"linearise/{what}/{label}" for what in ("refreshes", "age") for label in ("first", "rest")
+)
 DRIFT = frozenset({"kernel/alignment", "kernel/centred_alignment", "kernel/distance", "kernel/age"})
 
 
@@ -154,7 +171,9 @@ def drifting(name, inner, convex_steps):
         return measure(kept, objective, probe, 2)
 
     def inject(objective):
-        return build(objective, optax.inject_hyperparams(gnlin.measure_kernel_drift, static_args="every"))
+        return build(
+            objective, optax.inject_hyperparams(gnlin.measure_kernel_drift, static_args="every")
+        )
 
     return Case(
         f"measure_kernel_drift-{name}",
@@ -167,7 +186,9 @@ def drifting(name, inner, convex_steps):
     )
 
 
-def scaled(scale, name, inner, convex_steps, *, static=(), metrics=frozenset(), convex_accuracy=1e-3):
+def scaled(
+    scale, name, inner, convex_steps, *, static=(), metrics=frozenset(), convex_accuracy=1e-3
+):
     """`linearise_gradients`, an inner optimiser and a scaling by layers, at a rate that falls."""
     rate = third_party(optax.exponential_decay(0.2, transition_steps=1, decay_rate=0.9))
 
@@ -197,7 +218,9 @@ def prox(name, inner, convex_steps, *, extras=for_everyone, convex_accuracy=1e-3
         return gnlin.prox_linear(inner, objective, 4, **options)
 
     def inject(objective):
-        return optax.inject_hyperparams(gnlin.prox_linear, static_args="steps")(inner, objective, 4, **options)
+        return optax.inject_hyperparams(gnlin.prox_linear, static_args="steps")(
+            inner, objective, 4, **options
+        )
 
     return Case(
         f"prox_linear-{name}",
@@ -217,12 +240,15 @@ def preconditioned(name, solver, stats, key):
 
     def build(objective):
         return optax.chain(
-            gnlin.scale_by_gauss_newton(objective, 0.1, solver=solver), optax.scale_by_learning_rate(1.0)
+            gnlin.scale_by_gauss_newton(objective, 0.1, solver=solver),
+            optax.scale_by_learning_rate(1.0),
         )
 
     def inject(objective):
         factory = optax.inject_hyperparams(gnlin.scale_by_gauss_newton)
-        return optax.chain(factory(objective, 0.1, solver=solver), optax.scale_by_learning_rate(1.0))
+        return optax.chain(
+            factory(objective, 0.1, solver=solver), optax.scale_by_learning_rate(1.0)
+        )
 
     return Case(
         f"scale_by_gauss_newton-{name}",
@@ -279,7 +305,13 @@ def accepting(name, stats, key, *, initial_damping=1.0, **options):
 CASES = [
     linearised("every-step-sgd", third_party(optax.sgd(0.5)), 30, period=1),
     linearised("every-third-adam", third_party(optax.adam(0.05)), 250, period=3),
-    linearised("never-momentum", third_party(optax.sgd(0.1, momentum=0.5)), 80, period=None, loss_model="quadratic"),
+    linearised(
+        "never-momentum",
+        third_party(optax.sgd(0.1, momentum=0.5)),
+        80,
+        period=None,
+        loss_model="quadratic",
+    ),
     linearised("schedule-adam", third_party(optax.adam(0.05)), 250, period=PERIOD_SCHEDULE),
     linearised(
         "relative-gap-adam",
@@ -306,23 +338,47 @@ CASES = [
         metrics=frozenset({"line_search/alpha"}),
     ),
     scaled(
-        gnlin.scale_by_spectral_condition,
+        gnlin.width.scale_by_spectral_condition,
         "sgd",
         optax.identity(),
         80,
         static="lanczos_steps",
         metrics=frozenset({"spectral/largest", "spectral/smallest"}),
     ),
-    scaled(gnlin.scale_by_maximal_update_adam, "adam", third_party(optax.scale_by_adam()), 80, convex_accuracy=0.1),
+    scaled(
+        gnlin.width.scale_by_maximal_update_adam,
+        "adam",
+        third_party(optax.scale_by_adam()),
+        80,
+        convex_accuracy=0.1,
+    ),
     # Adam started afresh moves each parameter by its rate however near the solution is.
-    prox("adam-quadratic", third_party(optax.adam(0.02)), 100, loss_model="quadratic", convex_accuracy=0.1),
+    prox(
+        "adam-quadratic",
+        third_party(optax.adam(0.02)),
+        100,
+        loss_model="quadratic",
+        convex_accuracy=0.1,
+    ),
     prox("lbfgs", third_party(optax.lbfgs()), 5, extras=for_line_searches),
     preconditioned("cg", gnlin.CG(max_steps=20), CG_STATS, "cg/converged"),
     preconditioned("warm-start", gnlin.CG(max_steps=20, warm_start=0.9), CG_STATS, "cg/converged"),
     preconditioned("dense", gnlin.Dense(), DENSE_STATS, "dense/converged"),
     descending("schedule", DAMPING_SCHEDULE, frozenset({"learning_rate", "damping"})),
-    descending("gain-ratio", gnlin.GainRatio(0.2), frozenset({"learning_rate"}), CG_STATS | STEP, solver=gnlin.CG()),
-    descending("adaptive", None, frozenset({"learning_rate"}), STEP | {"kronecker/finite"}, "kronecker/finite"),
+    descending(
+        "gain-ratio",
+        gnlin.GainRatio(0.2),
+        frozenset({"learning_rate"}),
+        CG_STATS | STEP,
+        solver=gnlin.CG(),
+    ),
+    descending(
+        "adaptive",
+        None,
+        frozenset({"learning_rate"}),
+        STEP | {"kronecker/finite"},
+        "kronecker/finite",
+    ),
     accepting("cg", CG_STATS, "cg/converged"),
     accepting(
         "trust-region",
@@ -363,7 +419,9 @@ def make_step(tx, objective, extras):
 
     def step(params, opt_state, batch):
         value, grads = objective.value_and_grad(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, **extras(value, grads, params, batch, objective))
+        updates, opt_state = tx.update(
+            grads, opt_state, params, **extras(value, grads, params, batch, objective)
+        )
         return optax.apply_updates(params, updates), opt_state
 
     return step
@@ -412,7 +470,9 @@ class Subject:
         return visited
 
     def loss(self, params):
-        return np.mean([float(self.problem.objective.value(params, batch)) for batch in self.problem.batches])
+        return np.mean(
+            [float(self.problem.objective.value(params, batch)) for batch in self.problem.batches]
+        )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -433,7 +493,9 @@ def test_state_keeps_its_form(subject):
     after = jax.eval_shape(subject.step, *before, subject.problem.batches[0])
     chex.assert_trees_all_equal_structs(before, after)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
-    for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True
+    ):
         assert old.weak_type == new.weak_type, jax.tree_util.keystr(path)
 
 
@@ -474,12 +536,17 @@ def test_checkpoint_round_trip(subject):
 def test_map_params_finds_the_copies_of_the_parameters(subject):
     """What in the state is shaped like the parameters is what sharding by parameters reaches."""
     opt_state = subject.tx.init(subject.start())
-    mapped = optax.tree_map_params(subject.tx, lambda leaf: leaf + 1, opt_state, transform_non_params=lambda leaf: leaf)
+    mapped = optax.tree_map_params(
+        subject.tx, lambda leaf: leaf + 1, opt_state, transform_non_params=lambda leaf: leaf
+    )
     chex.assert_trees_all_equal_structs(opt_state, mapped)
-    changed = jax.tree.leaves_with_path(jax.tree.map(lambda old, new: bool(jnp.any(old != new)), opt_state, mapped))
+    changed = jax.tree.leaves_with_path(
+        jax.tree.map(lambda old, new: bool(jnp.any(old != new)), opt_state, mapped)
+    )
     shapes = {leaf.shape for leaf in jax.tree.leaves(subject.problem.params)}
     for (path, found), leaf in zip(changed, jax.tree.leaves(opt_state), strict=True):
-        # Moments lie in trees like the parameters', as Adafactor's; singular vectors and counters too.
+        # Moments lie in trees like the parameters', as Adafactor's; singular vectors and counters
+        # too.
         moments = {".rows", ".columns", ".vectors", ".remaining"} & {str(key) for key in path}
         assert found == (leaf.shape in shapes) or moments
 
@@ -504,13 +571,17 @@ def test_scanned_ensemble_equals_loops(subject):
 
     @jax.jit
     def run(members):
-        return jax.lax.scan(body, (members, jax.vmap(subject.tx.init)(members)), subject.problem.stacked)[0][0]
+        return jax.lax.scan(
+            body, (members, jax.vmap(subject.tx.init)(members)), subject.problem.stacked
+        )[0][0]
 
     together = run(members)
     second = (starts[1], subject.tx.init(starts[1]))
     for batch in subject.problem.batches:
         second = subject.compiled(*second, batch)
-    alone = jax.tree.map(lambda *leaves: jnp.stack(leaves), subject.trajectory[-1][0], host_copy(second[0]))
+    alone = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), subject.trajectory[-1][0], host_copy(second[0])
+    )
     # Other fusions round differently, and six steps of an adaptive method amplify that.
     chex.assert_trees_all_close(together, alone, **tolerance(jnp.float32, 5000))
 
@@ -524,14 +595,20 @@ def test_injected_hyperparameters(subject):
     shown = {name for node in states if hasattr(node, "hyperparams") for name in node.hyperparams}
     assert subject.case.hyperparameters <= shown
     assert compiled._cache_size() == 1
-    chex.assert_trees_all_close(visited[-1][0], subject.trajectory[4][0], **tolerance(jnp.float32, 1000))
+    chex.assert_trees_all_close(
+        visited[-1][0], subject.trajectory[4][0], **tolerance(jnp.float32, 1000)
+    )
 
 
 @each_kind
 def test_named_chain_and_apply_if_finite_change_nothing(subject):
     """Both branches of the wrapper's `cond` return the same types, and clean batches pass through."""
-    visited = subject.run(subject.compiled_wrapped, subject.wrapped.init, subject.problem.batches[:3])
-    chex.assert_trees_all_close(visited[-1][0], subject.trajectory[3][0], **tolerance(jnp.float32, 500))
+    visited = subject.run(
+        subject.compiled_wrapped, subject.wrapped.init, subject.problem.batches[:3]
+    )
+    chex.assert_trees_all_close(
+        visited[-1][0], subject.trajectory[3][0], **tolerance(jnp.float32, 500)
+    )
     assert gnlin.metrics(visited[-1][1]).keys() == gnlin.metrics(subject.trajectory[3][1]).keys()
 
 
@@ -562,7 +639,11 @@ def labels(params):
 @each_kind
 def test_partition_solves_the_visible_problem(subject):
     """The same parameters as the transform on the problem whose only parameters are the visible ones."""
-    objective, whole, batches = subject.problem.objective, subject.problem.params, subject.problem.batches[:3]
+    objective, whole, batches = (
+        subject.problem.objective,
+        subject.problem.params,
+        subject.problem.batches[:3],
+    )
     partition = optax.partition({"train": subject.tx, "freeze": optax.set_to_zero()}, labels)
     compiled = jax.jit(make_step(partition, objective, with_whole_tree(subject.case.extras)))
     visited = subject.run(compiled, partition.init, batches)
@@ -570,9 +651,14 @@ def test_partition_solves_the_visible_problem(subject):
     assert subject.case.metrics <= gnlin.metrics(visited[-1][1]).keys()
 
     def rebuild(part):
-        return {"hidden": (whole["hidden"][0], part["bias"]), "readout": {"w": part["w"], "b": None}}
+        return {
+            "hidden": (whole["hidden"][0], part["bias"]),
+            "readout": {"w": part["w"], "b": None},
+        }
 
-    restricted = dataclasses.replace(objective, model=lambda part, batch: objective.model(rebuild(part), batch))
+    restricted = dataclasses.replace(
+        objective, model=lambda part, batch: objective.model(rebuild(part), batch)
+    )
     tx = subject.case.build(restricted)
     step = jax.jit(make_step(tx, restricted, subject.case.extras))
     part = {"bias": whole["hidden"][1], "w": whole["readout"]["w"]}
@@ -590,7 +676,8 @@ def test_masked_without_the_whole_tree_is_named(subject):
         tx.update(params, opt_state, params, batch=subject.problem.batches[0])
 
 
-# Precision and convergence, on linear models: the arithmetic of a transform does not depend on the model.
+# Precision and convergence, on linear models: the arithmetic of a transform does not depend on the
+# model.
 
 PRECISIONS = {
     "bfloat16": Dtypes(jnp.bfloat16, jnp.bfloat16, wide_loss=False),
@@ -652,7 +739,9 @@ def test_solves_linear_regression_and_jit_changes_nothing(subject):
     compiled = jax.jit(make_step(tx, objective, subject.case.extras))
     params, opt_state = compiled(start, tx.init(start), batch)
     updates, _ = tx.update(None, tx.init(start), start, batch=batch)
-    chex.assert_trees_all_close(optax.apply_updates(start, updates), params, **tolerance(jnp.float32, 50))
+    chex.assert_trees_all_close(
+        optax.apply_updates(start, updates), params, **tolerance(jnp.float32, 50)
+    )
 
     for _ in range(subject.case.convex_steps - 1):
         params, opt_state = compiled(params, opt_state, batch)

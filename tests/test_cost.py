@@ -16,7 +16,10 @@ def _flops(function, *args) -> float:
 def _perceptron():
     sizes = (64, 128, 64, 10)
     keys = jax.random.split(jax.random.key(0), 3)
-    params = [jax.random.normal(k, (i, o)) / i**0.5 for k, i, o in zip(keys, sizes[:-1], sizes[1:], strict=True)]
+    params = [
+        jax.random.normal(k, (i, o)) / i**0.5
+        for k, i, o in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
 
     def model(params, batch):
         hidden = batch["x"]
@@ -95,13 +98,19 @@ def test_drift_costs_a_kernel_where_it_is_looked_at(problem):
     """XLA counts the dearer of two branches."""
     objective, params, batch, gradient = problem
     probe = jax.tree.map(lambda leaf: leaf[:8], batch)
-    kernel = _flops(lambda params: gnlin.empirical_ntk(objective, params, probe, outputs="trace"), params)
-    watched = _step_flops(gnlin.measure_kernel_drift(optax.sgd(0.1), objective, probe, 10), problem, True)
+    kernel = _flops(
+        lambda params: gnlin.kernel.empirical_ntk(objective, params, probe, outputs="trace"), params
+    )
+    watched = _step_flops(
+        gnlin.measure_kernel_drift(optax.sgd(0.1), objective, probe, 10), problem, True
+    )
     assert watched <= 1.01 * gradient + 1.01 * kernel + 1e4
 
 
 def test_an_inner_step_of_prox_linear(problem):
-    def total(steps):  # XLA counts the body of a loop once: unroll it by hand through the public value and gradient
+    def total(
+        steps,
+    ):  # XLA counts the body of a loop once: unroll it by hand through the public value and gradient
         objective, params, batch, _ = problem
 
         def run(params, batch):
@@ -117,8 +126,11 @@ def test_an_inner_step_of_prox_linear(problem):
         return _flops(run, params, batch)
 
     assert total(3) - total(2) <= 1.40 * problem[3]
-    # The transform itself has the body of its loop in it once, beside the linearisation, a forward pass.
-    forward = _flops(lambda params, batch: gnlin.linearise(problem[0], params, batch).outputs, *problem[1:3])
+    # The transform itself has the body of its loop in it once, beside the linearisation, a forward
+    # pass.
+    forward = _flops(
+        lambda params, batch: gnlin.linearise(problem[0], params, batch).outputs, *problem[1:3]
+    )
     once = _step_flops(gnlin.prox_linear(optax.sgd(0.1), problem[0], 50), problem)
     assert once - forward <= 1.40 * problem[3]
 
@@ -135,7 +147,9 @@ def test_an_iteration_of_conjugate_gradients(problem):
     two, three = (_flops(lambda p, b, n=n: products(p, b, n), params, batch) for n in (2, 3))
     assert three - two <= 1.40 * gradient
     # A whole step: the gradient, and the body of the CG loop, which XLA counts once.
-    once = _step_flops(gnlin.scale_by_gauss_newton(objective, 1.0, solver=gnlin.CG(max_steps=30)), problem)
+    once = _step_flops(
+        gnlin.scale_by_gauss_newton(objective, 1.0, solver=gnlin.CG(max_steps=30)), problem
+    )
     assert once <= (1.40 + 1.05) * gradient
 
 

@@ -28,13 +28,21 @@ def start():
 
 
 def batch(seed=3, examples=8):
-    return {"x": oracles.normal(examples, 3, seed=seed), "y": oracles.normal(examples, 2, seed=seed + 1)}
+    return {
+        "x": oracles.normal(examples, 3, seed=seed),
+        "y": oracles.normal(examples, 2, seed=seed + 1),
+    }
 
 
 def trace_kernel(params, data):
     """By forward mode."""
-    columns = [jax.jacfwd(lambda leaf, name=name: model({**params, name: leaf}, data))(params[name]) for name in params]
-    rows = np.concatenate([np.asarray(each).reshape(*each.shape[:2], -1) for each in columns], axis=-1)
+    columns = [
+        jax.jacfwd(lambda leaf, name=name: model({**params, name: leaf}, data))(params[name])
+        for name in params
+    ]
+    rows = np.concatenate(
+        [np.asarray(each).reshape(*each.shape[:2], -1) for each in columns], axis=-1
+    )
     return np.einsum("ncp,mcp->nm", rows, rows)
 
 
@@ -57,7 +65,9 @@ def trained(tx, steps):
 
     @jax.jit
     def step(params, state):
-        updates, state = tx.update(jax.grad(OBJECTIVE.value)(params, batch()), state, params, batch=batch())
+        updates, state = tx.update(
+            jax.grad(OBJECTIVE.value)(params, batch()), state, params, batch=batch()
+        )
         return optax.apply_updates(params, updates), state
 
     for _ in range(steps):
@@ -99,10 +109,12 @@ def test_the_kernel_is_that_of_the_model_that_is_trained(period, x64):
 
 def test_a_reference_of_ones_own(x64):
     probe, elsewhere = batch(seed=7, examples=5), jax.tree.map(jnp.sin, start())
-    reference = gnlin.empirical_ntk(OBJECTIVE, elsewhere, probe, outputs="trace")
+    reference = gnlin.kernel.empirical_ntk(OBJECTIVE, elsewhere, probe, outputs="trace")
     tx = gnlin.measure_kernel_drift(SGD, OBJECTIVE, probe, every=10, reference=reference)
     found = gnlin.metrics(trained(tx, 1)[0][1])
-    for name, value in by_hand(trace_kernel(start(), probe), trace_kernel(elsewhere, probe)).items():
+    for name, value in by_hand(
+        trace_kernel(start(), probe), trace_kernel(elsewhere, probe)
+    ).items():
         np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-10)
 
 
@@ -125,7 +137,9 @@ def test_bad_input():
         build(every=2.0)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'period'"):
         build(period=2)
-    with pytest.raises(ValueError, match=r"`reference` must be a kernel between the 8 examples .* got \(5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"`reference` must be a kernel between the 8 examples .* got \(5, 5\)"
+    ):
         build(reference=jnp.eye(5)).init(params)
     # At init, and not in the middle of training.
     with pytest.raises(ValueError, match=r"`model\(params, batch\)` failed: KeyError: 'x'"):
@@ -138,14 +152,20 @@ def test_bad_input():
     masked = optax.masked(tx, {"in": True, "out": False})
     with pytest.raises(ValueError, match=r"`params` has optax.MaskedNode holes"):
         masked.update(params, masked.init(params), params)
-    bound = optax.masked(build(objective=OBJECTIVE.bind(probe), probe=None), {"in": True, "out": False})
+    bound = optax.masked(
+        build(objective=OBJECTIVE.bind(probe), probe=None), {"in": True, "out": False}
+    )
     assert bound.init(params).inner_state.reference.shape == (8, 8)
     nothing = optax.masked(build(), {"in": False, "out": False})
     _, state = nothing.update(params, nothing.init(params), params, all_params=params)
     assert state.inner_state.metrics["kernel/distance"] == 0
     uneven = optax.masked(build(probe={**probe, "mean": jnp.zeros(3)}), {"in": True, "out": False})
-    with pytest.raises(ValueError, match=r"`reference` is needed where parameters are masked and the leaves"):
+    with pytest.raises(
+        ValueError, match=r"`reference` is needed where parameters are masked and the leaves"
+    ):
         uneven.init(params)
     wrong = optax.masked(build(reference=jnp.eye(5)), {"in": True, "out": False})
-    with pytest.raises(ValueError, match=r"`reference` must be a kernel between the 8 examples .* got \(5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"`reference` must be a kernel between the 8 examples .* got \(5, 5\)"
+    ):
         wrong.update(params, wrong.init(params), params, all_params=params)

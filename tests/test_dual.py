@@ -33,15 +33,22 @@ def squared(outputs, batch):
 
 def softmax(outputs, batch):
     """Weighted, and of singular Hessian."""
-    labels = jax.nn.one_hot(jnp.arange(N) % outputs.shape[-1], outputs.shape[-1], dtype=outputs.dtype)
+    labels = jax.nn.one_hot(
+        jnp.arange(N) % outputs.shape[-1], outputs.shape[-1], dtype=outputs.dtype
+    )
     labels = jnp.broadcast_to(labels.reshape(N, *[1] * (outputs.ndim - 2), -1), outputs.shape)
     losses = jax.nn.logsumexp(outputs, axis=-1) - jnp.sum(outputs * labels, axis=-1)
-    weights = jnp.asarray([1.0, 0, 2, 1, 0.5]).astype(outputs.dtype).reshape(N, *[1] * (losses.ndim - 1))
+    weights = (
+        jnp.asarray([1.0, 0, 2, 1, 0.5]).astype(outputs.dtype).reshape(N, *[1] * (losses.ndim - 1))
+    )
     return jnp.sum(weights * losses)
 
 
 def hidden(params, x):
-    return jnp.tanh(jnp.einsum("...i,ij->...j", x, params["in"]) + params["bias"].reshape(*[1] * (x.ndim - 1), -1))
+    return jnp.tanh(
+        jnp.einsum("...i,ij->...j", x, params["in"])
+        + params["bias"].reshape(*[1] * (x.ndim - 1), -1)
+    )
 
 
 def perceptron(params, batch):
@@ -67,8 +74,12 @@ def pooled(params, batch):
 
 def convolution(params, batch):
     images = batch["images"]
-    numbers = jax.lax.conv_dimension_numbers(images.shape, params["kernel"].shape, ("NHWC", "HWIO", "NHWC"))
-    h = jax.lax.conv_general_dilated(images, params["kernel"], (1, 1), "SAME", dimension_numbers=numbers)
+    numbers = jax.lax.conv_dimension_numbers(
+        images.shape, params["kernel"].shape, ("NHWC", "HWIO", "NHWC")
+    )
+    h = jax.lax.conv_general_dilated(
+        images, params["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+    )
     h = jnp.tanh(h + params["shift"][None, None, None, :])
     return jnp.max(h.reshape(N, 2, 2, 2, 2, 2), axis=(2, 4)).reshape(N, -1)[:, :5] @ params["out"]
 
@@ -125,7 +136,13 @@ def _cases():
     }
 
     def case(model, names, loss, pull_backs):
-        return Case(model, {**{name: weights[name] for name in names.split()}, "none": None}, batch, loss, pull_backs)
+        return Case(
+            model,
+            {**{name: weights[name] for name in names.split()}, "none": None},
+            batch,
+            loss,
+            pull_backs,
+        )
 
     dense = "in bias out"
     return {
@@ -138,7 +155,8 @@ def _cases():
         "pooled": case(pooled, dense + " scale", softmax, 4),
         "convolution": case(convolution, "kernel shift out", squared, 4),
         "rows of a pytree": case(rows_of_a_pytree, dense, squared, 3),
-        # Here examples are mixed, or it cannot be said that they are not: one pull-back for each output of the batch.
+        # Here examples are mixed, or it cannot be said that they are not: one pull-back for each
+        # output of the batch.
         "pytree": case(pytree, dense, squared, 4 * N + 1),
         "batch statistics": case(batch_statistics, dense, softmax, 4 + 4 * N),
         "attention over the batch": case(attention_over_the_batch, dense, squared, 4 * N),
@@ -149,7 +167,16 @@ def _cases():
 
 
 CASES = (
-    *("scalar", "squared", "softmax", "one output", "transposed", "tokens", "pooled", "convolution"),
+    *(
+        "scalar",
+        "squared",
+        "softmax",
+        "one output",
+        "transposed",
+        "tokens",
+        "pooled",
+        "convolution",
+    ),
     *("rows of a pytree", "pytree", "batch statistics", "attention over the batch", "permuted"),
     *("shared weights", "embedded"),
 )
@@ -182,7 +209,9 @@ def _jacobian(case, params):
 def _curvature(case, params):
     """JᵀHJ with H the loss's Hessian in the outputs, both materialised."""
     jacobian = _jacobian(case, params)
-    return jacobian.T @ np.asarray(_hessian_of(case.model, case.loss, params, case.batch)) @ jacobian
+    return (
+        jacobian.T @ np.asarray(_hessian_of(case.model, case.loss, params, case.batch)) @ jacobian
+    )
 
 
 def _system(objective, params, batch, damping, scaling=None):
@@ -221,7 +250,9 @@ def test_solve_agrees_with_numpy(name, x64):
     case = _cases()[name]
     objective, params = gnlin.Objective(case.model, case.loss), case.params
     some = jax.tree.map(lambda leaf: jnp.sin(7.0 * leaf) + 0.3, params)
-    scaling = jax.tree.map(lambda leaf: 1.5 + jnp.cos(5.0 * leaf), params) if name == "pytree" else None
+    scaling = (
+        jax.tree.map(lambda leaf: 1.5 + jnp.cos(5.0 * leaf), params) if name == "pytree" else None
+    )
 
     @jax.jit
     def solve(damping):
@@ -232,16 +263,22 @@ def test_solve_agrees_with_numpy(name, x64):
     curvature = _curvature(case, params)
     for damping in (1.0, 1e-3, 1e-6):
         both, (steps, stats) = solve(damping)
-        matrix = curvature + damping * np.diag(np.ones(len(curvature)) if scaling is None else _flat(scaling))
+        matrix = curvature + damping * np.diag(
+            np.ones(len(curvature)) if scaling is None else _flat(scaling)
+        )
         resolution = np.finfo(float).eps * np.linalg.norm(matrix, 2) / damping
         for index in range(2):
-            rhs, step = (_flat(jax.tree.map(lambda leaf: leaf[index], each)) for each in (both, steps))  # noqa: B023
+            rhs, step = (
+                _flat(jax.tree.map(lambda leaf: leaf[index], each)) for each in (both, steps)
+            )  # noqa: B023
             residual = np.linalg.norm(rhs - matrix @ step) / np.linalg.norm(rhs)
             assert residual < np.finfo(float).eps ** 0.5
             assert abs(residual - stats["dual/residual"][index]) < 20 * resolution
             assert stats["dual/converged"][index]
             expected = np.linalg.solve(matrix, rhs)
-            assert np.linalg.norm(step - expected) < (1e-4 if damping == 1e-6 else 1e-8) * np.linalg.norm(expected)
+            assert np.linalg.norm(step - expected) < (
+                1e-4 if damping == 1e-6 else 1e-8
+            ) * np.linalg.norm(expected)
 
 
 def digits():
@@ -249,7 +286,10 @@ def digits():
 
     x, y = load_digits(return_X_y=True)
     draw = np.random.default_rng(0)
-    params = [(draw.standard_normal((i, o)) / np.sqrt(i), np.zeros(o)) for i, o in ((64, 16), (16, 16), (16, 10))]
+    params = [
+        (draw.standard_normal((i, o)) / np.sqrt(i), np.zeros(o))
+        for i, o in ((64, 16), (16, 16), (16, 10))
+    ]
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
     def model(params, batch):
@@ -267,7 +307,9 @@ def digits():
 
 def digits_curvature(objective, params, batch):
     """JᵀHJ, H being that of the softmax, in NumPy and float64 but for J."""
-    jacobian = np.asarray(jax.jit(jax.jacrev(oracles.raveled(objective, params, batch)[2]))(ravel_pytree(params)[0]))
+    jacobian = np.asarray(
+        jax.jit(jax.jacrev(oracles.raveled(objective, params, batch)[2]))(ravel_pytree(params)[0])
+    )
     outputs = np.asarray(objective.outputs_and_aux(params, batch)[0], np.float64)
     p = np.exp(outputs - outputs.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
@@ -283,34 +325,49 @@ def test_float32_on_digits():
     @jax.jit
     def solve(damping, rhs):
         system, gradient = _system(objective, params, batch, damping)
-        rhs = jax.tree.map(lambda given, own: jnp.where(jnp.isnan(given), own, given), rhs, gradient)
+        rhs = jax.tree.map(
+            lambda given, own: jnp.where(jnp.isnan(given), own, given), rhs, gradient
+        )
         return rhs, *_solved(Dual(), system, rhs)
 
     for damping in (1.0, 1e-2, 1e-4, 1e-6):
         # What float32 can know of this system, with the trace for the norm.
         resolution = np.finfo(np.float32).eps * np.trace(curvature) / damping
-        for rhs in (jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params), jax.tree.map(jnp.cos, params)):
+        for rhs in (
+            jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params),
+            jax.tree.map(jnp.cos, params),
+        ):
             b, step, stats = solve(damping, rhs)
             residual = np.linalg.norm(_flat(b) - curvature @ _flat(step) - damping * _flat(step))
             assert residual < max(5e-4, resolution) * np.linalg.norm(_flat(b))
-            assert stats["dual/converged"] == (stats["dual/residual"] <= np.finfo(np.float32).eps ** 0.5)
+            assert stats["dual/converged"] == (
+                stats["dual/residual"] <= np.finfo(np.float32).eps ** 0.5
+            )
             assert stats["dual/pull_backs"] == 10
 
 
 def _as(dtype, case):
-    return case._replace(params=gnlin.tree.cast(case.params, dtype), batch=gnlin.tree.cast(case.batch, dtype))
+    return case._replace(
+        params=gnlin.tree.cast(case.params, dtype), batch=gnlin.tree.cast(case.batch, dtype)
+    )
 
 
 def test_bfloat16_parameters_have_steps_in_bfloat16():
     wide = _as(jnp.float32, _cases()["softmax"])
     case = _as(jnp.bfloat16, wide)
     objective = gnlin.Objective(case.model, case.loss)
-    step, _ = jax.jit(lambda p: _solved(Dual(), *_system(objective, p, case.batch, 1.0)))(case.params)
+    step, _ = jax.jit(lambda p: _solved(Dual(), *_system(objective, p, case.batch, 1.0)))(
+        case.params
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(step)} == {jnp.bfloat16.dtype}
     matrix = _curvature(wide, wide.params) + np.eye(_flat(step).size)
-    expected = np.linalg.solve(matrix, _flat(jax.jit(jax.grad(objective.value))(wide.params, wide.batch)))
+    expected = np.linalg.solve(
+        matrix, _flat(jax.jit(jax.grad(objective.value))(wide.params, wide.batch))
+    )
     error = np.linalg.norm(_flat(step).astype(np.float32) - expected) / np.linalg.norm(expected)
-    assert error < tolerance(jnp.bfloat16, 16)["rtol"]  # outputs, cotangents and gradients are rounded, too
+    assert (
+        error < tolerance(jnp.bfloat16, 16)["rtol"]
+    )  # outputs, cotangents and gradients are rounded, too
 
 
 def test_spring_is_damped_towards_the_last_solution(x64):
@@ -325,7 +382,9 @@ def test_spring_is_damped_towards_the_last_solution(x64):
         updates, state = tx.update(None, state, params, batch=batch)
         return (optax.apply_updates(params, updates), state), updates
 
-    (_, state), updates = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), batches))(case.params)
+    (_, state), updates = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), batches))(
+        case.params
+    )
     flat, unravel = ravel_pytree(case.params)
     last, gradient_of = np.zeros(flat.size), jax.jit(jax.grad(objective.value))
     for index, s in enumerate(scale):
@@ -349,7 +408,9 @@ def test_batches_of_solves_and_right_hand_sides_without_a_solution(x64):
     def solve(damping, factor, share, other, last):
         system, gradient = _system(objective, case.params, {"x": case.batch["x"] * factor}, damping)
         rhs = jax.tree.map(lambda g, p: share * g + other * jnp.cos(p), gradient, case.params)
-        solution, (last, _) = solver.solve(system, rhs, (jax.tree.map(lambda p: last * p, case.params), ()))
+        solution, (last, _) = solver.solve(
+            system, rhs, (jax.tree.map(lambda p: last * p, case.params), ())
+        )
         return _raveled(solution.step), _raveled(last), solution.stats
 
     lanes = [
@@ -380,7 +441,9 @@ def test_a_small_budget_changes_nothing(x64):
     linear = gnlin.linearise(gnlin.Objective(case.model, case.loss), case.params, case.batch)
     jacobian = _jacobian(case, case.params)
     for budget, pull_backs in ((250, 4 + 4 * N), (2, 4 * N)):
-        kernel = jax.jit(lambda budget=budget: kernel_matrix(linear.jvp, linear.vjp, case.params, budget=budget))()
+        kernel = jax.jit(
+            lambda budget=budget: kernel_matrix(linear.jvp, linear.vjp, case.params, budget=budget)
+        )()
         np.testing.assert_allclose(kernel.matrix, jacobian @ jacobian.T, rtol=1e-11, atol=1e-11)
         assert kernel.pull_backs == pull_backs
 
@@ -396,7 +459,10 @@ def wide_problem():
 def test_too_many_outputs_are_refused_before_anything_is_computed():
     objective, params, batch = wide_problem()
     tx = gnlin.scale_by_gauss_newton(objective, 0.1, solver=Dual())
-    with pytest.raises(ValueError, match=r"`max_outputs` is 4096, but the batch has 70000 outputs.*110 GiB.*gnlin\.CG"):
+    with pytest.raises(
+        ValueError,
+        match=r"`max_outputs` is 4096, but the batch has 70000 outputs.*110 GiB.*gnlin\.CG",
+    ):
         jax.eval_shape(lambda p, b: tx.update(None, tx.init(p), p, batch=b), params, batch)
 
 
@@ -413,7 +479,10 @@ def test_another_solver_for_too_many_outputs():
     step, state = jax.jit(lambda: updated(tx, batch))()
     np.testing.assert_array_equal(step, jax.jit(lambda: updated(alone, batch)[0])())
     assert gnlin.metrics(state)["cg/converged"]
-    for shape in (jax.eval_shape(lambda: updated(tx, batch[:1])[1]), jax.eval_shape(lambda: tx.init(params))):
+    for shape in (
+        jax.eval_shape(lambda: updated(tx, batch[:1])[1]),
+        jax.eval_shape(lambda: tx.init(params)),
+    ):
         assert shape == jax.eval_shape(lambda: state)
 
 
@@ -425,7 +494,11 @@ def test_another_solver_for_too_many_outputs():
         ({"momentum": float("nan")}, ValueError, r"`momentum` must lie in \[0, 1\); got nan"),
         ({"momentum": True}, ValueError, r"`momentum` must lie in \[0, 1\); got True"),
         ({"max_outputs": 0}, ValueError, "`max_outputs` must be an integer of at least 1; got 0"),
-        ({"max_outputs": 2.0}, ValueError, "`max_outputs` must be an integer of at least 1; got 2.0"),
+        (
+            {"max_outputs": 2.0},
+            ValueError,
+            "`max_outputs` must be an integer of at least 1; got 2.0",
+        ),
         ({"otherwise": gnlin.CG}, TypeError, "`otherwise` must be a solver record"),
         ({"otherwise": "cg"}, TypeError, "`otherwise` must be a solver record .* got 'cg'"),
         ({"jitter": 1e-6}, TypeError, "unexpected keyword argument 'jitter'"),

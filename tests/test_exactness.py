@@ -64,9 +64,24 @@ def _cases():
     return [
         Case("scalar", scalar, lambda z, batch: jnp.cosh(z), {"x": x}),
         Case("squared (N, C)", outputs, _squared, {"x": x}),
-        Case("softmax (N, C)", outputs, _weighted_cross_entropy, {"x": x, "labels": labels, "weights": jnp.ones(7)}),
-        Case("masked softmax", outputs, _weighted_cross_entropy, {"x": x, "labels": labels, "weights": mask}),
-        Case("softmax (N, T, C)", sequence, _weighted_cross_entropy, {"x": x, "labels": tokens, "weights": weights2}),
+        Case(
+            "softmax (N, C)",
+            outputs,
+            _weighted_cross_entropy,
+            {"x": x, "labels": labels, "weights": jnp.ones(7)},
+        ),
+        Case(
+            "masked softmax",
+            outputs,
+            _weighted_cross_entropy,
+            {"x": x, "labels": labels, "weights": mask},
+        ),
+        Case(
+            "softmax (N, T, C)",
+            sequence,
+            _weighted_cross_entropy,
+            {"x": x, "labels": tokens, "weights": weights2},
+        ),
         Case("pytree", pytree, _squared, {"x": x}),
     ]
 
@@ -81,7 +96,8 @@ def _params():
 
 
 @pytest.fixture(
-    params=range(6), ids=lambda index: ["scalar", "squared", "softmax", "masked", "tokens", "pytree"][index]
+    params=range(6),
+    ids=lambda index: ["scalar", "squared", "softmax", "masked", "tokens", "pytree"][index],
 )
 def problem(request, x64):
     case = _cases()[request.param]
@@ -95,20 +111,32 @@ def _flat(tree):
 def test_ggn_product_is_the_hessian_of_the_loss_on_the_linearised_model(problem):
     objective, params, batch = problem
     vector = jax.tree.map(lambda leaf: jnp.cos(3.0 * leaf), params)
-    product = jax.jit(lambda p, b, v: gnlin.ggn_vector_product(objective, p, b)(v))(params, batch, vector)
-    np.testing.assert_allclose(_flat(product), oracles.ggn_matrix(objective, params, batch) @ _flat(vector), **CLOSE)
+    product = jax.jit(lambda p, b, v: gnlin.ggn_vector_product(objective, p, b)(v))(
+        params, batch, vector
+    )
+    np.testing.assert_allclose(
+        _flat(product), oracles.ggn_matrix(objective, params, batch) @ _flat(vector), **CLOSE
+    )
 
 
 def test_quadratic_model_is_the_second_order_expansion(problem):
     objective, params, batch = problem
     step = jax.tree.map(lambda leaf: 0.1 * jnp.sin(leaf), params)
     model = gnlin.quadratic_model(objective, params, batch)
-    g, matrix, d = oracles.gradient(objective, params, batch), oracles.ggn_matrix(objective, params, batch), _flat(step)
+    g, matrix, d = (
+        oracles.gradient(objective, params, batch),
+        oracles.ggn_matrix(objective, params, batch),
+        _flat(step),
+    )
     np.testing.assert_allclose(model.change(step), g @ d + d @ matrix @ d / 2, **CLOSE)
-    np.testing.assert_allclose(model(step), objective.value(params, batch) + g @ d + d @ matrix @ d / 2, **CLOSE)
+    np.testing.assert_allclose(
+        model(step), objective.value(params, batch) + g @ d + d @ matrix @ d / 2, **CLOSE
+    )
 
 
-@pytest.mark.parametrize("solver", [gnlin.CG(max_steps=400, rtol=1e-13), gnlin.Dense()], ids=["cg", "dense"])
+@pytest.mark.parametrize(
+    "solver", [gnlin.CG(max_steps=400, rtol=1e-13), gnlin.Dense()], ids=["cg", "dense"]
+)
 def test_damped_solve_agrees_with_numpy_for_any_right_hand_side(problem, solver):
     objective, params, batch = problem
     rhs = jax.tree.map(lambda leaf: jnp.sin(7.0 * leaf) + 0.3, params)
@@ -126,7 +154,9 @@ def test_damped_solve_agrees_with_numpy_for_any_right_hand_side(problem, solver)
         assert gnlin.metrics(state)[f"{type(solver).__name__.lower()}/converged"]
 
 
-def test_without_updates_the_right_hand_side_is_the_gradient_and_curvature_may_have_its_own_batch(problem):
+def test_without_updates_the_right_hand_side_is_the_gradient_and_curvature_may_have_its_own_batch(
+    problem,
+):
     objective, params, batch = problem
     other = {**batch, "x": batch["x"][::-1] * 0.5}
     tx = gnlin.scale_by_gauss_newton(objective, 0.5, solver=gnlin.Dense())
@@ -139,12 +169,16 @@ def test_without_updates_the_right_hand_side_is_the_gradient_and_curvature_may_h
 @given(size=st.floats(-300, 300), seed=st.integers(0, 2**31))
 def test_solves_are_free_of_scale(size, seed):
     with enable_x64(True):
-        objective = gnlin.Objective.least_squares(lambda p: jnp.asarray([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]]) @ p)
+        objective = gnlin.Objective.least_squares(
+            lambda p: jnp.asarray([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]]) @ p
+        )
         rhs = oracles.normal(2, seed=seed) * 10.0**size
         for solver in (gnlin.CG(rtol=1e-12), gnlin.Dense()):
             tx = gnlin.scale_by_gauss_newton(objective, 0.0, solver=solver)
             step, _ = tx.update(rhs, tx.init(rhs), jnp.ones(2))
-            np.testing.assert_allclose(step, np.linalg.solve([[5.0, 3.0], [3.0, 11.0]], rhs), rtol=1e-8)
+            np.testing.assert_allclose(
+                step, np.linalg.solve([[5.0, 3.0], [3.0, 11.0]], rhs), rtol=1e-8
+            )
 
 
 @pytest.mark.parametrize("solver", [gnlin.CG(warm_start=0.9), gnlin.Dense()], ids=["cg", "dense"])
@@ -153,7 +187,11 @@ def test_zero_and_non_finite_right_hand_sides_give_finite_steps(solver):
     tx = gnlin.scale_by_gauss_newton(objective, 0.0, solver=solver)
     params = jnp.ones(3)
     name = type(solver).__name__.lower()
-    for rhs, converged in ((jnp.zeros(3), True), (jnp.full(3, jnp.nan), False), (jnp.full(3, 1e-38), True)):
+    for rhs, converged in (
+        (jnp.zeros(3), True),
+        (jnp.full(3, jnp.nan), False),
+        (jnp.full(3, 1e-38), True),
+    ):
         step, state = tx.update(rhs, tx.init(params), params)
         assert np.all(np.isfinite(step))
         assert bool(gnlin.metrics(state)[f"{name}/converged"]) is converged
@@ -194,7 +232,9 @@ def test_trajectories_equal_the_two_nested_loops(x64, period, quadratic):
     objective, params = gnlin.Objective(case.model, case.loss), _params()
     batches = [{**case.batch, "x": case.batch["x"] + 0.1 * i} for i in range(18)]
     inner = optax.sgd(0.3, momentum=0.9)
-    expected = oracles.iterative_linearisation(objective, inner, params, batches, period, quadratic=quadratic)
+    expected = oracles.iterative_linearisation(
+        objective, inner, params, batches, period, quadratic=quadratic
+    )
 
     model = "quadratic" if quadratic else "exact"
     chained = optax.chain(gnlin.linearise_gradients(objective, period, loss_model=model), inner)
@@ -233,12 +273,18 @@ def test_prox_linear_is_one_cycle_on_one_batch(x64):
     expected = oracles.iterative_linearisation(objective, inner, params, [case.batch] * 6, None)[-1]
     tx = gnlin.prox_linear(inner, objective, steps=6)
     updates, _ = tx.update(None, tx.init(params), params, batch=case.batch)
-    np.testing.assert_allclose(_flat(optax.apply_updates(params, updates)), expected, rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(
+        _flat(optax.apply_updates(params, updates)), expected, rtol=1e-10, atol=1e-11
+    )
 
 
 def test_line_search_is_never_worse_than_not_moving():
-    objective = gnlin.Objective.least_squares(lambda p: jnp.stack([10.0 * (p[1] - p[0] ** 2), 1.0 - p[0]]))
-    tx = gnlin.iterative_linearisation(optax.sgd(0.05), objective, 3, line_search=(1.0, 0.3, 0.1, 0.01))
+    objective = gnlin.Objective.least_squares(
+        lambda p: jnp.stack([10.0 * (p[1] - p[0] ** 2), 1.0 - p[0]])
+    )
+    tx = gnlin.iterative_linearisation(
+        optax.sgd(0.05), objective, 3, line_search=(1.0, 0.3, 0.1, 0.01)
+    )
     params, losses = jnp.asarray([-1.2, 1.0]), []
     state = tx.init(params)
     for _ in range(30):
@@ -252,13 +298,19 @@ def test_line_search_is_never_worse_than_not_moving():
 def _linear_problem():
     jacobian = oracles.normal(4, 9, seed=8)
     target = oracles.normal(4, seed=9)
-    return np.asarray(jacobian), np.asarray(target), gnlin.Objective.least_squares(lambda p: jacobian @ p - target)
+    return (
+        np.asarray(jacobian),
+        np.asarray(target),
+        gnlin.Objective.least_squares(lambda p: jacobian @ p - target),
+    )
 
 
 def test_a_long_cycle_on_a_squared_loss_reaches_the_minimum_norm_step(x64):
     jacobian, target, objective = _linear_problem()
     start = oracles.normal(9, seed=10)
-    tx = optax.chain(gnlin.linearise_gradients(objective, None), optax.sgd(1 / np.linalg.norm(jacobian, 2) ** 2))
+    tx = optax.chain(
+        gnlin.linearise_gradients(objective, None), optax.sgd(1 / np.linalg.norm(jacobian, 2) ** 2)
+    )
 
     def step(carry, _):
         params, state = carry
@@ -283,7 +335,9 @@ def test_k_steps_filter_as_damping_does_at_one_over_eta_k(x64):
         u, sigma, vt = np.linalg.svd(jacobian, full_matrices=False)
         filtered = (1 - (1 - sigma**2 / (damping * steps)) ** steps) / sigma
         residual = np.asarray(objective.outputs_and_aux(start)[0])
-        np.testing.assert_allclose(linearised, -vt.T @ (filtered * (u.T @ residual)), rtol=1e-8, atol=1e-14)
+        np.testing.assert_allclose(
+            linearised, -vt.T @ (filtered * (u.T @ residual)), rtol=1e-8, atol=1e-14
+        )
         gaps.append(np.linalg.norm(linearised - solved) / np.linalg.norm(solved))
     assert gaps[0] < 1e-2
     assert gaps[1] < 0.11 * gaps[0]
@@ -317,7 +371,9 @@ def test_models_with_only_a_reverse_rule_go_through_the_transpose(x64):
 
     batch, params = {"x": oracles.normal(5, 3, seed=1)}, oracles.normal(3, seed=2)
     ours = gnlin.ggn_vector_product(objective(activation), params, batch)(params)
-    np.testing.assert_allclose(ours, gnlin.ggn_vector_product(objective(jnp.sin), params, batch)(params), **CLOSE)
+    np.testing.assert_allclose(
+        ours, gnlin.ggn_vector_product(objective(jnp.sin), params, batch)(params), **CLOSE
+    )
 
 
 def test_value_and_grad_with_auxiliary_data():
@@ -327,7 +383,9 @@ def test_value_and_grad_with_auxiliary_data():
     (value, aux), grads = objective.value_and_grad(jnp.ones(2), jnp.asarray([1.0, 2.0]))
     assert (float(value), aux["size"]) == (3.0, 2)
     np.testing.assert_allclose(grads, [1.0, 2.0])
-    (linear, aux), _ = gnlin.linearised_value_and_grad(objective)(jnp.zeros(2), jnp.ones(2), jnp.ones(2))
+    (linear, aux), _ = gnlin.linearised_value_and_grad(objective)(
+        jnp.zeros(2), jnp.ones(2), jnp.ones(2)
+    )
     assert (float(linear), aux["size"]) == (0.0, 2)
 
 
@@ -363,16 +421,23 @@ def test_derivatives_of_fits_whose_parameters_differ_by_orders_of_magnitude(x64,
 
     @jax.jit
     def solve(y):
-        return gnlin.minimise(objective, start, tx, batch={"x": x, "y": y}, max_steps=100, tol=1e-9)[0]
+        return gnlin.minimise(
+            objective, start, tx, batch={"x": x, "y": y}, max_steps=100, tol=1e-9
+        )[0]
 
     with jax.numpy_rank_promotion("allow"):
         params = solve(y)
         weights = jnp.asarray(1 / fit.certified)
         ours = jax.grad(lambda y: weights @ solve(y))(y)
         hessian = np.asarray(jax.hessian(objective.value)(params, {"x": x, "y": y}))
-        mixed = np.asarray(jax.jacrev(lambda y: jax.grad(objective.value)(params, {"x": x, "y": y}))(y))
+        mixed = np.asarray(
+            jax.jacrev(lambda y: jax.grad(objective.value)(params, {"x": x, "y": y}))(y)
+        )
     unit = np.abs(fit.certified)
-    expected = -(np.sign(fit.certified) @ np.linalg.solve(hessian * unit * unit[:, None], mixed * unit[:, None]))
+    expected = -(
+        np.sign(fit.certified)
+        @ np.linalg.solve(hessian * unit * unit[:, None], mixed * unit[:, None])
+    )
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 

@@ -26,7 +26,10 @@ def fences(page: Path) -> list[tuple[str, str, int]]:
 
 
 def run(source: str, page: Path, names: dict) -> None:
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as a reader of the page has them
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):  # as a reader of the page has them
         exec(compile(source, str(page), "exec"), names)
 
 
@@ -35,11 +38,14 @@ def test_every_python_block_runs_and_prints_what_the_page_says(page, capsys):
     """The blocks of a page share their names; a ``text`` block after one is what it prints."""
     names: dict = {"__name__": "__main__"}
     blocks = fences(page)
-    for (language, source, line), (following, expected, _) in zip(blocks, [*blocks, ("", "", 0)][1:], strict=True):
+    for (language, source, line), (following, expected, _) in zip(
+        blocks, [*blocks, ("", "", 0)][1:], strict=True
+    ):
         assert language in LANGUAGES, f"{page.name}:{line}: name the block's language"
         if language != "python":
             continue
-        # As many empty lines as stand above the block, so that a traceback shows the line of the page.
+        # As many empty lines as stand above the block, so that a traceback shows the line of the
+        # page.
         run("\n" * line + source, page, names)
         printed = capsys.readouterr().out
         if following == "text":
@@ -53,16 +59,21 @@ def test_readme_example_trains(capsys):
     assert sum(bool(line.strip()) for line in source.splitlines()) <= 25
     run(source, README, {})
     losses = [float(line) for line in capsys.readouterr().out.splitlines()]
-    said = re.search(r"three losses are ([\d.]+), ([\d.]+) and ([\d.]+)", README.read_text("utf-8")).groups()
+    said = re.search(
+        r"three losses are ([\d.]+), ([\d.]+) and ([\d.]+)", README.read_text("utf-8")
+    ).groups()
     assert losses == pytest.approx([float(loss) for loss in said], rel=0.3)
 
 
 def run_example(name: str, cwd: Path, *arguments: str) -> str:
-    # Here compilation is what takes long, and the threads of LAPACK would wait for those of other tests.
+    # Here compilation is what takes long, and the threads of LAPACK would wait for those of other
+    # tests.
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "OPENBLAS_NUM_THREADS": "1"}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | quick
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -112,7 +123,9 @@ def rows_of(table: str) -> list[list[str]]:
 
 def test_reference_problems_favour_curvature(tmp_path):
     rows = rows_of(run_example("reference_problems.py", tmp_path, "gn", "sgd", "--quick"))
-    assert [row[:2] for row in rows] == [["diabetes-full", target] for target in ("0.1", "0.01", "0.001")]
+    assert [row[:2] for row in rows] == [
+        ["diabetes-full", target] for target in ("0.1", "0.01", "0.001")
+    ]
     gauss_newton, descent = rows[0][2:]
     assert float(gauss_newton) < 40
     assert descent == "–" or float(descent) > float(gauss_newton)
@@ -120,7 +133,9 @@ def test_reference_problems_favour_curvature(tmp_path):
 
 def test_preconditioners_save_iterations(tmp_path):
     rows = rows_of(run_example("preconditioners.py", tmp_path, "--quick"))
-    (loose, loose_nystrom), (strict, strict_nystrom) = ([int(cell.split()[0]) for cell in row[1:]] for row in rows)
+    (loose, loose_nystrom), (strict, strict_nystrom) = (
+        [int(cell.split()[0]) for cell in row[1:]] for row in rows
+    )
     assert 0 < loose_nystrom < loose < strict
     assert strict_nystrom < strict / 2
 
@@ -160,16 +175,24 @@ def test_spectral_norms_are_known(tmp_path):
 
 
 def test_features_are_mapped(tmp_path):
-    rows = {row[0]: row for row in rows_of(run_example("feature_learning.py", tmp_path, "diabetes", "--quick"))}
+    rows = {
+        row[0]: row
+        for row in rows_of(run_example("feature_learning.py", tmp_path, "diabetes", "--quick"))
+    }
     assert list(rows) == ["1", "4", "16", "never", "111", "000"]
     anchors = [int(rows[period][2]) for period in ("1", "4", "16", "never")]
     assert anchors[0] > anchors[1] > anchors[2] == anchors[3] == 1
     assert float(rows["1"][3]) < float(rows["4"][3]) < 1
     assert rows["never"][3:6] == ["1", "1", "0"]
     # Of the rates that were tried the table has the best one's losses, as the report does.
-    for what, name, label in (("drift", "4", "il-drift:period=4"), ("layers", "111", "il-layers:layers=111")):
+    for what, name, label in (
+        ("drift", "4", "il-drift:period=4"),
+        ("layers", "111", "il-layers:layers=111"),
+    ):
         lines = (
-            (tmp_path / "gnlin-results" / f"diabetes-quick-{what}" / "records.jsonl").read_text("utf-8").splitlines()
+            (tmp_path / "gnlin-results" / f"diabetes-quick-{what}" / "records.jsonl")
+            .read_text("utf-8")
+            .splitlines()
         )
         records = [json.loads(line) for line in lines]
         losses = [record["curve"]["loss"][-1] for record in records if record["label"] == label]

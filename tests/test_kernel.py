@@ -44,8 +44,12 @@ def pytree(params, batch):
 
 def convolution(params, batch):
     images = batch["images"]
-    numbers = jax.lax.conv_dimension_numbers(images.shape, params["kernel"].shape, ("NHWC", "HWIO", "NHWC"))
-    h = jax.lax.conv_general_dilated(images, params["kernel"], (1, 1), "SAME", dimension_numbers=numbers)
+    numbers = jax.lax.conv_dimension_numbers(
+        images.shape, params["kernel"].shape, ("NHWC", "HWIO", "NHWC")
+    )
+    h = jax.lax.conv_general_dilated(
+        images, params["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+    )
     h = jax.nn.relu(h + params["shift"][None, None, None, :])
     h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     return h.reshape(len(h), -1)[:, :5] @ params["out"]
@@ -66,13 +70,17 @@ def recurrence(params, batch):
         hidden = jnp.tanh(hidden @ params["square"] + row @ params["in"])
         return hidden, jnp.sum(hidden, axis=1)
 
-    hidden, sums = jax.lax.scan(read, jnp.zeros((len(batch["x"]), 5)), jnp.moveaxis(batch["tokens"], 1, 0))
+    hidden, sums = jax.lax.scan(
+        read, jnp.zeros((len(batch["x"]), 5)), jnp.moveaxis(batch["tokens"], 1, 0)
+    )
     return hidden @ params["out"] + jnp.moveaxis(sums, 0, 1)[:, :1]
 
 
 def stacked(params, batch):
     """Layers of equal size in a loop."""
-    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), batch["x"] @ params["in"], params["deep"])
+    h, _ = jax.lax.scan(
+        lambda h, w: (jnp.tanh(h @ w), None), batch["x"] @ params["in"], params["deep"]
+    )
     return h @ params["out"]
 
 
@@ -83,8 +91,14 @@ def assorted(params, batch):
     part = jax.lax.dynamic_slice_in_dim(jnp.cumsum(h, axis=1), 1, 3, axis=1)
     chosen = params["out"][jnp.argmax(h, axis=1)][:, :3]
     best = jnp.where(jnp.all(h > -2, axis=1), jnp.max(h, axis=1), jnp.prod(h, axis=1))
-    largest = (largest - largest.mean(1, keepdims=True)) / (0.1 + largest.std(axis=1, keepdims=True))
-    return largest * part + jnp.sort(h, axis=1)[:, 2:] * chosen + best[:, None] * places.astype(best.dtype)
+    largest = (largest - largest.mean(1, keepdims=True)) / (
+        0.1 + largest.std(axis=1, keepdims=True)
+    )
+    return (
+        largest * part
+        + jnp.sort(h, axis=1)[:, 2:] * chosen
+        + best[:, None] * places.astype(best.dtype)
+    )
 
 
 def frozen_statistics(params, batch):
@@ -94,7 +108,11 @@ def frozen_statistics(params, batch):
 
 def batch_statistics(params, batch):
     h = batch["x"] @ params["in"]
-    return (h - jnp.mean(h, axis=0, keepdims=True)) / jnp.sqrt(jnp.var(h, axis=0, keepdims=True) + 0.1) @ params["out"]
+    return (
+        (h - jnp.mean(h, axis=0, keepdims=True))
+        / jnp.sqrt(jnp.var(h, axis=0, keepdims=True) + 0.1)
+        @ params["out"]
+    )
 
 
 def standardised_inputs(params, batch):
@@ -108,11 +126,15 @@ def dropout(params, batch):
 
 
 def by_place(params, batch):
-    return perceptron(params, batch) * jnp.arange(1.0, 1 + len(batch["x"]))[:, None].astype(batch["x"].dtype)
+    return perceptron(params, batch) * jnp.arange(1.0, 1 + len(batch["x"]))[:, None].astype(
+        batch["x"].dtype
+    )
 
 
 def fixed_size(params, batch):
-    return perceptron(params, batch).reshape(len(batch["x"]) // 2, 2, -1).reshape(len(batch["x"]), -1)
+    return (
+        perceptron(params, batch).reshape(len(batch["x"]) // 2, 2, -1).reshape(len(batch["x"]), -1)
+    )
 
 
 def divided(params, batch):
@@ -152,7 +174,9 @@ def branching(params, batch):
 
 def noise_for_all(params, batch):
     """What is drawn for each example and summed is known, and not the same for a part."""
-    return perceptron(params, batch) * jnp.sum(jax.random.normal(jax.random.key(0), (len(batch["x"]),)).astype(float))
+    return perceptron(params, batch) * jnp.sum(
+        jax.random.normal(jax.random.key(0), (len(batch["x"]),)).astype(float)
+    )
 
 
 @jax.custom_jvp
@@ -160,7 +184,12 @@ def centred(h):
     return h
 
 
-centred.defjvp(lambda primals, tangents: (primals[0], tangents[0] - jnp.mean(tangents[0], axis=0, keepdims=True)))
+centred.defjvp(
+    lambda primals, tangents: (
+        primals[0],
+        tangents[0] - jnp.mean(tangents[0], axis=0, keepdims=True),
+    )
+)
 
 
 def rule_of_its_own(params, batch):
@@ -200,7 +229,9 @@ def cases() -> dict[str, Case]:
     }
 
     def case(model, names, apart=True):
-        return Case(model, {**{name: weights[name] for name in names.split()}, "none": None}, batch, apart)
+        return Case(
+            model, {**{name: weights[name] for name in names.split()}, "none": None}, batch, apart
+        )
 
     return {
         "perceptron": case(perceptron, "in bias out"),
@@ -235,8 +266,17 @@ def loss(outputs, batch):
 
 def other_batch(case):
     """M other examples of the same kind."""
-    changed = {name: jnp.roll(leaf, 1, axis=0)[:M] for name, leaf in case.batch.items() if name not in ("ids", "mean")}
-    return {**case.batch, **changed, "x": jnp.sin(case.batch["x"][:M]), "ids": case.batch["ids"][-M:]}
+    changed = {
+        name: jnp.roll(leaf, 1, axis=0)[:M]
+        for name, leaf in case.batch.items()
+        if name not in ("ids", "mean")
+    }
+    return {
+        **case.batch,
+        **changed,
+        "x": jnp.sin(case.batch["x"][:M]),
+        "ids": case.batch["ids"][-M:],
+    }
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -246,7 +286,9 @@ def jacobian(model, params, batch):
 
     def outputs(vector):
         leaves = jax.tree.leaves(model(unravel(vector), batch))
-        return jnp.concatenate([leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves], axis=1)
+        return jnp.concatenate(
+            [leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves], axis=1
+        )
 
     return jax.jacfwd(outputs)(flat)
 
@@ -256,7 +298,11 @@ def dense_kernels(case, other=None):
     a = np.asarray(jacobian(case.model, case.params, case.batch))
     b = a if other is None else np.asarray(jacobian(case.model, case.params, other))
     full = np.einsum("ncp,mdp->ncmd", a, b)
-    return {"full": full, "diagonal": np.einsum("ncmc->cnm", full), "trace": np.einsum("ncmc->nm", full)}
+    return {
+        "full": full,
+        "diagonal": np.einsum("ncmc->cnm", full),
+        "trace": np.einsum("ncmc->nm", full),
+    }
 
 
 def objective_of(case):
@@ -270,7 +316,9 @@ def all_kernels(case, *others, **bounds):
     @jax.jit
     def kernels(params, *batches):
         return [
-            gnlin.empirical_ntk(objective, params, *batches, outputs=outputs, max_bytes=bounds.get(outputs, 2**32))
+            gnlin.kernel.empirical_ntk(
+                objective, params, *batches, outputs=outputs, max_bytes=bounds.get(outputs, 2**32)
+            )
             for outputs in KINDS
         ]
 
@@ -283,7 +331,9 @@ def test_kernels_are_those_of_the_jacobian(name, x64):
     for others in ((), (other_batch(case),)):
         expected = dense_kernels(case, *others)
         for kernel, outputs in zip(all_kernels(case, *others), KINDS, strict=True):
-            np.testing.assert_allclose(kernel, expected[outputs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max())
+            np.testing.assert_allclose(
+                kernel, expected[outputs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max()
+            )
 
 
 # About the least that is accepted, in bytes; the kernel itself takes 3072, of one output 192.
@@ -306,7 +356,9 @@ def test_parts_of_batches_make_the_same_kernel(name, x64):
         jax.eval_shape(lambda: all_kernels(case, *others, full=BOUNDS[name] // 4))
     expected = dense_kernels(case, *others)
     for kernel, outputs in zip(all_kernels(case, *others, **bounds), KINDS, strict=True):
-        np.testing.assert_allclose(kernel, expected[outputs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max())
+        np.testing.assert_allclose(
+            kernel, expected[outputs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max()
+        )
 
 
 @pytest.mark.parametrize("name", cases())
@@ -323,10 +375,13 @@ def test_a_leaf_that_only_looks_like_examples_is_not_cut(x64):
     """Weights of as many outputs as there are examples."""
     batch = {"x": oracles.normal(4, 3, seed=1), "weights": jnp.arange(1.0, 5)}
     case = Case(
-        lambda p, b: (b["x"] @ p["w"]) * b["weights"][None, :], {"w": oracles.normal(3, 4, seed=2)}, batch, False
+        lambda p, b: (b["x"] @ p["w"]) * b["weights"][None, :],
+        {"w": oracles.normal(3, 4, seed=2)},
+        batch,
+        False,
     )
     assert not cut_of(case.model, case.params, batch).apart
-    kernel = gnlin.empirical_ntk(objective_of(case), case.params, batch)
+    kernel = gnlin.kernel.empirical_ntk(objective_of(case), case.params, batch)
     np.testing.assert_allclose(kernel, dense_kernels(case)["full"], rtol=1e-12)
 
 
@@ -338,7 +393,7 @@ def test_ways_to_contract_that_depend_on_the_batch(x64):
     inputs, outputs = x @ weights[0], weights[1]
     expected = 10 * (inputs @ inputs.T) + (x @ x.T) * jnp.sum(outputs**2)
     for bound in (2**32, 2**20):
-        kernel = gnlin.empirical_ntk(objective, weights, x, outputs="trace", max_bytes=bound)
+        kernel = gnlin.kernel.empirical_ntk(objective, weights, x, outputs="trace", max_bytes=bound)
         np.testing.assert_allclose(kernel, expected, rtol=1e-10)
 
 
@@ -349,38 +404,53 @@ def test_batch_normalisation_within_a_bound():
     objective = gnlin.Objective(batch_statistics, loss)
     for bound in (2**24, 2**28, 2**31):
         jax.eval_shape(
-            lambda bound=bound: gnlin.empirical_ntk(objective, params, data, outputs="trace", max_bytes=bound)
+            lambda bound=bound: gnlin.kernel.empirical_ntk(
+                objective, params, data, outputs="trace", max_bytes=bound
+            )
         )
 
 
 def test_one_example(x64):
     case = cases()["perceptron"]
     one = jax.tree.map(lambda leaf: leaf[:1], {name: case.batch[name] for name in ("x",)})
-    kernel = gnlin.empirical_ntk(objective_of(case), case.params, one, {"x": case.batch["x"]})
+    kernel = gnlin.kernel.empirical_ntk(
+        objective_of(case), case.params, one, {"x": case.batch["x"]}
+    )
     np.testing.assert_allclose(kernel, dense_kernels(case)["full"][:1], rtol=1e-12)
 
 
 def test_data_that_is_bound(x64):
     case = cases()["perceptron"]
-    kernel = gnlin.empirical_ntk(objective_of(case).bind(case.batch), case.params)
+    kernel = gnlin.kernel.empirical_ntk(objective_of(case).bind(case.batch), case.params)
     np.testing.assert_allclose(kernel, dense_kernels(case)["full"], rtol=1e-12)
     free = gnlin.Objective.least_squares(lambda p: perceptron(p, case.batch))
-    np.testing.assert_allclose(gnlin.empirical_ntk(free, case.params), dense_kernels(case)["full"], rtol=1e-12)
+    np.testing.assert_allclose(
+        gnlin.kernel.empirical_ntk(free, case.params), dense_kernels(case)["full"], rtol=1e-12
+    )
 
 
 def test_parameters_of_low_precision():
     case = cases()["perceptron"]
-    params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (case.params, {"x": case.batch["x"]}))
-    kernel = gnlin.empirical_ntk(objective_of(case), params, batch, outputs="trace")
-    exact = dense_kernels(case._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)))["trace"]
+    params, batch = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), (case.params, {"x": case.batch["x"]})
+    )
+    kernel = gnlin.kernel.empirical_ntk(objective_of(case), params, batch, outputs="trace")
+    exact = dense_kernels(
+        case._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    )["trace"]
     assert kernel.dtype == jnp.float32
-    np.testing.assert_allclose(kernel, exact, rtol=0, atol=tolerance(jnp.bfloat16)["atol"] * np.abs(exact).max())
+    np.testing.assert_allclose(
+        kernel, exact, rtol=0, atol=tolerance(jnp.bfloat16)["atol"] * np.abs(exact).max()
+    )
 
 
 def wide(examples):
     """A perceptron 32-256-256-10 and a batch of shapes alone."""
     sizes = ((32, 256), (256, 256), (256, 10))
-    params = [(jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct(size[1:], jnp.float32)) for size in sizes]
+    params = [
+        (jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct(size[1:], jnp.float32))
+        for size in sizes
+    ]
     return params, jax.ShapeDtypeStruct((examples, 32), jnp.float32)
 
 
@@ -405,7 +475,8 @@ def words(examples):
 def normalised(examples):
     """Cannot be cut."""
     params = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {"in": (32, 64), "out": (64, 10)}.items()
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in {"in": (32, 64), "out": (64, 10)}.items()
     }
     return params, {"x": jax.ShapeDtypeStruct((examples, 32), jnp.float32)}
 
@@ -429,7 +500,9 @@ def test_memory_stays_within_the_bound(model, shapes, bounds, outputs):
     for bound in bounds:
         options = {"outputs": outputs, "max_bytes": bound * 2**20}
         lowered = jax.jit(
-            lambda params, batch, options=options: gnlin.empirical_ntk(objective, params, batch, **options)
+            lambda params, batch, options=options: gnlin.kernel.empirical_ntk(
+                objective, params, batch, **options
+            )
         ).lower(*shapes)
         memory = lowered.compile().memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= bound * 2**20
@@ -437,10 +510,17 @@ def test_memory_stays_within_the_bound(model, shapes, bounds, outputs):
 
 def test_a_million_parameters_two_thousand_examples_and_ten_outputs_fit_in_four_gigabytes():
     sizes = ((784, 700), (700, 700), (700, 10))
-    params = [(jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct(size[1:], jnp.float32)) for size in sizes]
+    params = [
+        (jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct(size[1:], jnp.float32))
+        for size in sizes
+    ]
     shapes = params, jax.ShapeDtypeStruct((2000, 784), jnp.float32)
     objective = gnlin.Objective(third_party_model(deep), loss)
-    compiled = jax.jit(lambda params, x: gnlin.empirical_ntk(objective, params, x)).lower(*shapes).compile()
+    compiled = (
+        jax.jit(lambda params, x: gnlin.kernel.empirical_ntk(objective, params, x))
+        .lower(*shapes)
+        .compile()
+    )
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 2**32
 
@@ -450,13 +530,19 @@ def test_layers_save_work():
     params, x = wide(64)
 
     def plain(params, x):
-        rows = jax.vmap(lambda one: jax.jacrev(lambda params: deep(params, one[None])[0])(params))(x)
-        rows = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(rows)], axis=-1)
+        rows = jax.vmap(lambda one: jax.jacrev(lambda params: deep(params, one[None])[0])(params))(
+            x
+        )
+        rows = jnp.concatenate(
+            [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(rows)], axis=-1
+        )
         return jnp.einsum("ncp,mdp->ncmd", rows, rows)
 
     objective = gnlin.Objective(deep, loss)
-    functions = plain, lambda params, x: gnlin.empirical_ntk(objective, params, x)
-    flops = [jax.jit(each).lower(params, x).compile().cost_analysis()["flops"] for each in functions]
+    functions = plain, lambda params, x: gnlin.kernel.empirical_ntk(objective, params, x)
+    flops = [
+        jax.jit(each).lower(params, x).compile().cost_analysis()["flops"] for each in functions
+    ]
     assert flops[0] > 20 * flops[1]
 
 
@@ -467,7 +553,11 @@ def test_a_single_example_costs_no_more_than_two():
 
     def flops(examples):
         one = jax.ShapeDtypeStruct((examples, 32), jnp.float32)
-        compiled = jax.jit(lambda *args: gnlin.empirical_ntk(objective, *args)).lower(params, one, x).compile()
+        compiled = (
+            jax.jit(lambda *args: gnlin.kernel.empirical_ntk(objective, *args))
+            .lower(params, one, x)
+            .compile()
+        )
         return compiled.cost_analysis()["flops"]
 
     assert flops(1) <= flops(2)
@@ -477,11 +567,13 @@ def test_a_single_example_costs_no_more_than_two():
 def test_products_with_the_kernel(name, x64):
     case, other = cases()[name], other_batch(cases()[name])
     full = dense_kernels(case, other)["full"]
-    product = gnlin.ntk_vector_product(objective_of(case), case.params, case.batch, other)
+    product = gnlin.kernel.ntk_vector_product(objective_of(case), case.params, case.batch, other)
     vector = jax.tree.map(jnp.cos, case.model(case.params, other))
     rows = np.concatenate([leaf.reshape(M, -1) for leaf in jax.tree.leaves(vector)], axis=1)
     expected = np.einsum("ncmd,md->nc", full, rows)
-    found = np.concatenate([leaf.reshape(N, -1) for leaf in jax.tree.leaves(product(vector))], axis=1)
+    found = np.concatenate(
+        [leaf.reshape(N, -1) for leaf in jax.tree.leaves(product(vector))], axis=1
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -490,28 +582,39 @@ def test_products_with_the_kernel(name, x64):
 
 def test_alignment_and_distance_in_numpy(x64):
     case = cases()["perceptron"]
-    moved = case._replace(params=jax.tree.map(lambda leaf: leaf + 0.3 * jnp.sin(9 * leaf), case.params))
+    moved = case._replace(
+        params=jax.tree.map(lambda leaf: leaf + 0.3 * jnp.sin(9 * leaf), case.params)
+    )
     for outputs, kernel in dense_kernels(case).items():
-        other, examples = dense_kernels(moved)[outputs], {"full": (0, 2), "diagonal": (1, 2), "trace": (0, 1)}[outputs]
+        other, examples = (
+            dense_kernels(moved)[outputs],
+            {"full": (0, 2), "diagonal": (1, 2), "trace": (0, 1)}[outputs],
+        )
         centre = np.eye(N) - 1 / N
         centred = [np.moveaxis(each, examples, (-2, -1)) for each in (kernel, other)]
         centred = [centre @ each @ centre for each in centred]
         for pair, is_centred in (((kernel, other), False), (centred, True)):
-            cosine = np.sum(pair[0] * pair[1]) / np.sqrt(np.sum(pair[0] ** 2) * np.sum(pair[1] ** 2))
-            found = gnlin.kernel_alignment(kernel, other, centred=is_centred)
+            cosine = np.sum(pair[0] * pair[1]) / np.sqrt(
+                np.sum(pair[0] ** 2) * np.sum(pair[1] ** 2)
+            )
+            found = gnlin.kernel.kernel_alignment(kernel, other, centred=is_centred)
             np.testing.assert_allclose(found, cosine, rtol=1e-12)
             assert 0 < cosine < 0.999
         distance = np.sqrt(np.sum((kernel - other) ** 2) / np.sum(other**2))
-        np.testing.assert_allclose(gnlin.kernel_distance(kernel, other), distance, rtol=1e-12)
+        np.testing.assert_allclose(
+            gnlin.kernel.kernel_distance(kernel, other), distance, rtol=1e-12
+        )
 
 
 def test_alignment_knows_neither_scale_nor_order(x64):
     case = cases()["perceptron"]
     objective, batch = objective_of(case), case.batch
     moved = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.sin(9 * leaf), case.params)
-    a, b = (gnlin.empirical_ntk(objective, params, batch) for params in (case.params, moved))
-    alignment = gnlin.kernel_alignment(a, b)
-    np.testing.assert_allclose(gnlin.kernel_alignment(1e150 * a, 1e-150 * b), alignment, rtol=1e-12)
+    a, b = (gnlin.kernel.empirical_ntk(objective, params, batch) for params in (case.params, moved))
+    alignment = gnlin.kernel.kernel_alignment(a, b)
+    np.testing.assert_allclose(
+        gnlin.kernel.kernel_alignment(1e150 * a, 1e-150 * b), alignment, rtol=1e-12
+    )
     # Hidden units in another order, and parameters in another tree.
     order = jnp.asarray([3, 1, 4, 0, 2])
 
@@ -519,36 +622,52 @@ def test_alignment_knows_neither_scale_nor_order(x64):
         return perceptron({"in": params[2], "bias": params[0], "out": params[1]}, batch)
 
     tuples = [(p["bias"][order], p["out"][order], p["in"][:, order]) for p in (case.params, moved)]
-    again = [gnlin.empirical_ntk(gnlin.Objective(renamed, loss), params, batch) for params in tuples]
-    np.testing.assert_allclose(gnlin.kernel_alignment(*again), alignment, rtol=1e-12)
+    again = [
+        gnlin.kernel.empirical_ntk(gnlin.Objective(renamed, loss), params, batch)
+        for params in tuples
+    ]
+    np.testing.assert_allclose(gnlin.kernel.kernel_alignment(*again), alignment, rtol=1e-12)
     reversed_, shuffled = (kernel[::-1, :, ::-1] for kernel in (a, b))
-    np.testing.assert_allclose(gnlin.kernel_alignment(reversed_, shuffled), alignment, rtol=1e-12)
-    assert gnlin.kernel_alignment(a, a) == pytest.approx(1, abs=1e-14)
+    np.testing.assert_allclose(
+        gnlin.kernel.kernel_alignment(reversed_, shuffled), alignment, rtol=1e-12
+    )
+    assert gnlin.kernel.kernel_alignment(a, a) == pytest.approx(1, abs=1e-14)
 
 
 def test_what_vanishes_is_no_nan():
     zero, some = jnp.zeros((3, 3)), jnp.eye(3)
-    assert gnlin.kernel_alignment(zero, some) == 0
-    assert gnlin.kernel_alignment(jnp.ones((3, 3)), some) == 0  # vanishes when centred
-    assert gnlin.kernel_distance(zero, zero) == 0
-    assert gnlin.kernel_distance(some, zero) == jnp.inf
-    assert gnlin.effective_rank(zero) == 0
-    for lost in (jnp.nan * some, jnp.inf * jnp.ones((3, 3))):  # and what is not finite is not taken for nothing
-        assert jnp.isnan(gnlin.kernel_distance(lost, some))
-        assert jnp.isnan(gnlin.effective_rank(lost))
-    assert jnp.isnan(gnlin.kernel_alignment(jnp.nan * some, some))
+    assert gnlin.kernel.kernel_alignment(zero, some) == 0
+    assert gnlin.kernel.kernel_alignment(jnp.ones((3, 3)), some) == 0  # vanishes when centred
+    assert gnlin.kernel.kernel_distance(zero, zero) == 0
+    assert gnlin.kernel.kernel_distance(some, zero) == jnp.inf
+    assert gnlin.kernel.effective_rank(zero) == 0
+    for lost in (
+        jnp.nan * some,
+        jnp.inf * jnp.ones((3, 3)),
+    ):  # and what is not finite is not taken for nothing
+        assert jnp.isnan(gnlin.kernel.kernel_distance(lost, some))
+        assert jnp.isnan(gnlin.kernel.effective_rank(lost))
+    assert jnp.isnan(gnlin.kernel.kernel_alignment(jnp.nan * some, some))
 
 
 def test_spectrum_and_effective_rank(x64):
     case = cases()["pytree"]
     for outputs, kernel in dense_kernels(case).items():
-        square = kernel.reshape(kernel.shape[0] * kernel.shape[1], -1) if outputs == "full" else kernel
+        square = (
+            kernel.reshape(kernel.shape[0] * kernel.shape[1], -1) if outputs == "full" else kernel
+        )
         values = np.linalg.svd(square, compute_uv=False)
         # Absolute: rounding is relative to the largest.
-        np.testing.assert_allclose(gnlin.kernel_spectrum(kernel), values, rtol=0, atol=1e-12 * values.max())
+        np.testing.assert_allclose(
+            gnlin.kernel.kernel_spectrum(kernel), values, rtol=0, atol=1e-12 * values.max()
+        )
         shares = values / values.sum(axis=-1, keepdims=True)
-        expected = np.exp(-np.sum(np.where(shares > 1e-15, shares * np.log(np.maximum(shares, 1e-300)), 0), axis=-1))
-        np.testing.assert_allclose(gnlin.effective_rank(kernel), expected, rtol=1e-10)
+        expected = np.exp(
+            -np.sum(
+                np.where(shares > 1e-15, shares * np.log(np.maximum(shares, 1e-300)), 0), axis=-1
+            )
+        )
+        np.testing.assert_allclose(gnlin.kernel.effective_rank(kernel), expected, rtol=1e-10)
 
 
 # Bad input.
@@ -557,43 +676,54 @@ def test_spectrum_and_effective_rank(x64):
 def test_errors_name_the_argument():
     objective = gnlin.Objective(lambda p, b: b["x"] @ p, loss)
     params, batch = jnp.ones((3, 2)), {"x": jnp.ones((4, 3))}
-    kernel = functools.partial(gnlin.empirical_ntk, objective, params, batch)
+    kernel = functools.partial(gnlin.kernel.empirical_ntk, objective, params, batch)
     with pytest.raises(ValueError, match=r"`outputs` must be one of .*; got 'mean'"):
         kernel(outputs="mean")
     with pytest.raises(ValueError, match=r"`max_bytes` must be positive; got 0"):
         kernel(max_bytes=0)
     with pytest.raises(TypeError, match=r"`max_bytes` must be a number; got '4G'"):
         kernel(max_bytes="4G")
-    with pytest.raises(ValueError, match=r'`max_bytes` is 255, but the kernel by itself takes 256: .*outputs="trace"'):
+    with pytest.raises(
+        ValueError,
+        match=r'`max_bytes` is 255, but the kernel by itself takes 256: .*outputs="trace"',
+    ):
         kernel(max_bytes=255)
-    with pytest.raises(ValueError, match=r"`max_bytes` leaves 44 bytes .* two examples may take \d+: raise it by \d+"):
+    with pytest.raises(
+        ValueError,
+        match=r"`max_bytes` leaves 44 bytes .* two examples may take \d+: raise it by \d+",
+    ):
         kernel(max_bytes=300)
     with pytest.raises(ValueError, match=r"`other` must have the structure of `batch`"):
         kernel((jnp.ones((4, 3)),))
     with pytest.raises(ValueError, match=r"`other` needs an objective without data of its own"):
-        gnlin.empirical_ntk(objective.bind(batch), params, other=batch)
+        gnlin.kernel.empirical_ntk(objective.bind(batch), params, other=batch)
     with pytest.raises(ValueError, match=r"`batch` needs an objective without data of its own"):
-        gnlin.empirical_ntk(objective.bind(batch), params, batch)
+        gnlin.kernel.empirical_ntk(objective.bind(batch), params, batch)
     with pytest.raises(ValueError, match=r"`batch` is missing"):
-        gnlin.empirical_ntk(objective, params)
+        gnlin.kernel.empirical_ntk(objective, params)
     with pytest.raises(ValueError, match=r"`batch` is empty: \{'x': \(0, 3\)\}"):
-        gnlin.empirical_ntk(objective, params, {"x": jnp.ones((0, 3))})
+        gnlin.kernel.empirical_ntk(objective, params, {"x": jnp.ones((0, 3))})
     with pytest.raises(TypeError, match=r"params\['n'\] has dtype int32"):
-        gnlin.empirical_ntk(objective, {"n": jnp.int32(1)}, batch)
+        gnlin.kernel.empirical_ntk(objective, {"n": jnp.int32(1)}, batch)
     with pytest.raises(TypeError, match=r"`objective` must be a gnlin.Objective"):
-        gnlin.ntk_vector_product(perceptron, params, batch)
+        gnlin.kernel.ntk_vector_product(perceptron, params, batch)
     uneven = gnlin.Objective(lambda p, b: (b["x"] @ p, jnp.sum(p)), loss)
-    with pytest.raises(ValueError, match=r"`model` must return outputs with one and the same number .*\(4, 2\), \(\)"):
-        gnlin.empirical_ntk(uneven, params, batch)
+    with pytest.raises(
+        ValueError,
+        match=r"`model` must return outputs with one and the same number .*\(4, 2\), \(\)",
+    ):
+        gnlin.kernel.empirical_ntk(uneven, params, batch)
     longer = gnlin.Objective(lambda p, b: b["x"] @ p @ p.T[:, : len(b["x"])], loss)
     with pytest.raises(ValueError, match=r"`other` has 2 outputs of an example, but `batch` has 3"):
-        gnlin.empirical_ntk(longer, params, batch, {"x": jnp.ones((2, 3))})
+        gnlin.kernel.empirical_ntk(longer, params, batch, {"x": jnp.ones((2, 3))})
 
 
 def test_errors_of_comparisons():
     with pytest.raises(ValueError, match=r"kernels must have the shape .* \[\(2, 2\), \(3, 3\)\]"):
-        gnlin.kernel_alignment(jnp.eye(2), jnp.eye(3))
+        gnlin.kernel.kernel_alignment(jnp.eye(2), jnp.eye(3))
     with pytest.raises(ValueError, match=r"kernels must have the shape .* \[\(2,\), \(2,\)\]"):
-        gnlin.kernel_distance(jnp.ones(2), jnp.ones(2))
-    with pytest.raises(ValueError, match=r"`kernel` must be between a batch and itself; got the shape \(2, 3\)"):
-        gnlin.effective_rank(jnp.ones((2, 3)))
+        gnlin.kernel.kernel_distance(jnp.ones(2), jnp.ones(2))
+    with pytest.raises(
+        ValueError, match=r"`kernel` must be between a batch and itself; got the shape \(2, 3\)"
+    ):
+        gnlin.kernel.effective_rank(jnp.ones((2, 3)))

@@ -17,12 +17,16 @@ def problem(rows=90, transposed=False):
     """tanh network 3-5-4 under a softmax loss, in float64."""
     x, labels = oracles.normal(rows, 3, seed=0), jnp.arange(rows) % 4
     shapes = {"in": (3, 5), "bias": (5,), "out": (5, 4)}
-    params = {name: oracles.normal(*shape, seed=1 + i) for i, (name, shape) in enumerate(shapes.items())}
+    params = {
+        name: oracles.normal(*shape, seed=1 + i) for i, (name, shape) in enumerate(shapes.items())
+    }
     if transposed:
         params |= {"in": params["in"].T, "out": params["out"].T}
 
     def model(params, batch):
-        first, second = (params["in"].T, params["out"].T) if transposed else (params["in"], params["out"])
+        first, second = (
+            (params["in"].T, params["out"].T) if transposed else (params["in"], params["out"])
+        )
         return jnp.tanh(batch["x"] @ first + params["bias"][None]) @ second
 
     def loss(outputs, batch):
@@ -58,7 +62,9 @@ def test_sample_is_the_square_root_of_the_hessian_times_noise(x64):
     # Six products span the space; those beyond it must do no harm.
     for steps in (6, 9):
         found = root_sample(product, like, key, steps)
-        np.testing.assert_allclose(np.ravel(found), exact, rtol=1e-6, atol=1e-6 * np.linalg.norm(exact))
+        np.testing.assert_allclose(
+            np.ravel(found), exact, rtol=1e-6, atol=1e-6 * np.linalg.norm(exact)
+        )
     np.testing.assert_allclose(root_sample(lambda u: 4 * u, like, key), 2 * noise, rtol=1e-12)
 
 
@@ -66,7 +72,9 @@ def test_sample_is_the_square_root_of_the_hessian_times_noise(x64):
 def test_inverse_is_that_of_the_damped_kronecker_product(x64, damping):
     objective, params, batch = problem()
     kronecker, vector = gnlin.Kronecker(fraction=1.0), vector_like(params)
-    apply, state = kronecker.prepare(system_of(objective, params, batch, damping), params, kronecker.init_state(params))
+    apply, state = kronecker.prepare(
+        system_of(objective, params, batch, damping), params, kronecker.init_state(params)
+    )
     found = apply(vector)
 
     x = np.asarray(batch["x"])
@@ -80,7 +88,10 @@ def test_inverse_is_that_of_the_damped_kronecker_product(x64, damping):
     def expected(factors, side, matrix):
         a, s = np.asarray(factors.rows)[:side, :side], np.asarray(factors.columns)[:-1, :-1]
         pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(s) / len(s)))
-        a, s = a + pi * np.sqrt(damping) * np.eye(len(a)), s + np.sqrt(damping) / pi * np.eye(len(s))
+        a, s = (
+            a + pi * np.sqrt(damping) * np.eye(len(a)),
+            s + np.sqrt(damping) / pi * np.eye(len(s)),
+        )
         return np.linalg.solve(np.kron(a, s), np.ravel(matrix)).reshape(np.shape(matrix))
 
     joint = expected(first, 4, np.concatenate([vector["in"], vector["bias"][None]]))
@@ -97,7 +108,9 @@ def test_moments_of_cotangents_have_the_exact_expectation(x64):
 
     @jax.jit
     def average(state):
-        return jax.lax.fori_loop(0, 3000, lambda _, state: kronecker.prepare(system, params, state)[1], state)
+        return jax.lax.fori_loop(
+            0, 3000, lambda _, state: kronecker.prepare(system, params, state)[1], state
+        )
 
     outputs = objective.model(params, batch)
     probabilities = np.asarray(jax.nn.softmax(outputs))
@@ -109,7 +122,9 @@ def test_moments_of_cotangents_have_the_exact_expectation(x64):
 
 
 def test_leaves_in_no_layer_have_the_moments_of_their_pseudo_gradient(x64):
-    objective = gnlin.Objective.least_squares(lambda p: jnp.tanh(p["matrix"] * p["matrix"]) * jnp.sum(p["scale"]))
+    objective = gnlin.Objective.least_squares(
+        lambda p: jnp.tanh(p["matrix"] * p["matrix"]) * jnp.sum(p["scale"])
+    )
     params = {"matrix": oracles.normal(3, 2, seed=0), "scale": jnp.asarray([1.0, 2.0])}
     kronecker = gnlin.Kronecker()
     system = system_of(objective, params, None, 0.0)
@@ -118,10 +133,16 @@ def test_leaves_in_no_layer_have_the_moments_of_their_pseudo_gradient(x64):
     gradient = system.vjp(noise)
     matrix = np.asarray(gradient["matrix"])
     np.testing.assert_allclose(
-        state.rows["matrix"][:-1, :-1], matrix @ matrix.T / np.linalg.norm(matrix), rtol=1e-9, atol=1e-12
+        state.rows["matrix"][:-1, :-1],
+        matrix @ matrix.T / np.linalg.norm(matrix),
+        rtol=1e-9,
+        atol=1e-12,
     )
     np.testing.assert_allclose(
-        state.columns["matrix"][:-1, :-1], matrix.T @ matrix / np.linalg.norm(matrix), rtol=1e-9, atol=1e-12
+        state.columns["matrix"][:-1, :-1],
+        matrix.T @ matrix / np.linalg.norm(matrix),
+        rtol=1e-9,
+        atol=1e-12,
     )
     np.testing.assert_allclose(state.rows["scale"], gradient["scale"] ** 2, rtol=1e-9)
 
@@ -159,7 +180,9 @@ def test_a_bias_of_two_axes_belongs_to_its_layer_wherever_it_sorts(x64):
 def test_every_row_is_taken_as_often(x64, rows):
     kronecker, weight = gnlin.Kronecker(decay=0.0), jnp.ones((rows, 1))
     # One input for each row: the diagonal of A counts how often each is taken.
-    objective = gnlin.Objective(lambda params, batch: batch @ params, lambda outputs, batch: jnp.mean(outputs**2))
+    objective = gnlin.Objective(
+        lambda params, batch: batch @ params, lambda outputs, batch: jnp.mean(outputs**2)
+    )
     update = jax.jit(lambda state: kronecker.prepare(system, weight, state)[1])
     system, counts = system_of(objective, weight, jnp.eye(rows), 0.1), np.zeros(rows)
     state = kronecker.init_state(weight)
@@ -179,9 +202,16 @@ def test_an_empty_batch_is_named():
 def test_a_long_side_has_its_diagonal_alone(x64):
     objective, params, batch = problem()
     kronecker, vector = gnlin.Kronecker(fraction=1.0, max_side=4), vector_like(params)
-    apply, state = kronecker.prepare(system_of(objective, params, batch, 0.1), params, kronecker.init_state(params))
+    apply, state = kronecker.prepare(
+        system_of(objective, params, batch, 0.1), params, kronecker.init_state(params)
+    )
     second = factors_of(state, "out")
-    assert [each[name].ndim for name in ("in", "out") for each in (state.rows, state.columns)] == [2, 1, 1, 2]
+    assert [each[name].ndim for name in ("in", "out") for each in (state.rows, state.columns)] == [
+        2,
+        1,
+        1,
+        2,
+    ]
     a, s = np.asarray(second.rows)[:-1], np.asarray(second.columns)[:-1, :-1]
     pi = np.sqrt(np.mean(a) / (np.trace(s) / len(s)))
     rows, columns = a + pi * np.sqrt(0.1), s + np.sqrt(0.1) / pi * np.eye(len(s))
@@ -194,7 +224,9 @@ def test_a_batch_that_is_not_finite_leaves_no_trace():
     tx = gnlin.gauss_newton(1.0, objective)
     update = jax.jit(tx.update)
     _, state = update(None, tx.init(params), params, batch=batch)
-    step, after = update(None, state, params, batch={**batch, "x": batch["x"].at[0, 0].set(jnp.nan)})
+    step, after = update(
+        None, state, params, batch={**batch, "x": batch["x"].at[0, 0].set(jnp.nan)}
+    )
     assert not np.any(ravel_pytree(step)[0])
     assert not gnlin.metrics(after)["accepted"]
     step, _ = update(None, after, params, batch=batch)

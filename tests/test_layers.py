@@ -41,11 +41,15 @@ def one_example(p):
 
 
 def called(p):
-    return jax.jit(lambda a: jax.checkpoint(lambda a: jnp.tanh(X @ a + row(p["b"])))(a))(p["a"]) @ p["c"] + row(p["d"])
+    return jax.jit(lambda a: jax.checkpoint(lambda a: jnp.tanh(X @ a + row(p["b"])))(a))(
+        p["a"]
+    ) @ p["c"] + row(p["d"])
 
 
 def half(p):
-    return jnp.tanh(X.astype(jnp.bfloat16) @ p["a"].astype(jnp.bfloat16)) @ p["c"].astype(jnp.bfloat16)
+    return jnp.tanh(X.astype(jnp.bfloat16) @ p["a"].astype(jnp.bfloat16)) @ p["c"].astype(
+        jnp.bfloat16
+    )
 
 
 def heads(p):
@@ -107,10 +111,25 @@ CASES = [
     ("one example", one_example, WEIGHTS, ["ab", "cd"]),
     ("jit and remat", called, WEIGHTS, ["ab", "cd"]),
     ("bfloat16 products", half, {"a": WEIGHTS["a"], "c": WEIGHTS["c"]}, ["a", "c"]),
-    ("attention", heads, {"q": normal(8, 2, 4), "qb": normal(2, 4), "o": normal(2, 4, 8), "ob": normal(8)}, None),
+    (
+        "attention",
+        heads,
+        {"q": normal(8, 2, 4), "qb": normal(2, 4), "o": normal(2, 4, 8), "ob": normal(8)},
+        None,
+    ),
     ("convolution", convolution, KERNEL, ["kb", "c"]),
-    ("channels first", channels_first, {"k": normal(4, 3, 3, 3), "b": normal(4), "c": normal(48, 2)}, ["kb", "c"]),
-    ("kernel as a matrix", patches, {"k": normal(3, 3, 2, 4), "b": normal(4), "c": normal(4, 2)}, ["kb", "c"]),
+    (
+        "channels first",
+        channels_first,
+        {"k": normal(4, 3, 3, 3), "b": normal(4), "c": normal(48, 2)},
+        ["kb", "c"],
+    ),
+    (
+        "kernel as a matrix",
+        patches,
+        {"k": normal(3, 3, 2, 4), "b": normal(4), "c": normal(4, 2)},
+        ["kb", "c"],
+    ),
     ("shared weights", shared, {"a": normal(3, 3), "b": normal(3), "c": normal(3, 2)}, ["c"]),
     ("inside a loop", looped, {"a": normal(3, 3), "c": normal(3, 2)}, ["c"]),
     ("without its bias", seen_without_its_bias, {**WEIGHTS, "e": normal(4, 2)}, ["a", "c", "e"]),
@@ -118,17 +137,27 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("function", "params", "pairs"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("function", "params", "pairs"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_inputs_and_cotangents_make_the_gradient(function, params, pairs):
     params = params() if callable(params) else params
     outputs, jvp = jax.linearize(function, params)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     reading = read_layers(jvp, params)
-    cotangent = jnp.cos(jnp.arange(outputs.size, dtype=jnp.float32)).reshape(outputs.shape).astype(outputs.dtype)
+    cotangent = (
+        jnp.cos(jnp.arange(outputs.size, dtype=jnp.float32))
+        .reshape(outputs.shape)
+        .astype(outputs.dtype)
+    )
     expected = jax.tree.leaves(jax.linear_transpose(jvp, params)(cotangent)[0])
     cotangents, others = jax.jit(reading.pull_back)(cotangent)
 
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if outputs.dtype == jnp.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    tolerance = (
+        {"rtol": 2e-2, "atol": 2e-2}
+        if outputs.dtype == jnp.bfloat16
+        else {"rtol": 1e-4, "atol": 1e-4}
+    )
     seen = set(others)
     for layer, cotangent in zip(reading.layers, cotangents, strict=True):
         product = layer.inputs.astype(cotangent.dtype).T @ cotangent
@@ -144,9 +173,14 @@ def test_inputs_and_cotangents_make_the_gradient(function, params, pairs):
     assert seen == set(range(len(names)))
     if pairs is None:  # every matrix is in a layer
         matrices = {index for index, leaf in enumerate(expected) if leaf.ndim > 1}
-        assert {layer.weight for layer in reading.layers} == matrices - {layer.bias for layer in reading.layers}
+        assert {layer.weight for layer in reading.layers} == matrices - {
+            layer.bias for layer in reading.layers
+        }
     else:
-        found = [[layer.weight, *([] if layer.bias is None else [layer.bias])] for layer in reading.layers]
+        found = [
+            [layer.weight, *([] if layer.bias is None else [layer.bias])]
+            for layer in reading.layers
+        ]
         assert sorted("".join(names[i][2:-2] for i in pair) for pair in found) == sorted(pairs)
 
 

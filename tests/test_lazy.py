@@ -21,7 +21,9 @@ def model(params, batch):
 def weighted(outputs, batch):
     """A squared error with weights, one of them 0, and a term that couples the outputs of an example."""
     errors = outputs - batch["y"]
-    return jnp.sum(batch["weights"][:, None] * errors**2) / 6 + 0.1 * jnp.sum(jnp.sum(errors, axis=1) ** 2)
+    return jnp.sum(batch["weights"][:, None] * errors**2) / 6 + 0.1 * jnp.sum(
+        jnp.sum(errors, axis=1) ** 2
+    )
 
 
 def partly_seen(outputs, batch):
@@ -31,7 +33,11 @@ def partly_seen(outputs, batch):
 
 def problem(loss=weighted):
     params = {"in": oracles.normal(3, 6, seed=1), "out": oracles.normal(6, 2, seed=2)}
-    batch = {"x": oracles.normal(N, 3, seed=3), "y": oracles.normal(N, 2, seed=4), "weights": jnp.arange(5.0)}
+    batch = {
+        "x": oracles.normal(N, 3, seed=3),
+        "y": oracles.normal(N, 2, seed=4),
+        "weights": jnp.arange(5.0),
+    }
     return gnlin.Objective(model, loss), params, batch
 
 
@@ -42,7 +48,7 @@ def flat(params):
 @pytest.mark.parametrize("loss", [weighted, partly_seen])
 def test_gradient_descent_is_long_training_of_the_linearised_model(loss, x64):
     objective, params, batch = problem(loss)
-    lazy = gnlin.lazy_training(objective, params, batch)
+    lazy = gnlin.kernel.lazy_training(objective, params, batch)
     for rate in (0.3 / lazy.eigenvalues[-1], 1.9 / lazy.eigenvalues[-1]):
         tx = optax.chain(gnlin.linearise_gradients(objective, None), optax.sgd(rate))
 
@@ -52,19 +58,25 @@ def test_gradient_descent_is_long_training_of_the_linearised_model(loss, x64):
             params = optax.apply_updates(params, updates)
             return (params, state), params
 
-        _, path = jax.jit(lambda tx=tx, step=step: jax.lax.scan(step, (params, tx.init(params)), None, 1001))()
+        _, path = jax.jit(
+            lambda tx=tx, step=step: jax.lax.scan(step, (params, tx.init(params)), None, 1001)
+        )()
         counts = jnp.asarray([1, 2, 7, 100, 1001])
-        found = jax.jit(jax.vmap(lambda count, rate=rate: lazy.gradient_descent(rate, count)))(counts)
+        found = jax.jit(jax.vmap(lambda count, rate=rate: lazy.gradient_descent(rate, count)))(
+            counts
+        )
         for name in params:
             np.testing.assert_allclose(found[name], path[name][counts - 1], rtol=1e-10, atol=1e-10)
 
 
 def test_gradient_flow_is_the_limit_of_small_steps(x64):
     objective, params, batch = problem()
-    lazy = gnlin.lazy_training(objective, params, batch)
+    lazy = gnlin.kernel.lazy_training(objective, params, batch)
     time = 3 / lazy.eigenvalues[-1]
     errors = [
-        np.linalg.norm(flat(lazy.gradient_flow(time)) - flat(lazy.gradient_descent(time / count, count)))
+        np.linalg.norm(
+            flat(lazy.gradient_flow(time)) - flat(lazy.gradient_descent(time / count, count))
+        )
         for count in (1000, 2000)
     ]
     assert errors[0] < 1e-2
@@ -73,8 +85,11 @@ def test_gradient_flow_is_the_limit_of_small_steps(x64):
 
 def test_ridge_is_the_damped_gauss_newton_step(x64):
     objective, params, batch = problem(partly_seen)
-    lazy = gnlin.lazy_training(objective, params, batch)
-    ggn, gradient = oracles.ggn_matrix(objective, params, batch), oracles.gradient(objective, params, batch)
+    lazy = gnlin.kernel.lazy_training(objective, params, batch)
+    ggn, gradient = (
+        oracles.ggn_matrix(objective, params, batch),
+        oracles.gradient(objective, params, batch),
+    )
     for damping in (1.0, 1e-3):
         expected = flat(params) - np.linalg.solve(ggn + damping * np.eye(len(ggn)), gradient)
         np.testing.assert_allclose(flat(lazy.ridge(damping)), expected, rtol=1e-9, atol=1e-9)
@@ -90,24 +105,34 @@ def test_predictions_are_kernel_regression(x64):
     _, params, batch = problem()
     objective = gnlin.Objective(model, lambda z, b: jnp.sum((z - b["y"]) ** 2) / 2)
     other = {**batch, "x": oracles.normal(3, 3, seed=9)}
-    theta = gnlin.lazy_training(objective, params, batch).ridge(0.1)
-    across = np.asarray(gnlin.empirical_ntk(objective, params, other, batch)).reshape(6, 2 * N)
-    own = np.asarray(gnlin.empirical_ntk(objective, params, batch)).reshape(2 * N, 2 * N)
+    theta = gnlin.kernel.lazy_training(objective, params, batch).ridge(0.1)
+    across = np.asarray(gnlin.kernel.empirical_ntk(objective, params, other, batch)).reshape(
+        6, 2 * N
+    )
+    own = np.asarray(gnlin.kernel.empirical_ntk(objective, params, batch)).reshape(2 * N, 2 * N)
     errors = np.ravel(batch["y"] - model(params, batch))
-    expected = model(params, other) + (across @ np.linalg.solve(own + 0.1 * np.eye(2 * N), errors)).reshape(3, 2)
-    np.testing.assert_allclose(gnlin.linearise(objective, params, other).predict(theta), expected, rtol=1e-9)
+    expected = model(params, other) + (
+        across @ np.linalg.solve(own + 0.1 * np.eye(2 * N), errors)
+    ).reshape(3, 2)
+    np.testing.assert_allclose(
+        gnlin.linearise(objective, params, other).predict(theta), expected, rtol=1e-9
+    )
 
 
 def test_half_precision_parameters_keep_their_dtype():
     objective, params, batch = problem()
     params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, batch))
-    lazy = gnlin.lazy_training(objective, params, batch)
+    lazy = gnlin.kernel.lazy_training(objective, params, batch)
     assert lazy.eigenvalues.dtype == jnp.float32
     theta = lazy.gradient_descent(0.1 / lazy.eigenvalues[-1], 3)
     assert {leaf.dtype for leaf in jax.tree.leaves(theta)} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, batch))
-    exact = gnlin.lazy_training(objective, *wide).gradient_descent(0.1 / lazy.eigenvalues[-1], 3)
-    np.testing.assert_allclose(flat(theta).astype(np.float32), flat(exact), **tolerance(jnp.bfloat16))
+    exact = gnlin.kernel.lazy_training(objective, *wide).gradient_descent(
+        0.1 / lazy.eigenvalues[-1], 3
+    )
+    np.testing.assert_allclose(
+        flat(theta).astype(np.float32), flat(exact), **tolerance(jnp.bfloat16)
+    )
 
 
 def test_long_times_and_little_damping_do_not_amplify_rounding():
@@ -119,7 +144,7 @@ def test_long_times_and_little_damping_do_not_amplify_rounding():
     batch = {"x": jnp.concatenate([x, x]), "y": oracles.normal(20, 1, seed=4)}
     params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, batch))
     objective = gnlin.Objective(model, lambda z, b: jnp.sum((z - b["y"]) ** 2) / 2)
-    lazy = gnlin.lazy_training(objective, params, batch)
+    lazy = gnlin.kernel.lazy_training(objective, params, batch)
     largest = float(lazy.eigenvalues[-1])
     limit = flat(lazy.gradient_flow(jnp.inf)) - flat(params)
     for exponent in range(2, 16):
@@ -137,14 +162,14 @@ def test_long_times_and_little_damping_do_not_amplify_rounding():
 def test_a_loss_that_does_not_see_the_outputs():
     objective = gnlin.Objective(model, lambda z, b: 0 * jnp.sum(z))
     _, params, batch = problem()
-    theta = gnlin.lazy_training(objective, params, batch).ridge(0.0)
+    theta = gnlin.kernel.lazy_training(objective, params, batch).ridge(0.0)
     np.testing.assert_array_equal(flat(theta), flat(params))
 
 
 def test_gradients_where_the_loss_is_not_curved_are_said(x64):
     _, params, batch = problem()
     shares = [
-        float(gnlin.lazy_training(gnlin.Objective(model, loss), params, batch).outside)
+        float(gnlin.kernel.lazy_training(gnlin.Objective(model, loss), params, batch).outside)
         for loss in (partly_seen, lambda z, b: jnp.sum(z))
     ]
     assert shares[0] < 1e-12
@@ -153,20 +178,24 @@ def test_gradients_where_the_loss_is_not_curved_are_said(x64):
 
 def test_bad_input():
     objective, params, batch = problem()
-    with pytest.raises(ValueError, match=r"`max_outputs` is 9, but there are 10 outputs.*period=None"):
-        gnlin.lazy_training(objective, params, batch, max_outputs=9)
+    with pytest.raises(
+        ValueError, match=r"`max_outputs` is 9, but there are 10 outputs.*period=None"
+    ):
+        gnlin.kernel.lazy_training(objective, params, batch, max_outputs=9)
     with pytest.raises(ValueError, match=r"`batch` is missing"):
-        gnlin.lazy_training(objective, params)
-    lazy = gnlin.lazy_training(objective, params, batch)
+        gnlin.kernel.lazy_training(objective, params)
+    lazy = gnlin.kernel.lazy_training(objective, params, batch)
     with pytest.raises(ValueError, match=r"`steps` must be a whole number; got 1.5"):
         lazy.gradient_descent(0.1, 1.5)
     with pytest.raises(ValueError, match=r"`learning_rate` must be finite and at least 0; got -1"):
         lazy.gradient_descent(-1, 1)
     with pytest.raises(ValueError, match=r"`time` must be at least 0; got -1.0"):
         lazy.gradient_flow(-1.0)
-    with pytest.raises(ValueError, match=r"`time` must be a single number; got an array of shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"`time` must be a single number; got an array of shape \(2,\)"
+    ):
         lazy.gradient_flow(jnp.ones(2))
     with pytest.raises(ValueError, match=r"`batch` needs an objective without data of its own"):
-        gnlin.lazy_training(objective.bind(batch), params, batch)
+        gnlin.kernel.lazy_training(objective.bind(batch), params, batch)
     with pytest.raises(ValueError, match=r"`damping` must be finite and at least 0; got -0.1"):
         lazy.ridge(-0.1)

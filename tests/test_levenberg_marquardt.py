@@ -17,7 +17,9 @@ def _train(objective, tx, params, batch, steps):
         updates, state = tx.update(None, state, params, batch=batch)
         return (optax.apply_updates(params, updates), state), gnlin.metrics(state)
 
-    return jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), length=steps))(params)
+    return jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), length=steps))(
+        params
+    )
 
 
 @pytest.mark.parametrize("name", nist.MODELS)
@@ -37,7 +39,9 @@ def test_damping_within_a_radius_agrees_with_a_dense_search(x64):
     rng = np.random.default_rng(0)
     jacobian, b = rng.normal(size=(9, 4)) * [1e3, 1.0, 1.0, 1e-2], rng.normal(size=4)
     scaling = np.array([1e6, 2.0, 0.5, 1e-4])
-    system = gnlin.System(lambda v: jacobian @ v, lambda u: jacobian.T @ u, lambda u: u, 0.0, jnp.asarray(scaling))
+    system = gnlin.System(
+        lambda v: jacobian @ v, lambda u: jacobian.T @ u, lambda u: u, 0.0, jnp.asarray(scaling)
+    )
 
     def length(damping):
         x = np.linalg.solve(jacobian.T @ jacobian + damping * np.diag(scaling), b)
@@ -50,7 +54,9 @@ def test_damping_within_a_radius_agrees_with_a_dense_search(x64):
             low, high = (middle, high) if length(middle) > radius else (low, middle)
         solution, _, damping = gnlin.Dense().solve_within(system, jnp.asarray(b), (), radius)
         np.testing.assert_allclose(damping, middle, rtol=1e-4)
-        np.testing.assert_allclose(np.linalg.norm(np.sqrt(scaling) * solution.step), radius, rtol=1e-5)
+        np.testing.assert_allclose(
+            np.linalg.norm(np.sqrt(scaling) * solution.step), radius, rtol=1e-5
+        )
 
     # Outside the range of a singular H nothing but damping bounds the step.
     singular = gnlin.System(
@@ -139,14 +145,18 @@ def test_a_loss_without_curvature_is_descended():
 @pytest.mark.parametrize("factor", [1e-7, 1.0, 1e7])
 def test_float32_fits_do_not_depend_on_the_units_of_the_residuals(factor):
     x = jnp.linspace(0.0, 3.0, 20)
-    objective = gnlin.Objective.least_squares(lambda p: factor * (p[0] * jnp.exp(-p[1] * x) - 2 * jnp.exp(-0.7 * x)))
+    objective = gnlin.Objective.least_squares(
+        lambda p: factor * (p[0] * jnp.exp(-p[1] * x) - 2 * jnp.exp(-0.7 * x))
+    )
     tx = gnlin.levenberg_marquardt(objective, solver=gnlin.Dense())
     (params, _), _ = _train(objective, tx, jnp.asarray([5.0, 1.0]), None, 60)
     np.testing.assert_allclose(params, [2.0, 0.7], rtol=1e-4)
 
 
 def test_rejections_do_not_look_like_convergence():
-    objective = gnlin.Objective.least_squares(lambda p: jnp.abs(p) ** 0.5 + 1.0)  # a cusp: no step helps at 0+
+    objective = gnlin.Objective.least_squares(
+        lambda p: jnp.abs(p) ** 0.5 + 1.0
+    )  # a cusp: no step helps at 0+
     tx = gnlin.levenberg_marquardt(objective)
     _, info = gnlin.minimise(objective, jnp.asarray([1e-12]), tx, max_steps=3, tol=1e-6)
     assert not info.converged
@@ -170,10 +180,14 @@ def test_marquardt_scaling_makes_the_iterates_independent_of_units(x64):
 def test_geodesic_acceleration_of_an_undamped_step_is_chebyshevs_iteration(x64):
     """For one equation r(x) = 0: x − r/r' − r''r²/(2r'³), of third order."""
     objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 3.0)
-    tx = gnlin.levenberg_marquardt(objective, initial_damping=1e-18, solver=gnlin.Dense(), geodesic_acceleration=0.75)
+    tx = gnlin.levenberg_marquardt(
+        objective, initial_damping=1e-18, solver=gnlin.Dense(), geodesic_acceleration=0.75
+    )
     start = jnp.asarray([1.3])
     updates, state = tx.update(None, tx.init(start), start)
     slope, residual = np.exp(1.3), np.exp(1.3) - 3.0
     expected = -residual / slope - slope * residual**2 / (2 * slope**3)
     np.testing.assert_allclose(updates, [expected], rtol=1e-12)
-    np.testing.assert_allclose(gnlin.metrics(state)["acceleration"], 2 * residual / slope, rtol=1e-12)
+    np.testing.assert_allclose(
+        gnlin.metrics(state)["acceleration"], 2 * residual / slope, rtol=1e-12
+    )

@@ -22,11 +22,15 @@ def product(c, a):
 
 
 def loop(a, times):
-    return jax.lax.while_loop(lambda s: s[0] < times, lambda s: (s[0] + 1, product(s[1], a)), (0, a))[1]
+    return jax.lax.while_loop(
+        lambda s: s[0] < times, lambda s: (s[0] + 1, product(s[1], a)), (0, a)
+    )[1]
 
 
 with_derivatives_of_its_own = jax.custom_vjp(loop)
-with_derivatives_of_its_own.defvjp(lambda a, times: (loop(a, times), None), lambda residuals, g: (g, None))
+with_derivatives_of_its_own.defvjp(
+    lambda a, times: (loop(a, times), None), lambda residuals, g: (g, None)
+)
 
 
 def counted(function, a, times):
@@ -70,7 +74,9 @@ def test_an_inverse_is_one_factorisation_and_two_solves(matrix):
         lambda a, times: jax.lax.scan(lambda c, _: (loop(c, times), None), a, None, length=1)[0],
         lambda a, times: jax.vmap(lambda scale: loop(a * scale, times))(jnp.ones(1))[0],
         lambda a, times: jax.lax.cond(times > 0, loop, lambda a, times: a, a, times),
-        lambda a, times: jax.lax.cond(times > 0, lambda: loop(a, times), lambda: loop(loop(loop(a, 7), 7), 7)),
+        lambda a, times: jax.lax.cond(
+            times > 0, lambda: loop(a, times), lambda: loop(loop(loop(a, 7), 7), 7)
+        ),
     ],
     ids=["jit", "checkpoint", "custom_vjp", "scan", "vmap", "cond", "dearer-branch"],
 )
@@ -81,7 +87,9 @@ def test_a_loop_within_something_else(matrix, nested):
 def test_a_loop_within_loops(matrix):
     def function(a, times):
         once = lambda i, c: loop(c, times + i)  # noqa: E731
-        twice = jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, once(s[0], s[1])), (0, a))[1]
+        twice = jax.lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, once(s[0], s[1])), (0, a)
+        )[1]
         return jax.lax.fori_loop(0, 3, once, twice)
 
     assert counted(function, matrix, 4) == pytest.approx((4 + 5) + (4 + 5 + 6), rel=0.03)
@@ -89,7 +97,11 @@ def test_a_loop_within_loops(matrix):
 
 def test_a_branch_is_counted_as_it_was_taken(matrix):
     def function(a, times):
-        branches = [lambda a: a, lambda a: product(a, a), lambda a: jnp.linalg.cholesky(a @ a.T + jnp.eye(SIZE))]
+        branches = [
+            lambda a: a,
+            lambda a: product(a, a),
+            lambda a: jnp.linalg.cholesky(a @ a.T + jnp.eye(SIZE)),
+        ]
         return jax.lax.switch(times, branches, a)
 
     for times, expected in enumerate([0, 1, 1 + (SIZE**3 / 3) / PRODUCT]):
@@ -105,9 +117,14 @@ def test_a_loop_that_nobody_reads_costs_nothing(matrix):
 
 
 def test_what_cannot_be_counted_is_said(matrix):
-    kernel = lambda a, out: out.__setitem__(..., jax.lax.fori_loop(0, a[0, 0].astype(int), lambda i, c: c / 2, a[...]))  # noqa: E731
+    kernel = lambda a, out: out.__setitem__(
+        ..., jax.lax.fori_loop(0, a[0, 0].astype(int), lambda i, c: c / 2, a[...])
+    )  # noqa: E731
     function = pallas.pallas_call(kernel, out_shape=matrix, interpret=True)
-    with pytest.raises(NotImplementedError, match="work of loops or branches within 'pallas_call' cannot be counted"):
+    with pytest.raises(
+        NotImplementedError,
+        match="work of loops or branches within 'pallas_call' cannot be counted",
+    ):
         jax.make_jaxpr(metered(function, matrix).call)(matrix)
 
 
@@ -123,7 +140,10 @@ def test_conjugate_gradients_of_jax(matrix):
     eigenvalues = jnp.asarray([1.0, 2.0, 5.0])[jnp.arange(SIZE) % 3]
     basis = jnp.linalg.qr(matrix)[0]
     system = basis @ jnp.diag(eigenvalues) @ basis.T
-    meter = metered(lambda right: jax.scipy.sparse.linalg.cg(lambda x: system @ x, right, tol=1e-5)[0], matrix[0])
+    meter = metered(
+        lambda right: jax.scipy.sparse.linalg.cg(lambda x: system @ x, right, tol=1e-5)[0],
+        matrix[0],
+    )
     solved, more = jax.jit(meter.call)(matrix[0])
     np.testing.assert_allclose(system @ solved, matrix[0], atol=1e-4)
     assert (meter.flops + float(more)) / (2 * SIZE**2) == pytest.approx(3 + 1, rel=0.2)
@@ -140,7 +160,11 @@ def task():
 def step_flops(task, build, options, steps):
     """FLOPs of each of the first steps on one batch."""
     method = build(task, options)
-    params, key, batch = task.init(jax.random.key(0)), jax.random.key(0), jax.tree.map(lambda x: x[:128], task.train)
+    params, key, batch = (
+        task.init(jax.random.key(0)),
+        jax.random.key(0),
+        jax.tree.map(lambda x: x[:128], task.train),
+    )
     state = method.init(params, batch, key)
     meter = metered(method.step, params, state, batch, key)
     call, found = jax.jit(meter.call), []
@@ -158,9 +182,18 @@ def optax_own():
 
 
 def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
-    options = {"damping": 0.1, "control": "constant", "learning_rate": 1.0, "solver": "cg", "batch": "mini"}
+    options = {
+        "damping": 0.1,
+        "control": "constant",
+        "learning_rate": 1.0,
+        "solver": "cg",
+        "batch": "mini",
+    }
     (found,), state = step_flops(
-        task, damped_gauss_newton, {**options, "decay": 20.0, "max_steps": 4, "rtol": 0.0, "warm_start": 0.0}, 1
+        task,
+        damped_gauss_newton,
+        {**options, "decay": 20.0, "max_steps": 4, "rtol": 0.0, "warm_start": 0.0},
+        1,
     )
     assert gnlin.metrics(state)["cg/steps"] == 4
 
@@ -187,9 +220,23 @@ def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
 def test_what_happens_once_in_a_cycle_is_counted_once(task):
     """The step that moves the anchor leaves out a push-forward; the last step of a cycle tries four steps."""
     unit = gradient_flops(task)
-    options = {"period": 4, "inner": "sgd", "momentum": 0.0, "learning_rate": 0.1, "loss_model": "exact"}
-    plain, _ = step_flops(task, iterative_linearisation, {**options, "reset": False, "line_search": False}, 8)
+    options = {
+        "period": 4,
+        "inner": "sgd",
+        "momentum": 0.0,
+        "learning_rate": 0.1,
+        "loss_model": "exact",
+    }
+    plain, _ = step_flops(
+        task, iterative_linearisation, {**options, "reset": False, "line_search": False}, 8
+    )
     np.testing.assert_allclose(plain / unit, [1.0, 1.6, 1.6, 1.6] * 2, atol=0.05)
-    searched, _ = step_flops(task, iterative_linearisation, {**options, "reset": False, "line_search": True}, 8)
-    forward = flops(task.objective.value, task.init(jax.random.key(0)), jax.tree.map(lambda x: x[:128], task.train))
+    searched, _ = step_flops(
+        task, iterative_linearisation, {**options, "reset": False, "line_search": True}, 8
+    )
+    forward = flops(
+        task.objective.value,
+        task.init(jax.random.key(0)),
+        jax.tree.map(lambda x: x[:128], task.train),
+    )
     np.testing.assert_allclose((searched - plain) / forward, [0, 0, 0, 4] * 2, atol=0.1)

@@ -49,7 +49,9 @@ def test_schedule_free(inner):
     """Its averaged parameters descend; the gradients are taken, as it asks, where it evaluates."""
     problem = classifier()
     tx = optax.contrib.schedule_free(inner(problem.objective), learning_rate=0.5, b1=0.9)
-    params, opt_state = train(tx.update, problem.objective, problem.params, tx.init(problem.params), problem.batches)
+    params, opt_state = train(
+        tx.update, problem.objective, problem.params, tx.init(problem.params), problem.batches
+    )
     averaged = optax.contrib.schedule_free_eval_params(opt_state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(averaged, problem.params)
     assert mean_loss(problem, averaged) < mean_loss(problem, problem.params)
@@ -85,7 +87,9 @@ def test_lookahead_with_a_bound_objective(fast):
 
 def test_lookahead_without_it_names_the_remedy():
     problem = classifier()
-    tx = optax.lookahead(gnlin.gauss_newton(1.0, problem.objective, 0.3), sync_period=2, slow_step_size=0.5)
+    tx = optax.lookahead(
+        gnlin.gauss_newton(1.0, problem.objective, 0.3), sync_period=2, slow_step_size=0.5
+    )
     params = optax.LookaheadParams.init_synced(problem.params)
     with pytest.raises(ValueError, match=r"`batch` is missing.*objective\.bind\(batch\)"):
         tx.update(problem.params, tx.init(params), params)
@@ -95,26 +99,33 @@ def test_lookahead_without_it_names_the_remedy():
 
 
 def test_multi_steps_accumulates_linearised_gradients():
-    """In the documented order each micro-batch is linearised at the anchor of its time, and the mean is applied.
+    """In the documented order each micro-batch is linearised at the anchor of its time, and the
+    mean is applied.
 
-    Reference: the loop by hand. With period 4 and 2 micro-batches θ moves after micro-steps 1, 3 and 5 (from 0), and
-    the anchor is taken before micro-steps 0 and 4, when θ has moved twice.
+    Reference: the loop by hand. With period 4 and 2 micro-batches θ moves after micro-steps 1, 3
+    and 5 (from 0), and the anchor is taken before micro-steps 0 and 4, when θ has moved twice.
     """
     problem = classifier()
     objective = problem.objective
     rate = 0.5
     tx = optax.chain(
         gnlin.linearise_gradients(objective, 4),
-        optax.MultiSteps(third_party(optax.sgd(rate)), every_k_schedule=2).gradient_transformation(),
+        optax.MultiSteps(
+            third_party(optax.sgd(rate)), every_k_schedule=2
+        ).gradient_transformation(),
     )
-    ours, opt_state = train(tx.update, objective, problem.params, tx.init(problem.params), problem.batches)
+    ours, opt_state = train(
+        tx.update, objective, problem.params, tx.init(problem.params), problem.batches
+    )
 
     gradient = jax.jit(lambda *args: gnlin.linearised_value_and_grad(objective)(*args)[1])
     params = problem.params
     for index in range(0, len(problem.batches), 2):
         if index % 4 == 0:
             anchor = params
-        first, second = (gradient(params, anchor, batch) for batch in problem.batches[index : index + 2])
+        first, second = (
+            gradient(params, anchor, batch) for batch in problem.batches[index : index + 2]
+        )
         params = jax.tree.map(lambda p, a, b: p - rate * (a + b) / 2, params, first, second)
     chex.assert_trees_all_close(ours, params, **tolerance(jnp.float32, 50))
     chex.assert_trees_all_close(gnlin.anchor(opt_state), anchor, **tolerance(jnp.float32, 50))
@@ -124,10 +135,13 @@ def test_multi_steps_accumulates_linearised_gradients():
 def test_multi_steps_leaves_the_parameters_between():
     problem = classifier()
     tx = optax.chain(
-        gnlin.linearise_gradients(problem.objective, 4), optax.MultiSteps(optax.sgd(0.5), 3).gradient_transformation()
+        gnlin.linearise_gradients(problem.objective, 4),
+        optax.MultiSteps(optax.sgd(0.5), 3).gradient_transformation(),
     )
     state = tx.init(problem.params)
-    update = jax.jit(lambda state, batch: tx.update(problem.params, state, problem.params, batch=batch))
+    update = jax.jit(
+        lambda state, batch: tx.update(problem.params, state, problem.params, batch=batch)
+    )
     for index, batch in enumerate(problem.batches[:3]):
         updates, state = update(state, batch)
         moved = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(updates))
@@ -143,7 +157,8 @@ SEARCHES = {
 DIRECTIONS = {
     "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, 0.01),
     "scale_by_gauss_newton": lambda objective: optax.chain(
-        gnlin.scale_by_gauss_newton(objective, 0.01, solver=gnlin.CG(max_steps=10)), optax.scale(-1.0)
+        gnlin.scale_by_gauss_newton(objective, 0.01, solver=gnlin.CG(max_steps=10)),
+        optax.scale(-1.0),
     ),
     "prox_linear": lambda objective: gnlin.prox_linear(optax.sgd(0.5), objective, 10),
 }
@@ -185,7 +200,9 @@ def test_inner_optimiser_with_a_line_search():
     problem = classifier()
     tx = gnlin.iterative_linearisation(optax.lbfgs(), problem.objective, PERIOD, reset_inner=True)
     batches = [problem.batches[0]] * 6
-    params, _ = train(tx.update, problem.objective, problem.params, tx.init(problem.params), batches)
+    params, _ = train(
+        tx.update, problem.objective, problem.params, tx.init(problem.params), batches
+    )
     assert float(problem.objective.value(params, batches[0])) < float(
         problem.objective.value(problem.params, batches[0])
     )
@@ -208,7 +225,9 @@ class Network(nnx.Module):
     [
         lambda objective: optax.chain(gnlin.linearise_gradients(objective, PERIOD), optax.sgd(0.5)),
         lambda objective: gnlin.gauss_newton(0.9, objective, damped()),
-        lambda objective: gnlin.levenberg_marquardt(objective, initial_damping=1.0, solver=gnlin.Dense()),
+        lambda objective: gnlin.levenberg_marquardt(
+            objective, initial_damping=1.0, solver=gnlin.Dense()
+        ),
     ],
     ids=["linearise_gradients", "gauss_newton", "levenberg_marquardt"],
 )
@@ -217,12 +236,16 @@ def test_flax_optimizer(build):
     problem = classifier()
     model = Network(nnx.Rngs(0))
     graph, _ = nnx.split(model)
-    objective = gnlin.Objective(lambda params, batch: nnx.merge(graph, params)(batch["x"]), problem.objective.loss)
+    objective = gnlin.Objective(
+        lambda params, batch: nnx.merge(graph, params)(batch["x"]), problem.objective.loss
+    )
     optimizer = nnx.Optimizer(model, build(objective), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer, batch):
-        value, grads = nnx.value_and_grad(lambda model: objective.loss(model(batch["x"]), batch))(model)
+        value, grads = nnx.value_and_grad(lambda model: objective.loss(model(batch["x"]), batch))(
+            model
+        )
         optimizer.update(model, grads, batch=batch)
         return value
 
@@ -237,7 +260,9 @@ def test_flax_optimizer(build):
 
 
 DRIVEN = {
-    "linearise_gradients": lambda objective: optax.chain(gnlin.linearise_gradients(objective, PERIOD), optax.sgd(0.5)),
+    "linearise_gradients": lambda objective: optax.chain(
+        gnlin.linearise_gradients(objective, PERIOD), optax.sgd(0.5)
+    ),
     "iterative_linearisation": lambda objective: gnlin.iterative_linearisation(
         optax.sgd(0.5), objective, PERIOD, line_search=(1.0, 0.5)
     ),
@@ -293,7 +318,9 @@ def test_minimise(build):
     assert_solves_regression(found, solution)
     assert info.converged
     assert info.steps < 400
-    np.testing.assert_allclose(info.value, problem.objective.value(found, problem.batches[0]), **tolerance(jnp.float32))
+    np.testing.assert_allclose(
+        info.value, problem.objective.value(found, problem.batches[0]), **tolerance(jnp.float32)
+    )
 
 
 # Reading the state through nestings.
@@ -312,7 +339,9 @@ NESTINGS = {
     ),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 1),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.scale(rate)))(0.1),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
+        lambda rate: optax.chain(tx, optax.scale(rate))
+    )(0.1),
     "all_at_once": lambda tx: optax.apply_if_finite(
         optax.named_chain(("part", optax.masked(optax.chain(tx, optax.scale(0.1)), visible))), 3
     ),
@@ -341,7 +370,9 @@ def test_state_is_read_through(wrap):
 
     metrics, anchored, outputs = look(params)
     assert metrics["linearise/refreshes"] == 1
-    kept = [leaf for leaf in jax.tree.leaves(params) if any(leaf.shape == a.shape for a in anchored)]
+    kept = [
+        leaf for leaf in jax.tree.leaves(params) if any(leaf.shape == a.shape for a in anchored)
+    ]
     chex.assert_trees_all_equal(anchored, kept)
     elsewhere = jax.tree.map(lambda leaf: 1.5 * leaf, params)
     # Leaves that no anchor holds (biases, zero here) contribute nothing to either.
@@ -351,18 +382,25 @@ def test_state_is_read_through(wrap):
 
 def test_wrapper_of_our_own_is_read_through():
     problem = classifier()
-    inner = gnlin.iterative_linearisation(optax.sgd(0.1), problem.objective, PERIOD, line_search=(1.0,))
+    inner = gnlin.iterative_linearisation(
+        optax.sgd(0.1), problem.objective, PERIOD, line_search=(1.0,)
+    )
     state = optax.chain(inner, optax.scale(1.0)).init(problem.params)
-    assert {"linearise/age", "linearise/loss", "linearise/refreshes", "line_search/alpha"} == gnlin.metrics(
-        state
-    ).keys()
+    assert {
+        "linearise/age",
+        "linearise/loss",
+        "linearise/refreshes",
+        "line_search/alpha",
+    } == gnlin.metrics(state).keys()
     chex.assert_trees_all_equal(gnlin.anchor(state), problem.params)
 
 
 def test_metrics_of_the_same_name_are_numbered():
     problem, _ = linear_regression()
     objective, batch = problem.objective, problem.batches[0]
-    tx = optax.chain(gnlin.scale_by_gauss_newton(objective, 0.5), gnlin.scale_by_gauss_newton(objective, 0.25))
+    tx = optax.chain(
+        gnlin.scale_by_gauss_newton(objective, 0.5), gnlin.scale_by_gauss_newton(objective, 0.25)
+    )
     _, state = tx.update(None, tx.init(problem.params), problem.params, batch=batch)
     metrics = gnlin.metrics(state)
     assert metrics["damping"] == 0.5
@@ -389,11 +427,14 @@ def test_prediction_follows_the_anchor_through_a_cycle():
         )
         assert float(jnp.max(jnp.abs(true - linear))) > 1e-4
     np.testing.assert_array_equal(
-        gnlin.predict(objective, optax.sgd(0.1).init(params), params, batch), objective.model(params, batch)
+        gnlin.predict(objective, optax.sgd(0.1).init(params), params, batch),
+        objective.model(params, batch),
     )
 
 
-@pytest.mark.parametrize("wrap", [optax.chain, lambda tx: optax.MultiSteps(tx, 2)], ids=["chain", "multi_steps"])
+@pytest.mark.parametrize(
+    "wrap", [optax.chain, lambda tx: optax.MultiSteps(tx, 2)], ids=["chain", "multi_steps"]
+)
 def test_state_without_ours_has_no_metrics(wrap):
     assert gnlin.metrics(wrap(optax.adam(1e-3)).init(classifier().params)) == {}
 
@@ -404,20 +445,27 @@ def test_masked_gauss_newton_preconditions_what_it_sees():
     objective, params, batch = problem.objective, problem.params, problem.batches[0]
     grads = jax.jit(jax.grad(objective.value))(params, batch)
     tx = optax.masked(gnlin.scale_by_gauss_newton(objective, 0.1, solver=gnlin.Dense()), visible)
-    update = jax.jit(lambda params: tx.update(grads, tx.init(params), params, batch=batch, all_params=params)[0])
+    update = jax.jit(
+        lambda params: tx.update(grads, tx.init(params), params, batch=batch, all_params=params)[0]
+    )
     updates = update(params)
     np.testing.assert_array_equal(updates["hidden"][1], grads["hidden"][1])
 
     weights = (params["hidden"][0], params["readout"]["w"])
 
     def outputs(weights):
-        full = {"hidden": (weights[0], params["hidden"][1]), "readout": {"w": weights[1], "b": None}}
+        full = {
+            "hidden": (weights[0], params["hidden"][1]),
+            "readout": {"w": weights[1], "b": None},
+        }
         return objective.model(full, batch)
 
     flat, unravel = ravel_pytree(weights)
     jacobian = jax.jit(jax.jacobian(lambda v: outputs(unravel(v)).ravel()))(flat)
     shape = outputs(weights).shape
-    hessian = jax.jit(jax.hessian(lambda z: objective.loss(z.reshape(shape), batch)))(outputs(weights).ravel())
+    hessian = jax.jit(jax.hessian(lambda z: objective.loss(z.reshape(shape), batch)))(
+        outputs(weights).ravel()
+    )
     matrix = jacobian.T @ hessian @ jacobian + 0.1 * jnp.eye(flat.size)
     rhs = ravel_pytree((grads["hidden"][0], grads["readout"]["w"]))[0]
     step = ravel_pytree((updates["hidden"][0], updates["readout"]["w"]))[0]

@@ -118,17 +118,27 @@ def test_every_field_of_a_record_is_annotated(module):
         if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list) or any(
             ast.unparse(base) == "NamedTuple" for base in node.bases
         ):
-            assert not [ast.unparse(item) for item in node.body if isinstance(item, ast.Assign)], node.name
+            assert not [ast.unparse(item) for item in node.body if isinstance(item, ast.Assign)], (
+                node.name
+            )
 
 
 def test_public_names_are_those_of_the_api_page():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     # Named by where they are defined: some functions share their name with their module.
     shown = re.findall(r"^::: (gnlin\.[\w.]+)$", page, re.MULTILINE)
-    compared = [name for name in gnlin.compare.__all__ if hasattr(getattr(gnlin.compare, name), "__module__")]
+    compared = [
+        name
+        for name in gnlin.compare.__all__
+        if hasattr(getattr(gnlin.compare, name), "__module__")
+    ]
     names = [(gnlin, name) for name in gnlin.__all__] + [(gnlin.compare, name) for name in compared]
-    assert sorted(shown) == sorted(f"{getattr(package, name).__module__}.{name}" for package, name in names)
-    assert gnlin.__all__ == sorted(gnlin.__all__, key=lambda name: (not name.isupper(), name))  # as ruff has it
+    assert sorted(shown) == sorted(
+        f"{getattr(package, name).__module__}.{name}" for package, name in names
+    )
+    assert gnlin.__all__ == sorted(
+        gnlin.__all__, key=lambda name: (not name.isupper(), name)
+    )  # as ruff has it
 
 
 @pytest.mark.parametrize("name", gnlin.__all__)
@@ -145,9 +155,15 @@ def test_public_names_explain_themselves(name):
 
 def run(code: str, *flags: str) -> str:
     # As installed: compiled to byte code once and not at every import.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
     command = [sys.executable, *flags, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout
@@ -170,14 +186,20 @@ def test_import_is_fast():
     # Time of the process, not of the wall: other workers are at work.
     code = f"{PEERS}; import time; start = time.process_time(); import gnlin; print(time.process_time() - start)"
     seconds = []
-    while len(seconds) < 8 and min(seconds, default=1.0) >= 0.1:  # a busy machine gets several tries
+    while (
+        len(seconds) < 8 and min(seconds, default=1.0) >= 0.1
+    ):  # a busy machine gets several tries
         seconds.append(float(run(code)))
     assert min(seconds) < 0.1
 
 
 def test_lower_bounds_are_the_oldest_versions_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    pins = re.findall(
+        r"^([\w-]+)==(\S+)$",
+        (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     oldest = dict(pins)
     assert oldest.pop("jaxlib") == oldest["jax"]
     bounds = [*project["dependencies"], *project["optional-dependencies"]["compare"]]
@@ -186,7 +208,12 @@ def test_lower_bounds_are_the_oldest_versions_tested():
 
 
 def test_readme_answers_in_this_order():
-    text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^```.*?^```$",
+        "",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE | re.DOTALL,
+    )
     assert re.findall(r"^#+ (.+)$", text, re.MULTILINE) == [
         "gnlin",
         "Set-up",
@@ -208,4 +235,7 @@ def test_readme_commands_stand_alone():
         ".venv/bin/gnlin compare digits",
         ".venv/bin/pytest",
     ]
-    assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ") for command in commands)
+    assert all(
+        command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
+        for command in commands
+    )

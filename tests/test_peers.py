@@ -18,7 +18,11 @@ from gnlin.compare.tasks.digits import digits
 @pytest.fixture(autouse=True)
 def _third_party():
     """The peers are written for the usual promotion of dtypes and shapes."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), warnings.catch_warnings():
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -27,11 +31,14 @@ def narrow(task, size):
     """The same task with few examples, full batch, and a narrow network."""
 
     def init(key):
-        widths = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(task.init, key)) if leaf.ndim == 2]
+        widths = [
+            leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(task.init, key)) if leaf.ndim == 2
+        ]
         sizes = [widths[0][0], 6, widths[-1][1]]
         keys = jax.random.split(key)
         weights = [
-            jax.random.normal(k, s) / np.sqrt(s[0]) for k, s in zip(keys, itertools.pairwise(sizes), strict=True)
+            jax.random.normal(k, s) / np.sqrt(s[0])
+            for k, s in zip(keys, itertools.pairwise(sizes), strict=True)
         ]
         return [{"w": w, "b": jnp.zeros(w.shape[1])} for w in weights]
 
@@ -47,9 +54,22 @@ def check(build, task, options, count=8, fall=0.7):
     """The loss falls; gradient-equivalents of each step of a run that is compiled whole, the tuned number traced."""
     fixed = {name: value for name, value in options.items() if isinstance(value, str)}
     tuned = {name: jnp.float32(value) for name, value in options.items() if name not in fixed}
-    params, key, batch = task.init(jax.random.key(0)), jax.random.key(1), jax.tree.map(jnp.asarray, task.train)
-    state = jax.eval_shape(lambda tuned: build(task, {**fixed, **tuned}).init(params, batch, key), tuned)
-    meter = metered(lambda tuned, *rest: build(task, {**fixed, **tuned}).step(*rest), tuned, params, state, batch, key)
+    params, key, batch = (
+        task.init(jax.random.key(0)),
+        jax.random.key(1),
+        jax.tree.map(jnp.asarray, task.train),
+    )
+    state = jax.eval_shape(
+        lambda tuned: build(task, {**fixed, **tuned}).init(params, batch, key), tuned
+    )
+    meter = metered(
+        lambda tuned, *rest: build(task, {**fixed, **tuned}).step(*rest),
+        tuned,
+        params,
+        state,
+        batch,
+        key,
+    )
 
     @jax.jit
     def run(tuned):
@@ -71,12 +91,16 @@ def check(build, task, options, count=8, fall=0.7):
 
 def test_optimistix_levenberg_marquardt():
     costs = check(peers.optimistix_lm, REGRESSION, {"damping": 0.1, "solver": "cg"})
-    assert ((costs > 5) & (costs < 1.6 * 100)).all()  # products with JᵀJ, two and more, and a hundred at most
+    assert (
+        (costs > 5) & (costs < 1.6 * 100)
+    ).all()  # products with JᵀJ, two and more, and a hundred at most
 
 
 def test_optimistix_gauss_newton():
     costs = check(peers.optimistix_gn, REGRESSION, {"learning_rate": 0.25})
-    np.testing.assert_allclose(costs, len(REGRESSION.train["y"]), rtol=0.2)  # a dense Jacobian, by rows
+    np.testing.assert_allclose(
+        costs, len(REGRESSION.train["y"]), rtol=0.2
+    )  # a dense Jacobian, by rows
 
 
 def test_jaxopt_levenberg_marquardt():
@@ -117,7 +141,9 @@ def test_fit_either_loss_and_not_another(unfit):
 
 def test_residuals_without_examples_do_not_fit_kfac():
     assert "axis 0" in str(
-        peers.kfac_unfit(dataclasses.replace(REGRESSION, residuals=lambda params, batch: {"a": params, "b": 0}))
+        peers.kfac_unfit(
+            dataclasses.replace(REGRESSION, residuals=lambda params, batch: {"a": params, "b": 0})
+        )
     )
 
 
@@ -135,9 +161,13 @@ def test_somax(build, control, task):
     costs = check(build, task, {"learning_rate": 0.5, "damping": 0.1, "control": control})
     outputs = task.objective.model(task.init(jax.random.key(0)), task.train).size
     if build is peers.somax_sgn:
-        assert ((costs > 19) & (costs < 33)).all()  # twenty products, one to one and a half gradients each
+        assert (
+            (costs > 19) & (costs < 33)
+        ).all()  # twenty products, one to one and a half gradients each
     else:
-        assert ((costs > 0.8 * outputs) & (costs < 2 * outputs)).all()  # a row of the Jacobian for each output
+        assert (
+            (costs > 0.8 * outputs) & (costs < 2 * outputs)
+        ).all()  # a row of the Jacobian for each output
 
 
 @pytest.mark.parametrize("task", [REGRESSION, CLASSIFICATION], ids=["squared", "softmax"])
@@ -180,9 +210,13 @@ def test_remedy_where_a_library_does_not_run(monkeypatch):
         raise AttributeError(name)
 
     peers._error.cache_clear()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: None if name == "somax" else "0.0.8")
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: None if name == "somax" else "0.0.8"
+    )
     monkeypatch.setattr(importlib, "import_module", broken)
-    assert f"kfac-jax 0.0.8 does not run on JAX {jax.__version__} (AttributeError): pip" in str(peers.kfac_absent())
+    assert f"kfac-jax 0.0.8 does not run on JAX {jax.__version__} (AttributeError): pip" in str(
+        peers.kfac_absent()
+    )
     assert "--upgrade python-somax" in str(peers.somax_absent())
     peers._error.cache_clear()
 

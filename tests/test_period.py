@@ -84,7 +84,9 @@ def test_the_anchor_moves_where_two_loops_say(rule, x64):
     params, state, visited = start(), inner.init(start()), []
     anchor, age, exceeded, moves = params, None, 0, 0
     for batch in batches():
-        stale = age is None or exceeded >= rule.patience or (rule.longest and age + 1 >= rule.longest)
+        stale = (
+            age is None or exceeded >= rule.patience or (rule.longest and age + 1 >= rule.longest)
+        )
         if stale:
             anchor, age, exceeded, moves = params, 0, 0, moves + 1
         else:
@@ -102,21 +104,28 @@ def test_the_anchor_moves_where_two_loops_say(rule, x64):
 
 
 def test_what_the_last_look_found_is_in_the_metrics(x64):
-    path = trained(gnlin.iterative_linearisation(third_party(optax.sgd(0.1)), OBJECTIVE, RelativeGap(1e3)), 5)
+    path = trained(
+        gnlin.iterative_linearisation(third_party(optax.sgd(0.1)), OBJECTIVE, RelativeGap(1e3)), 5
+    )
     params, state = path[-2][0], path[-1][1]
     found = gnlin.metrics(state)
-    assert found["linearise/gap"] == pytest.approx(gap_by_hand(gnlin.anchor(state), params, batches(5)[-1]), rel=1e-9)
+    assert found["linearise/gap"] == pytest.approx(
+        gap_by_hand(gnlin.anchor(state), params, batches(5)[-1]), rel=1e-9
+    )
     assert gnlin.metrics(path[0][1])["linearise/gap"] == 0  # at the anchor
 
 
 @pytest.mark.parametrize(
-    ("rate", "dtype"), [(1.0, "float32"), (1e-4, "float32"), (1e-7, "float32"), (0.1, "bfloat16"), (0.1, "float16")]
+    ("rate", "dtype"),
+    [(1.0, "float32"), (1e-4, "float32"), (1e-7, "float32"), (0.1, "bfloat16"), (0.1, "float16")],
 )
 def test_a_linear_model_is_never_linearised_again(rate, dtype):
     """Not for rounding either."""
     objective = gnlin.Objective(lambda p, b: b["x"] @ p, loss)
     params = jnp.asarray(oracles.normal(3, 3, seed=1), dtype)
-    tx = optax.chain(gnlin.linearise_gradients(objective, RelativeGap(0.01)), third_party(optax.sgd(rate)))
+    tx = optax.chain(
+        gnlin.linearise_gradients(objective, RelativeGap(0.01)), third_party(optax.sgd(rate))
+    )
     data = jax.tree.map(lambda leaf: leaf.astype(dtype), batches(1)[0])
     step = jax.jit(lambda params, state: tx.update(None, state, params, batch=data))
     state = tx.init(params)
@@ -142,10 +151,26 @@ def test_a_network_that_overflows_away_from_its_anchor_comes_back():
     [
         ({"limit": 0.0}, ValueError, "`limit` must be positive; got 0.0"),
         ({"limit": "0.1"}, TypeError, "`limit` must be a number; got '0.1'"),
-        ({"limit": 0.1, "patience": 0}, ValueError, "`patience` must be an integer of at least 1; got 0"),
-        ({"limit": 0.1, "every": 1.5}, ValueError, "`every` must be an integer of at least 1; got 1.5"),
-        ({"limit": 0.1, "longest": True}, ValueError, "`longest` must be an integer of at least 1; got True"),
-        ({"limit": 0.1, "every": 4, "longest": 8}, ValueError, "`longest` must be more than patience.*= 8.*; got 8"),
+        (
+            {"limit": 0.1, "patience": 0},
+            ValueError,
+            "`patience` must be an integer of at least 1; got 0",
+        ),
+        (
+            {"limit": 0.1, "every": 1.5},
+            ValueError,
+            "`every` must be an integer of at least 1; got 1.5",
+        ),
+        (
+            {"limit": 0.1, "longest": True},
+            ValueError,
+            "`longest` must be an integer of at least 1; got True",
+        ),
+        (
+            {"limit": 0.1, "every": 4, "longest": 8},
+            ValueError,
+            "`longest` must be more than patience.*= 8.*; got 8",
+        ),
         ({"limit": -1}, ValueError, "`limit` must be positive; got -1"),
         ({"limit": 0.1, "shortest": 3}, TypeError, "unexpected keyword argument 'shortest'"),
     ],
@@ -223,8 +248,13 @@ def test_labels_of_lists_and_of_upper_parts():
 
 def test_one_pace_for_all_is_an_ordinary_period(x64):
     same = [
-        gnlin.iterative_linearisation(third_party(optax.adam(0.1)), OBJECTIVE, period, loss_model="quadratic")
-        for period in (LayerPeriods({True: 3, False: 3}, {"features": True, "middle": False, "readout": True}), 3)
+        gnlin.iterative_linearisation(
+            third_party(optax.adam(0.1)), OBJECTIVE, period, loss_model="quadratic"
+        )
+        for period in (
+            LayerPeriods({True: 3, False: 3}, {"features": True, "middle": False, "readout": True}),
+            3,
+        )
     ]
     for (a, _), (b, _) in zip(trained(same[0], 7), trained(same[1], 7), strict=True):
         np.testing.assert_allclose(flat(a), flat(b), rtol=1e-9)
@@ -232,7 +262,9 @@ def test_one_pace_for_all_is_an_ordinary_period(x64):
 
 def test_a_mask_of_nothing_linearises_nothing(x64):
     mask = jax.tree.map(lambda leaf: False, start())
-    layers = [LayerPeriods({True: None, False: 1}, labels) for labels in (mask, lambda params: mask)]
+    layers = [
+        LayerPeriods({True: None, False: 1}, labels) for labels in (mask, lambda params: mask)
+    ]
     for each in layers:
         tx = optax.chain(gnlin.linearise_gradients(OBJECTIVE, each), third_party(optax.sgd(0.3)))
         for (a, _), (b, _) in zip(trained(tx, 3), trained(plain(optax.sgd(0.3)), 3), strict=True):
@@ -245,8 +277,12 @@ def plain(inner):
 
 def test_layers_that_stay_as_they_are(x64):
     """Frozen by Optax: the rest is linearised about them."""
-    layers = LayerPeriods({"move": 4, "stay": None}, {"features": "stay", "middle": "move", "readout": "move"})
-    freeze = optax.partition({"move": third_party(optax.sgd(0.2)), "stay": optax.set_to_zero()}, layers.labels)
+    layers = LayerPeriods(
+        {"move": 4, "stay": None}, {"features": "stay", "middle": "move", "readout": "move"}
+    )
+    freeze = optax.partition(
+        {"move": third_party(optax.sgd(0.2)), "stay": optax.set_to_zero()}, layers.labels
+    )
     path = trained(optax.chain(gnlin.linearise_gradients(OBJECTIVE, layers), freeze), 6)
     frozen = start()["features"]
 
@@ -258,7 +294,9 @@ def test_layers_that_stay_as_they_are(x64):
     iterates = oracles.iterative_linearisation(objective, optax.sgd(0.2), params, batches(6), 4)
     for (found, _), expected in zip(path, iterates, strict=True):
         np.testing.assert_array_equal(flat(found["features"]), flat(frozen))
-        np.testing.assert_allclose(flat({name: found[name] for name in params}), expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            flat({name: found[name] for name in params}), expected, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_predictions_are_those_of_the_model_that_is_trained(x64):
@@ -269,7 +307,9 @@ def test_predictions_are_those_of_the_model_that_is_trained(x64):
     # After three updates the middle's anchor has a step to go, the features' one has one too.
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(9 * leaf), theta)
     value = OBJECTIVE.loss(gnlin.predict(OBJECTIVE, state, moved, batch), batch)
-    assert value == pytest.approx(float(partly_linearised(anchor, {"readout"}, batch)(moved)), rel=1e-12)
+    assert value == pytest.approx(
+        float(partly_linearised(anchor, {"readout"}, batch)(moved)), rel=1e-12
+    )
     # And after four both start afresh.
     _, state = gnlin.linearise_gradients(OBJECTIVE, layers).update(None, state, moved, batch=batch)
     found = gnlin.predict(OBJECTIVE, state, moved, batch)
@@ -277,7 +317,9 @@ def test_predictions_are_those_of_the_model_that_is_trained(x64):
 
 
 @pytest.mark.parametrize(
-    "period", [2, LayerPeriods({"features": 2, "middle": 1, "readout": 3}, LABELS)], ids=["one", "own"]
+    "period",
+    [2, LayerPeriods({"features": 2, "middle": 1, "readout": 3}, LABELS)],
+    ids=["one", "own"],
 )
 def test_predictions_behind_a_mask(period, x64):
     """An anchor that is about to move moves in what is seen; the rest is where it is."""
@@ -310,11 +352,17 @@ def test_labels_that_are_equal_are_the_same(x64):
 def test_bad_layers():
     with pytest.raises(ValueError, match=r"`periods` must map each label to its period; got \{\}"):
         LayerPeriods({}, LABELS)
-    with pytest.raises(ValueError, match=r"`period` must be at least 1; got 0.*of 'features' in `periods`"):
+    with pytest.raises(
+        ValueError, match=r"`period` must be at least 1; got 0.*of 'features' in `periods`"
+    ):
         LayerPeriods({"features": 0}, LABELS)
-    with pytest.raises(TypeError, match=r"`periods` of layers must be integers.*RelativeGap.* for 'features'"):
+    with pytest.raises(
+        TypeError, match=r"`periods` of layers must be integers.*RelativeGap.* for 'features'"
+    ):
         LayerPeriods({"features": RelativeGap(0.1)}, LABELS)
-    with pytest.raises(ValueError, match=r"`periods` has labels that are written alike: \[1, '1'\]"):
+    with pytest.raises(
+        ValueError, match=r"`periods` has labels that are written alike: \[1, '1'\]"
+    ):
         LayerPeriods({1: 2, "1": 3}, LABELS)
     layers = LayerPeriods({"features": 2, "readout": 1}, LABELS)
     with pytest.raises(ValueError, match=r"`labels` has 'middle', which `periods` lacks"):
@@ -322,11 +370,17 @@ def test_bad_layers():
     with pytest.raises(TypeError, match="`labels` must be names, numbers or other constants"):
         gnlin.linearise_gradients(OBJECTIVE, LayerPeriods({"a": 2}, jnp.ones(2))).init(start())
     elsewhere = LayerPeriods({"a": 2}, {"somewhere": "a"})
-    with pytest.raises(ValueError, match="`labels` must be a tree like the parameters, or of their upper part"):
+    with pytest.raises(
+        ValueError, match="`labels` must be a tree like the parameters, or of their upper part"
+    ):
         gnlin.linearise_gradients(OBJECTIVE, elsewhere).init(start())
-    with pytest.raises(ValueError, match="`line_search` wants cycles that end for all layers at once"):
+    with pytest.raises(
+        ValueError, match="`line_search` wants cycles that end for all layers at once"
+    ):
         gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, layers, line_search=(1.0,))
-    with pytest.raises(ValueError, match="`reset_inner` wants cycles that end for all layers at once"):
+    with pytest.raises(
+        ValueError, match="`reset_inner` wants cycles that end for all layers at once"
+    ):
         gnlin.iterative_linearisation(optax.sgd(0.1), OBJECTIVE, layers, reset_inner=True)
 
 

@@ -82,7 +82,9 @@ def _curvature(model, loss=_softmax) -> np.ndarray:
 def _system(case: Case, damping, scaling=None) -> tuple[gnlin.System, Any]:
     """The system at these parameters, and the gradient."""
     model = gnlin.quadratic_model(case.objective, case.params, case.batch)
-    return gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, damping, scaling), model.gradient()
+    return gnlin.System(
+        model.linear.jvp, model.linear.vjp, model.hessian, damping, scaling
+    ), model.gradient()
 
 
 def _flat(tree) -> np.ndarray:
@@ -97,7 +99,9 @@ def _inverse_matrix(preconditioner):
         system, _ = _system(Case(objective, params, batch), damping, scaling)
         apply, state = preconditioner.prepare(system, params, preconditioner.init_state(params))
         flat, unravel = ravel_pytree(params)
-        rows = jax.vmap(lambda row: ravel_pytree(apply(unravel(row)))[0])(jnp.eye(len(flat), dtype=flat.dtype))
+        rows = jax.vmap(lambda row: ravel_pytree(apply(unravel(row)))[0])(
+            jnp.eye(len(flat), dtype=flat.dtype)
+        )
         return rows, state
 
     compiled = jax.jit(inverse, static_argnames="objective")
@@ -148,7 +152,9 @@ def test_answers_do_not_depend_on_it(name, x64):
     for i, damping in enumerate(dampings):
         matrix = curvature + damping * np.diag(_flat(scaling))
         step = _flat(jax.tree.map(lambda leaf, i=i: leaf[i], steps))
-        np.testing.assert_allclose(step, np.linalg.solve(matrix, _flat(sides[i])), rtol=1e-7, atol=1e-8)
+        np.testing.assert_allclose(
+            step, np.linalg.solve(matrix, _flat(sides[i])), rtol=1e-7, atol=1e-8
+        )
 
 
 @functools.cache
@@ -156,7 +162,8 @@ def _steps_on_badly_scaled_features(preconditioner) -> int:
     """Linear regression with two outputs, and features whose scales span four decades."""
     x = oracles.normal(96, 24, seed=5) * jnp.logspace(0, 4, 24)[None]
     objective = gnlin.Objective(
-        lambda params, batch: batch @ params["w"] + params["b"][None], lambda z, batch: jnp.sum((z - 1.0) ** 2) / 96
+        lambda params, batch: batch @ params["w"] + params["b"][None],
+        lambda z, batch: jnp.sum((z - 1.0) ** 2) / 96,
     )
     params = {"w": jnp.zeros([24, 2]), "b": jnp.zeros(2)}
     solver = gnlin.CG(max_steps=1000, rtol=1e-6, preconditioner=preconditioner)
@@ -172,7 +179,9 @@ def _steps_on_badly_scaled_features(preconditioner) -> int:
     ids=["jacobi", "nystrom", "kronecker"],
 )
 def test_fewer_iterations_where_scales_differ(preconditioner, x64):
-    assert _steps_on_badly_scaled_features(preconditioner) < _steps_on_badly_scaled_features(None) / 3
+    assert (
+        _steps_on_badly_scaled_features(preconditioner) < _steps_on_badly_scaled_features(None) / 3
+    )
 
 
 @each
@@ -182,7 +191,9 @@ def test_state_keeps_its_form_and_is_at_least_float32(name, dtype):
     objective, preconditioner = _case(_network).objective, PRECONDITIONERS[name]
 
     def prepared(params, batch, state):
-        apply, state = preconditioner.prepare(_system(Case(objective, params, batch), 0.1)[0], params, state)
+        apply, state = preconditioner.prepare(
+            _system(Case(objective, params, batch), 0.1)[0], params, state
+        )
         return apply(params), state
 
     before = jax.eval_shape(preconditioner.init_state, case[0])
@@ -191,27 +202,38 @@ def test_state_keeps_its_form_and_is_at_least_float32(name, dtype):
         lambda leaf: (leaf.shape, leaf.dtype), after
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(applied)} == {jnp.dtype(dtype)}
-    floating = [leaf.dtype for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    floating = [
+        leaf.dtype for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
     assert set(floating) == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", ["jacobi", "nystrom"])
 def test_a_batch_that_is_not_finite_is_told_and_forgotten(name):
     problem = classifier()
-    tx = gnlin.scale_by_gauss_newton(problem.objective, 0.1, solver=gnlin.CG(5, preconditioner=PRECONDITIONERS[name]))
+    tx = gnlin.scale_by_gauss_newton(
+        problem.objective, 0.1, solver=gnlin.CG(5, preconditioner=PRECONDITIONERS[name])
+    )
     start, batch = tx.init(problem.params), problem.batches[0]
     update = jax.jit(tx.update)
     step, state = update(None, start, problem.params, batch={**batch, "x": batch["x"] * jnp.nan})
     assert not np.any(_flat(step))
     assert not gnlin.metrics(state)["cg/converged"]
-    after, fresh = update(None, state, problem.params, batch=batch), update(None, start, problem.params, batch=batch)
+    after, fresh = (
+        update(None, state, problem.params, batch=batch),
+        update(None, start, problem.params, batch=batch),
+    )
     np.testing.assert_array_equal(_flat(after[0]), _flat(fresh[0]))
 
 
 # Jacobi.
 
 
-SAMPLED = {"rows": (_network, _squared), "no layers": (_as_matrices, _squared), "tokens": (_pooled, _softmax)}
+SAMPLED = {
+    "rows": (_network, _squared),
+    "no layers": (_as_matrices, _squared),
+    "tokens": (_pooled, _softmax),
+}
 
 
 def _errors_of_the_diagonal(name, probes=4000) -> np.ndarray:
@@ -227,7 +249,9 @@ def test_the_diagonal_is_right_on_average(name, x64):
 
 def test_rows_tell_more_than_the_pseudo_gradient(x64):
     layers = np.r_[0:4, 8:32]  # all but the gains, which are in no layer
-    rows, pseudo_gradient = (np.linalg.norm(_errors_of_the_diagonal(name)[layers]) for name in ("rows", "no layers"))
+    rows, pseudo_gradient = (
+        np.linalg.norm(_errors_of_the_diagonal(name)[layers]) for name in ("rows", "no layers")
+    )
     assert rows < 0.6 * pseudo_gradient
 
 
@@ -236,7 +260,9 @@ def test_jacobi_is_the_power_of_the_damped_diagonal(x64):
     scaling = jax.tree.map(lambda leaf: 0.1 + leaf**2, case.params)
     inverse, state = _inverse_matrix(PRECONDITIONERS["jacobi"])(case, 0.3, scaling)
     expected = (_flat(state.diagonal) + 0.3 * _flat(scaling)) ** -0.75
-    np.testing.assert_allclose(inverse, np.diag(expected), **tolerance(jnp.float64, scale=64))  # of the order of 10
+    np.testing.assert_allclose(
+        inverse, np.diag(expected), **tolerance(jnp.float64, scale=64)
+    )  # of the order of 10
 
 
 def test_the_diagonal_is_averaged_over_steps(x64):
@@ -298,7 +324,9 @@ def test_sketches_are_refreshed_in_their_time(x64):
 
     start = (case.params, nystrom.init_state(case.params))
     _, states = jax.jit(lambda carry: jax.lax.scan(step, carry, length=7))(start)
-    changed = [not np.array_equal(a, b) for a, b in zip(states.vectors, states.vectors[1:], strict=False)]
+    changed = [
+        not np.array_equal(a, b) for a, b in zip(states.vectors, states.vectors[1:], strict=False)
+    ]
     assert changed == [False, False, True, False, False, True]
     np.testing.assert_array_equal(states.count, np.arange(1, 8))
     assert np.all(states.eigenvalues[0] > 0)
@@ -354,8 +382,14 @@ def test_sketch_stays_definite_in_low_precision(dtype):
         (lambda: gnlin.Jacobi(seed=-1), "`seed` must be an integer of at least 0; got -1"),
         (lambda: gnlin.Nystrom(rank=0), "`rank` must be an integer of at least 1; got 0"),
         (lambda: gnlin.Nystrom(rank=2.0), "`rank` must be an integer of at least 1; got 2.0"),
-        (lambda: gnlin.Nystrom(refresh_every=0), "`refresh_every` must be an integer of at least 1; got 0"),
-        (lambda: gnlin.Nystrom(batch_size=0), "`batch_size` must be an integer of at least 1; got 0"),
+        (
+            lambda: gnlin.Nystrom(refresh_every=0),
+            "`refresh_every` must be an integer of at least 1; got 0",
+        ),
+        (
+            lambda: gnlin.Nystrom(batch_size=0),
+            "`batch_size` must be an integer of at least 1; got 0",
+        ),
         (lambda: gnlin.Nystrom(seed=None), "`seed` must be an integer of at least 0; got None"),
     ],
 )
@@ -366,7 +400,9 @@ def test_options_out_of_range(build, message):
 
 def test_the_class_in_place_of_a_record():
     for kind in (gnlin.Jacobi, gnlin.Nystrom):
-        with pytest.raises(TypeError, match="`preconditioner` must be a function of the System or a record"):
+        with pytest.raises(
+            TypeError, match="`preconditioner` must be a function of the System or a record"
+        ):
             gnlin.CG(preconditioner=kind)
 
 

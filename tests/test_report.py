@@ -42,16 +42,36 @@ def record(losses, *, quality=None, options=None, setting=None, grid=None, cost=
     """One run with an evaluation at each step."""
     steps = range(len(losses))
     setting = setting or {"learning_rate": 0.1}
-    qualities = [90.0 + step for step in steps] if quality is None else [10.0] * (len(losses) - 1) + [quality]
-    known = {"task": "toy", "contestant": "sgd", "label": "sgd", "options": options or {}, "setting": setting}
-    known |= {"grid": grid or list(setting.values()), "seed": 0, "status": "finished", "reason": "", "work": 10.0}
+    qualities = (
+        [90.0 + step for step in steps]
+        if quality is None
+        else [10.0] * (len(losses) - 1) + [quality]
+    )
+    known = {
+        "task": "toy",
+        "contestant": "sgd",
+        "label": "sgd",
+        "options": options or {},
+        "setting": setting,
+    }
+    known |= {
+        "grid": grid or list(setting.values()),
+        "seed": 0,
+        "status": "finished",
+        "reason": "",
+        "work": 10.0,
+    }
     known |= {
         "steps": len(losses) - 1,
         "seconds": 0.5,
         "compile_seconds": 1.0,
         "cost_per_step": cost,
     }
-    curve = {"step": list(steps), "cost": [cost * step for step in steps], "seconds": [0.1 * step for step in steps]}
+    curve = {
+        "step": list(steps),
+        "cost": [cost * step for step in steps],
+        "seconds": [0.1 * step for step in steps],
+    }
     curve |= {"loss": list(losses), "network_loss": list(losses)}
     curve |= {"quality": qualities, "network_quality": [value - 1.0 for value in qualities]}
     known |= {
@@ -80,23 +100,39 @@ def entry(
     tuned="learning_rate",
 ):
     """All runs of one row: trials of which `best` is the best, and its other seeds."""
-    known = {"contestant": contestant, "label": label or contestant, "options": options, "grid": list(grid)}
+    known = {
+        "contestant": contestant,
+        "label": label or contestant,
+        "options": options,
+        "grid": list(grid),
+    }
     runs = []
     for value in grid:
         loss = final * (1 if value == best else 3)
         runs.append(record([1.0, 0.5, loss], quality=quality, setting={tuned: value}, **known))
     for seed in range(1, seeds):
         loss, its = final * (1 + 0.1 * seed), quality - 0.1 * seed
-        runs.append(record([1.0, 0.5, loss], quality=its, setting={tuned: best}, seed=seed, **known))
+        runs.append(
+            record([1.0, 0.5, loss], quality=its, setting={tuned: best}, seed=seed, **known)
+        )
     return runs
 
 
-def sweep_of_periods(inner="sgd", momentum=0.9, periods=(1, 4, 16, None), rates=(0.4, 0.4, 0.1, 0.1)):
+def sweep_of_periods(
+    inner="sgd", momentum=0.9, periods=(1, 4, 16, None), rates=(0.4, 0.4, 0.1, 0.1)
+):
     runs = []
     for period, rate in zip(periods, rates, strict=True):
         options = {"inner": inner, "momentum": momentum, "period": period}
         label = f"il:inner={inner},period={period or 'never'}"
-        runs += entry("il", options, best=rate, grid=(0.1, 0.4), label=label, quality=98.0 - (period or 64) / 64)
+        runs += entry(
+            "il",
+            options,
+            best=rate,
+            grid=(0.1, 0.4),
+            label=label,
+            quality=98.0 - (period or 64) / 64,
+        )
     return runs
 
 
@@ -133,7 +169,11 @@ def test_choice_prefers_work_to_target_then_final_loss():
 
 def test_runs_that_do_not_finish_lose():
     poor = record([1.0, 0.9])
-    for lost in (record([1.0, math.nan], status="diverged"), record([1.0, 0.01], status="diverged"), failed()):
+    for lost in (
+        record([1.0, math.nan], status="diverged"),
+        record([1.0, 0.01], status="diverged"),
+        failed(),
+    ):
         assert choose([lost, poor], 0.001) is poor
         assert choose([lost], 0.001) is lost
 
@@ -162,7 +202,9 @@ def test_a_row_holds_the_chosen_setting_and_its_seeds():
     assert row.solved == 3
 
 
-@pytest.mark.parametrize(("low", "high"), [(98.6, 98.9), (93.0, 94.9), (99.55, 99.75), (0.0, 100.0), (96.0, 100.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(98.6, 98.9), (93.0, 94.9), (99.55, 99.75), (0.0, 100.0), (96.0, 100.0)]
+)
 def test_every_percentage_axis_has_numbers(low, high):
     ticks = _ticks(low, high)
     assert 2 <= len(ticks) <= 12
@@ -177,13 +219,18 @@ def test_a_row_names_what_was_tuned_and_nothing_else():
 
 
 def test_a_tie_is_not_at_the_edge():
-    runs = [record([1.0, 0.5], setting={"learning_rate": rate}, grid=[0.01, 0.1]) for rate in (0.01, 0.1)]
+    runs = [
+        record([1.0, 0.5], setting={"learning_rate": rate}, grid=[0.01, 0.1])
+        for rate in (0.01, 0.1)
+    ]
     assert not summarise(runs, TASKS)[0].at_edge
 
 
 def test_best_setting_at_the_edge_is_marked():
     assert [row.at_edge for row in summarise(entry("sgd", {}, best=1.0), TASKS)] == [True]
-    assert [row.at_edge for row in summarise(entry("sgd", {}, best=0.1, grid=(0.1,)), TASKS)] == [False]
+    assert [row.at_edge for row in summarise(entry("sgd", {}, best=0.1, grid=(0.1,)), TASKS)] == [
+        False
+    ]
 
 
 def test_groups_are_task_contestant_and_options_in_order_of_appearance():
@@ -196,7 +243,9 @@ def test_groups_are_task_contestant_and_options_in_order_of_appearance():
     turned = [{**run, "options": {"y": 2, "x": 1.0}} for run in runs[:1]]
     assert len(summarise(runs + turned, TASKS)) == 3
     other = TaskFacts("other", "", 0.1, "error", False, 1.0)
-    both = summarise([*runs, *({**run, "task": "other"} for run in entry("a", {}))], {**TASKS, "other": other})
+    both = summarise(
+        [*runs, *({**run, "task": "other"} for run in entry("a", {}))], {**TASKS, "other": other}
+    )
     assert [row.task for row in both] == ["toy", "toy", "toy", "other"]
     assert both[-1].solved == 0  # an error of 98
 
@@ -218,7 +267,12 @@ def test_a_run_that_was_done_again_replaces_the_first():
 
 
 def test_failed_and_diverged_contestants_are_rows_with_their_reason():
-    diverged = {"status": "diverged", "reason": "loss is NaN at step 1", "contestant": "b", "label": "b"}
+    diverged = {
+        "status": "diverged",
+        "reason": "loss is NaN at step 1",
+        "contestant": "b",
+        "label": "b",
+    }
     runs = [
         failed(),
         record([1.0, math.nan], quality=99.0, **diverged),
@@ -242,7 +296,11 @@ def test_bands_are_medians_and_ranges_at_common_places():
 
 
 def test_diverged_runs_count_as_the_worst_from_there_on():
-    runs = [record([8.0, 4.0, 2.0]), record([8.0, 2.0, 1.0]), record([8.0, math.nan], status="diverged")]
+    runs = [
+        record([8.0, 4.0, 2.0]),
+        record([8.0, 2.0, 1.0]),
+        record([8.0, math.nan], status="diverged"),
+    ]
     found = band(runs, "step", "loss", math.inf, 50)
     np.testing.assert_array_equal(found.high, [np.inf, np.inf])
     np.testing.assert_array_equal(found.median, [4, 2])
@@ -257,13 +315,17 @@ def test_bands_have_no_more_places_than_asked_for():
 
 
 def test_period_curve_has_a_line_for_each_choice_of_other_options():
-    rows = summarise(sweep_of_periods() + sweep_of_periods("adam", None) + entry("sgd", {"momentum": 0.9}), TASKS)
+    rows = summarise(
+        sweep_of_periods() + sweep_of_periods("adam", None) + entry("sgd", {"momentum": 0.9}), TASKS
+    )
     lines = sweeps(rows, "period")
     assert [line.label for line in lines] == ["il:inner=sgd", "il:inner=adam"]
     assert [point.value for point in lines[0].points] == [1, 4, 16, math.inf]
     expected = [[q, q - 0.1, q - 0.2] for q in (98 - 1 / 64, 98 - 4 / 64, 98 - 16 / 64, 97.0)]
     np.testing.assert_allclose([point.finals("quality") for point in lines[0].points], expected)
-    np.testing.assert_allclose([point.finals("network_quality") for point in lines[0].points], np.subtract(expected, 1))
+    np.testing.assert_allclose(
+        [point.finals("network_quality") for point in lines[0].points], np.subtract(expected, 1)
+    )
     np.testing.assert_allclose(lines[0].points[0].finals("loss"), [0.05, 0.055, 0.06])
     assert swept(rows) == ["period"]
 
@@ -273,15 +335,25 @@ def test_metrics_that_move_along_a_sweep_are_drawn(tmp_path):
     for run in runs:  # those of the second sweep are from a version that kept none
         if run["options"]["inner"] == "sgd":
             alignment = 1.0 if run["options"]["period"] is None else 0.7 + 0.01 * run["seed"]
-            run["metrics"] = {"kernel/alignment": alignment, "linearise/age": 5.0, "linearise/gap": math.nan}
+            run["metrics"] = {
+                "kernel/alignment": alignment,
+                "linearise/age": 5.0,
+                "linearise/gap": math.nan,
+            }
     rows = summarise(runs, TASKS)
     assert moving_metrics(sweeps(rows, "period")) == ["kernel/alignment"]
     line = next(line for line in sweeps(rows, "period") if line.options["inner"] == "sgd")
-    assert [point.finals("kernel/alignment") for point in line.points] == [[0.7, 0.71, 0.72]] * 3 + [[1.0] * 3]
+    assert [point.finals("kernel/alignment") for point in line.points] == [
+        [0.7, 0.71, 0.72]
+    ] * 3 + [[1.0] * 3]
     (drawn,) = (picture for picture in figures.pictures(rows, FACTS) if picture.kind == "state")
     (panel,) = drawn.figure.axes
     assert (drawn.name, panel.get_ylabel()) == ("period-state", "kernel/alignment")
-    means = [each.get_ydata() for each in panel.lines if len(each.get_ydata()) == 3 and each.get_linestyle() != "None"]
+    means = [
+        each.get_ydata()
+        for each in panel.lines
+        if len(each.get_ydata()) == 3 and each.get_linestyle() != "None"
+    ]
     assert any(np.allclose(mean, 0.71) for mean in means)
     page = report.write(tmp_path, runs, TASKS).read_text(encoding="utf-8")
     assert "State of the optimiser at the end" in page
@@ -328,7 +400,9 @@ def test_points_stand_at_one_over_learning_rate_and_period():
     np.testing.assert_allclose([point.value for point in image.points], [1 / 4, 1 / 16, 1 / 16])
     assert [point.records[0]["options"]["period"] for point in image.points] == [1, 4, 16]
     (plain,) = sweeps(summarise(sweep_of_periods(momentum=None), TASKS), "period")
-    np.testing.assert_allclose([point.value for point in as_damping(plain).points], [2.5, 0.625, 0.625])
+    np.testing.assert_allclose(
+        [point.value for point in as_damping(plain).points], [2.5, 0.625, 0.625]
+    )
     (adam,) = sweeps(summarise(sweep_of_periods("adam"), TASKS), "period")
     assert as_damping(adam) is None
     (stuck,) = sweeps(summarise(sweep_of_periods(momentum=1.0), TASKS), "period")
@@ -338,15 +412,25 @@ def test_points_stand_at_one_over_learning_rate_and_period():
 def test_damping_is_swept_as_an_option_or_tuned():
     def swept(name, **options):
         values = (0.01, 0.1, 1.0)
-        return [run for v in values for run in entry(name, {**options, "damping": v}, label=f"{name}:damping={v}")]
+        return [
+            run
+            for v in values
+            for run in entry(name, {**options, "damping": v}, label=f"{name}:damping={v}")
+        ]
 
-    runs = swept("gn", control="constant") + entry("sgn", {"control": "constant"}, tuned="damping", best=0.1)
+    runs = swept("gn", control="constant") + entry(
+        "sgn", {"control": "constant"}, tuned="damping", best=0.1
+    )
     # A λ that changes during a run has no place beside one that does not, nor on the map from K.
     runs += swept("trust", control="gain-ratio") + entry("lm", {}, tuned="damping", best=0.1)
     by_option, by_trial = damping_lines(summarise(runs, TASKS))
     assert (by_option.label, by_trial.label) == ("gn", "sgn")
     assert [len(point.records) for point in by_option.points] == [3, 3, 3]
-    assert [(point.value, len(point.records)) for point in by_trial.points] == [(0.01, 1), (0.1, 1), (1.0, 1)]
+    assert [(point.value, len(point.records)) for point in by_trial.points] == [
+        (0.01, 1),
+        (0.1, 1),
+        (1.0, 1),
+    ]
 
 
 def test_points_leave_out_runs_that_did_not_finish():
@@ -358,17 +442,27 @@ def test_crowded_figures_keep_every_contestant():
     runs = [run for number in range(8) for run in entry(f"c{number}", {})]
     for period in range(1, 20):
         final = 0.05 if period == 7 else 0.06
-        runs += entry("il", {"period": period}, final, label="il" if period == 16 else f"il:period={period}")
+        runs += entry(
+            "il", {"period": period}, final, label="il" if period == 16 else f"il:period={period}"
+        )
     rows = summarise(runs, TASKS)
     kept = [row.label for row in thinned(rows, FACTS.target, 16)]
-    assert kept == [*(f"c{number}" for number in range(8)), "il:period=1", "il:period=7", "il", "il:period=19"]
+    assert kept == [
+        *(f"c{number}" for number in range(8)),
+        "il:period=1",
+        "il:period=7",
+        "il",
+        "il:period=19",
+    ]
     assert thinned(rows, FACTS.target, 100) == rows
     assert len(thinned(rows, FACTS.target, 5)) == 5
 
 
 def test_labels_do_not_overlap_and_stay_near():
     sizes = np.full(4, 0.1)
-    np.testing.assert_allclose(figures.spread_out(np.array([0.2, 0.5, 0.5, 0.9]), sizes), [0.2, 0.45, 0.55, 0.9])
+    np.testing.assert_allclose(
+        figures.spread_out(np.array([0.2, 0.5, 0.5, 0.9]), sizes), [0.2, 0.45, 0.55, 0.9]
+    )
     for wanted in ([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.9, 1.0, 1.0]):
         places = figures.spread_out(np.array(wanted), sizes)
         assert all(np.diff(places) >= 0.1 - 1e-12)
@@ -377,7 +471,10 @@ def test_labels_do_not_overlap_and_stay_near():
 
 
 def test_styles_differ_without_colour():
-    looks = [(style["marker"], style["markerfacecolor"] == "white") for style in map(figures._style, range(16))]
+    looks = [
+        (style["marker"], style["markerfacecolor"] == "white")
+        for style in map(figures._style, range(16))
+    ]
     assert len(set(looks)) == 16
 
 
@@ -385,7 +482,9 @@ def test_styles_differ_without_colour():
 
 
 def test_table_fits_into_80_columns_and_says_what_is_missing():
-    runs = entry("sgd", {}) + entry("levenberg-marquardt", {}, 0.5, quality=90.0, tuned="damping", best=1.0)
+    runs = entry("sgd", {}) + entry(
+        "levenberg-marquardt", {}, 0.5, quality=90.0, tuned="damping", best=1.0
+    )
     runs += [{**run, "label": "il:inner=sgd,period=1024"} for run in entry("il", {}, seeds=2)]
     runs += [failed(contestant="kfac", label="kfac")]
     shown = as_text(report.terminal(summarise(runs, TASKS), FACTS))
@@ -430,7 +529,9 @@ def everything():
     runs = sweep_of_periods() + sweep_of_periods("adam", None)
     for value in (0.01, 0.1, 1.0):
         runs += entry("gn", {"damping": value, "control": "constant"}, label=f"gn:damping={value}")
-        runs += entry("trust", {"damping": value, "control": "gain-ratio"}, label=f"trust:damping={value}")
+        runs += entry(
+            "trust", {"damping": value, "control": "gain-ratio"}, label=f"trust:damping={value}"
+        )
     runs += entry("lm", {}, tuned="damping") + entry("hostile", {}, label=HOSTILE)
     runs += [failed(reason="<script>alert(1)</script>", contestant="kfac", label="kfac")]
     runs += [record([1.0, math.nan], status="diverged", reason="NaN", contestant="d", label="d")]
@@ -479,10 +580,15 @@ def test_page_is_whole_and_needs_nothing_else(written):
     assert not re.search(r"https?://|url\(|@import", text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == names.count("figcaption") == 10
-    assert all(image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images)
+    assert all(
+        image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images
+    )
     assert all(attributes["href"].startswith("#") for tag, attributes in page.tags if tag == "a")
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
-    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert (
+        "meta",
+        {"name": "viewport", "content": "width=device-width, initial-scale=1"},
+    ) in page.tags
 
 
 def test_page_says_what_there_is_to_say(written):
@@ -509,7 +615,13 @@ def test_hostile_labels_are_escaped(written):
 
 def test_figures_are_png_and_svg(written):
     stems = {path.stem for path in (written / "figures").iterdir()}
-    curves = {"toy-loss-step", "toy-loss-cost", "toy-loss-seconds", "toy-quality-cost", "toy-quality-seconds"}
+    curves = {
+        "toy-loss-step",
+        "toy-loss-cost",
+        "toy-loss-seconds",
+        "toy-quality-cost",
+        "toy-quality-seconds",
+    }
     sweeps = {"toy-period", "toy-damping", "toy-damping-first-or-last"}
     assert stems == curves | sweeps | {"toy-sensitivity-learning_rate", "toy-sensitivity-damping"}
     for stem in stems:
@@ -528,7 +640,9 @@ def test_csv_files_hold_all_numbers(written, everything):
             mean = float(line[f"{name}_mean"] or "nan")
             np.testing.assert_equal((mean, int(line[f"{name}_count"])), (spread.mean, spread.count))
     assert len(runs) == len(everything)
-    assert sum(line["chosen"] == "True" for line in runs) == sum(len(row.records) for row in summary)
+    assert sum(line["chosen"] == "True" for line in runs) == sum(
+        len(row.records) for row in summary
+    )
     assert {line["status"] for line in runs} == {"finished", "failed", "diverged"}
     for number, run in enumerate(everything):
         for name, values in run["curve"].items():
@@ -539,20 +653,35 @@ def test_csv_files_hold_all_numbers(written, everything):
 def test_the_same_records_give_the_same_files(tmp_path):
     (tmp_path / "figures").mkdir()
     rows = summarise([record([1.0, 0.5, 0.05])], TASKS)
-    first, second = (report._embed(figures.pictures(rows, FACTS)[0], tmp_path, "toy")["source"] for _ in range(2))
+    first, second = (
+        report._embed(figures.pictures(rows, FACTS)[0], tmp_path, "toy")["source"] for _ in range(2)
+    )
     assert first == second
 
 
 def test_nothing_finished_and_nothing_at_all_are_pages_too(tmp_path):
-    for runs in ([], [failed()], entry("sgd", {})[:1], [record([math.nan], status="diverged", reason="NaN")]):
+    for runs in (
+        [],
+        [failed()],
+        entry("sgd", {})[:1],
+        [record([math.nan], status="diverged", reason="NaN")],
+    ):
         Page(report.write(tmp_path, runs, TASKS).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
-    "facts", [TaskFacts("toy", "", 1e-9, "rms error", False, 0.5), TaskFacts("toy", "", 0.1, "R²", True, 0.9)]
+    "facts",
+    [
+        TaskFacts("toy", "", 1e-9, "rms error", False, 0.5),
+        TaskFacts("toy", "", 0.1, "R²", True, 0.9),
+    ],
 )
 def test_other_qualities_can_be_drawn(facts):
-    runs = [run for period in (1, 4, None) for run in entry("il", {"period": period}, final=0.0, quality=0.7)]
+    runs = [
+        run
+        for period in (1, 4, None)
+        for run in entry("il", {"period": period}, final=0.0, quality=0.7)
+    ]
     rows = summarise(runs, {"toy": facts})
     drawn = figures.pictures(rows, facts)
     assert [picture.name for picture in drawn][5:] == ["period", "sensitivity-learning_rate"]

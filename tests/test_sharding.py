@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def model(params, batch):
     return jnp.tanh(batch["x"] @ params["in"]) @ params["out"]
 
-def loss(outputs, batch):
-    return jnp.sum(batch["weights"][:, None] * (outputs - batch["y"]) ** 2) / jnp.sum(batch["weights"])
+def loss(outputs, batch): return jnp.sum(batch["weights"][:, None] * (outputs - batch["y"]) ** 2) /
+    jnp.sum(batch["weights"])
 
 objective = gnlin.Objective(model, loss)
 keys = jax.random.split(jax.random.key(0), 5)
@@ -25,8 +25,8 @@ layers = gnlin.LayerPeriods({"in": 2, "out": 1}, {"in": "in", "out": "out"})
 gap = gnlin.iterative_linearisation(optax.adam(0.05), objective, gnlin.RelativeGap(0.2, patience=1))
 rate = optax.scale_by_learning_rate(0.1)
 transforms = {
-    "spectral": optax.chain(gnlin.scale_by_spectral_condition(), rate),
-    "maximal update": optax.chain(optax.sgd(0.01), gnlin.scale_by_maximal_update_sgd()),
+    "spectral": optax.chain(gnlin.width.scale_by_spectral_condition(), rate),
+    "maximal update": optax.chain(optax.sgd(0.01), gnlin.width.scale_by_maximal_update_sgd()),
     "layers": optax.chain(gnlin.linearise_gradients(objective, layers), rate),
     "drift and gap": gnlin.measure_kernel_drift(gap, objective, probe, every=2),
 }
@@ -51,7 +51,7 @@ for name, tx in transforms.items():
 
 both = batch, jax.device_put(batch, by_row)
 for options in ({"outputs": "trace"}, {"outputs": "full", "max_bytes": 120_000}):  # as a whole, and in parts
-    one, eight = jax.device_get([gnlin.empirical_ntk(objective, params, each, **options) for each in both])
+    one, eight = jax.device_get([gnlin.kernel.empirical_ntk(objective, params, each, **options) for each in both])
     assert abs(one - eight).max() <= 1e-5 * abs(one).max()
 """
 
@@ -61,6 +61,11 @@ def test_a_batch_on_eight_devices():
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,8 @@ from gnlin.compare.tasks import TASKS
 from gnlin.width.condition import leading_pair
 from gnlin.width.fans import layout_of, layouts
 
-Fans = gnlin.Fans
-SCALE = jax.jit(gnlin.scale_by_spectral_condition().update)
+Fans = gnlin.width.Fans
+SCALE = jax.jit(gnlin.width.scale_by_spectral_condition().update)
 PAIR = jax.jit(leading_pair, static_argnames="steps")
 
 
@@ -41,7 +41,7 @@ def with_values(values, rows=30, columns=40, seed=0):
 
 def scaled(updates, fans=None, *, calls=1, **options):
     """The updates after several calls on the same, each from the vectors of the one before."""
-    tx = gnlin.scale_by_spectral_condition(fans, **options)
+    tx = gnlin.width.scale_by_spectral_condition(fans, **options)
     state, update = jax.jit(tx.init)(updates), jax.jit(tx.update)
     for _ in range(calls):
         new, state = update(updates, state)
@@ -51,14 +51,20 @@ def scaled(updates, fans=None, *, calls=1, **options):
 # What a leaf's norm is, and what it should be.
 
 LEAVES = {
-    # name: (shape, fans, leaf ↦ its maps as matrices (fan-in, fan-out) in the units of the norm, prescription)
+    # name: (shape, fans, leaf ↦ its maps as matrices (fan-in, fan-out) in the units of the norm,
+    # prescription)
     "matrix": ((4, 9), None, lambda w: [w], 1.5),
     "bias": ((9,), None, lambda w: [w[None]], 3.0),
     "scalar": ((), None, lambda w: [w[None, None]], 1.0),
     "gain": ((9,), Fans(-1, -1), lambda w: [np.diag(w)], 1.0),
     "convolution": ((3, 2, 4, 6), None, lambda w: [w.reshape(24, 6)], 0.5),
     "convolution-1d": ((3, 4, 6), Fans(), lambda w: [w.reshape(12, 6)], 0.5**0.5),
-    "depthwise": ((2, 2, 1, 6), Fans(-1, -1), lambda w: [w[..., i].reshape(4, 1) for i in range(6)], 0.5),
+    "depthwise": (
+        (2, 2, 1, 6),
+        Fans(-1, -1),
+        lambda w: [w[..., i].reshape(4, 1) for i in range(6)],
+        0.5,
+    ),
     "oihw": ((6, 4, 3, 2), Fans(1, 0), lambda w: [w.reshape(6, 24).T], 0.5),
     "transposed": ((9, 4), Fans(1, 0), lambda w: [w.T], 1.5),
     "embedding": ((7, 9), Fans((), -1, index_axis=0), lambda w: [row[None] for row in w], 3.0),
@@ -80,8 +86,12 @@ def test_every_kind_of_leaf_has_its_prescribed_norm():
     new, state = scaled(leaves, LEAF_FANS, calls=2)
     before = {name: leaf_norms(name, leaves[name]) for name in NAMES}
     for name, (_, _, _, prescription) in LEAVES.items():
-        np.testing.assert_allclose(leaf_norms(name, new[name]), prescription, rtol=1e-4, err_msg=name)
-        np.testing.assert_allclose(new[name] * before[name], leaves[name] * prescription, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(
+            leaf_norms(name, new[name]), prescription, rtol=1e-4, err_msg=name
+        )
+        np.testing.assert_allclose(
+            new[name] * before[name], leaves[name] * prescription, rtol=1e-3, err_msg=name
+        )
     ratios = [before[name] / LEAVES[name][3] for name in NAMES]
     np.testing.assert_allclose(gnlin.metrics(state)["spectral/largest"], max(ratios), rtol=1e-4)
     np.testing.assert_allclose(gnlin.metrics(state)["spectral/smallest"], min(ratios), rtol=1e-4)
@@ -90,21 +100,34 @@ def test_every_kind_of_leaf_has_its_prescribed_norm():
 def test_reports_and_initial_weights_follow_the_same_axes():
     @jax.jit
     def draw(key):
-        return {name: gnlin.spectral_init(key, shape, fans=fans) for name, (shape, fans, _, _) in LEAVES.items()}
+        return {
+            name: gnlin.width.spectral_init(key, shape, fans=fans)
+            for name, (shape, fans, _, _) in LEAVES.items()
+        }
 
     weights = draw(jax.random.key(0))
     updates = {name: jnp.asarray(normal(1, *LEAVES[name][0]), jnp.float32) for name in NAMES}
-    reports = jax.jit(lambda *trees: gnlin.spectral_report(*trees, LEAF_FANS))(weights, updates)
+    reports = jax.jit(lambda *trees: gnlin.width.spectral_report(*trees, LEAF_FANS))(
+        weights, updates
+    )
     for name, (_, _, maps, prescription) in LEAVES.items():
         report = reports[f"['{name}']"]
         np.testing.assert_allclose(report.prescription, prescription, rtol=1e-6, err_msg=name)
-        np.testing.assert_allclose((report.fan_out / report.fan_in) ** 0.5, prescription, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            (report.fan_out / report.fan_in) ** 0.5, prescription, rtol=1e-6, err_msg=name
+        )
         np.testing.assert_allclose(report.weight_ratio, 1, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(report.update, leaf_norms(name, updates[name]), rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(report.update_ratio * prescription, report.update, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            report.update, leaf_norms(name, updates[name]), rtol=1e-5, err_msg=name
+        )
+        np.testing.assert_allclose(
+            report.update_ratio * prescription, report.update, rtol=1e-5, err_msg=name
+        )
         for each in maps(np.asarray(weights[name])):
             singular = np.linalg.svd(each, compute_uv=False)
-            np.testing.assert_allclose(singular[singular > 0], prescription, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                singular[singular > 0], prescription, rtol=1e-5, err_msg=name
+            )
 
 
 def test_stacked_layers_are_scaled_one_by_one():
@@ -118,19 +141,24 @@ def test_stacked_layers_are_scaled_one_by_one():
     for i in range(3):
         np.testing.assert_allclose(new["w"][i] * norm(tree["w"][i]), tree["w"][i] * 1.5, rtol=1e-3)
         np.testing.assert_allclose(norm(new["b"][i][None]), 3, rtol=1e-5)
-    report = jax.jit(lambda *trees: gnlin.spectral_report(*trees, fans))(tree, new)["['w']"]
+    report = jax.jit(lambda *trees: gnlin.width.spectral_report(*trees, fans))(tree, new)["['w']"]
     assert report.update.shape == (3,)
     np.testing.assert_allclose(report.update_ratio, 1, rtol=1e-4)
 
 
 def test_fans_are_a_tree_a_prefix_or_a_function():
-    params = {"blocks": [jnp.ones((3, 4, 4)), jnp.ones((2, 5, 5))], "out": jnp.ones((4, 2)), "none": None}
+    params = {
+        "blocks": [jnp.ones((3, 4, 4)), jnp.ones((2, 5, 5))],
+        "out": jnp.ones((4, 2)),
+        "none": None,
+    }
     whole = {"blocks": [Fans(batch_axis=0)] * 2, "out": None, "none": None}
     prefix = {"blocks": Fans(batch_axis=0), "out": None, "none": None}
 
     def function(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: Fans(batch_axis=0) if "blocks" in jax.tree_util.keystr(path) else None, params
+            lambda path, _: Fans(batch_axis=0) if "blocks" in jax.tree_util.keystr(path) else None,
+            params,
         )
 
     expected = layouts(whole, params)
@@ -163,16 +191,23 @@ def test_norm_of_close_singular_values(values):
         found, vector = PAIR(matrix, vector, 1.0, 8)
         assert found <= 1 + 1e-5
     assert found >= 0.98
-    np.testing.assert_allclose(np.linalg.norm(np.asarray(matrix) @ np.asarray(vector)), found, rtol=1e-4)
+    np.testing.assert_allclose(
+        np.linalg.norm(np.asarray(matrix) @ np.asarray(vector)), found, rtol=1e-4
+    )
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 9), rank=st.integers(1, 9), exponent=st.integers(-15, 15))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    rank=st.integers(1, 9),
+    exponent=st.integers(-15, 15),
+)
 def test_small_matrices_are_exact(rows, columns, rank, exponent):
     """No search is left where there are as many steps as rows or columns; sizes are of no consequence."""
     matrix = normal(rows, rows, rank) @ normal(columns, rank, columns) * 10.0**exponent
     updates = np.zeros((9, 9), np.float32)
     updates[:rows, :columns] = matrix
-    state = gnlin.scale_by_spectral_condition().init(updates)
+    state = gnlin.width.scale_by_spectral_condition().init(updates)
     assert norm(SCALE(updates, state)[0]) == pytest.approx(1, rel=1e-4)
 
 
@@ -182,7 +217,7 @@ def test_an_update_at_right_angles_to_all_before_has_its_norm():
     for size in (1e-30, 1e-4, 1.0, 1e3, 1e30):
         first, second = np.zeros((40, 20), np.float32), np.zeros((40, 20), np.float32)
         first[:, :10], second[:, 10:] = draw(10), draw(10) * size
-        state = gnlin.scale_by_spectral_condition().init(first)
+        state = gnlin.width.scale_by_spectral_condition().init(first)
         for _ in range(30):
             _, state = SCALE(first, state)
         for updates in (second, first, second):
@@ -194,7 +229,9 @@ def test_large_updates_do_not_overflow():
     for shape, size in (((1000, 1000), 1e36), ((64, 64), 1e38), ((8,), 1e38), ((1000, 10), 2e-38)):
         new, state = scaled(np.full(shape, size, np.float32))
         ratio = size * (shape[0] if len(shape) == 2 else 1.0)  # of the norm to the prescription
-        assert gnlin.metrics(state)["spectral/largest"] == pytest.approx(ratio if ratio < 3e38 else np.inf, rel=1e-3)
+        assert gnlin.metrics(state)["spectral/largest"] == pytest.approx(
+            ratio if ratio < 3e38 else np.inf, rel=1e-3
+        )
         prescription = (shape[-1] / shape[0]) ** 0.5 if len(shape) == 2 else shape[0] ** 0.5
         assert norm(np.atleast_2d(new)) == pytest.approx(prescription, rel=1e-3)
 
@@ -202,7 +239,11 @@ def test_large_updates_do_not_overflow():
 def training(network, inner, steps, *, batch_size=32, rate=0.05):
     """Of every scaled update after the first five, and every matrix, its norm / prescription."""
     task = TASKS[network]()
-    tx = optax.chain(inner, gnlin.scale_by_spectral_condition(), third_party(optax.scale_by_learning_rate(rate)))
+    tx = optax.chain(
+        inner,
+        gnlin.width.scale_by_spectral_condition(),
+        third_party(optax.scale_by_learning_rate(rate)),
+    )
 
     @jax.jit
     def step(params, state, batch):
@@ -215,17 +256,29 @@ def training(network, inner, steps, *, batch_size=32, rate=0.05):
     params = task.init(jax.random.key(0))
     state, ratios, losses = tx.init(params), [], []
     for count, rows in enumerate(task.batches(0, steps, batch_size)):
-        params, state, updates, value = step(params, state, jax.tree.map(lambda leaf, rows=rows: leaf[rows], data))
+        params, state, updates, value = step(
+            params, state, jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+        )
         losses.append(float(value))
         if count >= 5:
-            matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(updates) if leaf.ndim > 1]
-            ratios += [norm(each) / rate / np.sqrt(each.shape[1] / each.shape[0]) for each in matrices]
+            matrices = [
+                leaf.reshape(-1, leaf.shape[-1])
+                for leaf in jax.tree.leaves(updates)
+                if leaf.ndim > 1
+            ]
+            ratios += [
+                norm(each) / rate / np.sqrt(each.shape[1] / each.shape[0]) for each in matrices
+            ]
     return np.array(ratios), losses
 
 
 @pytest.mark.parametrize(
     ("network", "inner"),
-    [("digits", optax.scale_by_adam()), ("digits", optax.identity()), ("digits-cnn", optax.scale_by_adam())],
+    [
+        ("digits", optax.scale_by_adam()),
+        ("digits", optax.identity()),
+        ("digits-cnn", optax.scale_by_adam()),
+    ],
     ids=["perceptron-adam", "perceptron-sgd", "convolutions-adam"],
 )
 def test_norms_in_training(network, inner):
@@ -251,8 +304,8 @@ def test_fewer_steps_are_less_accurate():
 def test_cost_beside_the_gradient():
     """Under 5 % of the operations of a gradient on a wide perceptron, at batches of 128.
 
-    XLA counts the body of a loop once. What the other seven steps take is counted by hand: their products, and 2 % for
-    the vectors.
+    XLA counts the body of a loop once. What the other seven steps take is counted by hand: their
+    products, and 2 % for the vectors.
     """
     widths, examples = (64, 1024, 1024, 10), 128
     params = {str(i): jnp.ones(shape) for i, shape in enumerate(itertools.pairwise(widths))}
@@ -266,10 +319,14 @@ def test_cost_beside_the_gradient():
             x = jnp.tanh(x @ params[name])
         return jnp.mean(jax.nn.log_softmax(x @ params["2"])[:, 0])
 
-    tx = gnlin.scale_by_spectral_condition()
+    tx = gnlin.width.scale_by_spectral_condition()
     once = flops(tx.update, params, tx.init(params))
-    products = sum(4 * leaf.size for leaf in params.values())  # of one step: with the matrix and its transpose
-    assert products < once < 2.3 * products  # the loop's body, and what is done once: entries, sizes, scaling
+    products = sum(
+        4 * leaf.size for leaf in params.values()
+    )  # of one step: with the matrix and its transpose
+    assert (
+        products < once < 2.3 * products
+    )  # the loop's body, and what is done once: entries, sizes, scaling
     gradient = flops(jax.value_and_grad(loss), params, jnp.ones((examples, 64)))
     assert once + 7 * 1.02 * products < 0.05 * gradient
 
@@ -278,7 +335,12 @@ def test_cost_beside_the_gradient():
 
 
 def test_zero_stays_zero():
-    updates = {"w": jnp.zeros((5, 4)), "b": jnp.zeros(4), "s": jnp.zeros([]), "k": jnp.zeros((2, 3, 3))}
+    updates = {
+        "w": jnp.zeros((5, 4)),
+        "b": jnp.zeros(4),
+        "s": jnp.zeros([]),
+        "k": jnp.zeros((2, 3, 3)),
+    }
     updates["k"] = updates["k"].at[1].set(jnp.eye(3))
     fans = {"w": None, "b": None, "s": None, "k": Fans(batch_axis=0)}
     new, state = scaled(updates, fans, calls=2)
@@ -291,16 +353,23 @@ def test_zero_stays_zero():
 @pytest.mark.parametrize("size", [1e-35, 1e-20, 1e20, 1e35])
 def test_any_size_is_brought_to_size(size):
     updates = {"w": jnp.full((5, 4), size), "b": jnp.full(4, size), "s": jnp.asarray(size)}
-    new, _ = SCALE(updates, gnlin.scale_by_spectral_condition().init(updates))
-    for leaf, expected in ((new["w"], 0.8**0.5), (new["b"][None], 2.0), (new["s"][None, None], 1.0)):
+    new, _ = SCALE(updates, gnlin.width.scale_by_spectral_condition().init(updates))
+    for leaf, expected in (
+        (new["w"], 0.8**0.5),
+        (new["b"][None], 2.0),
+        (new["s"][None, None], 1.0),
+    ):
         assert norm(leaf) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_leaves_nothing_behind(bad):
-    tx = gnlin.scale_by_spectral_condition()
+    tx = gnlin.width.scale_by_spectral_condition()
     update = jax.jit(tx.update)
-    clean = {"w": jnp.asarray(normal(0, 12, 10), jnp.float32), "v": jnp.asarray(normal(1, 10, 12), jnp.float32)}
+    clean = {
+        "w": jnp.asarray(normal(0, 12, 10), jnp.float32),
+        "v": jnp.asarray(normal(1, 10, 12), jnp.float32),
+    }
     _, state = update(clean, tx.init(clean))
     broken, after = update({**clean, "w": clean["w"].at[0, 0].set(bad)}, state)
     assert np.isnan(broken["w"]).all()  # for those who look for it
@@ -320,13 +389,16 @@ def test_empty_leaves_pass():
     assert gnlin.metrics(state)["spectral/largest"] == 0
 
 
-@pytest.mark.parametrize("dtypes", [(jnp.bfloat16, jnp.float16, jnp.float32), (jnp.float64,)], ids=["32", "64"])
+@pytest.mark.parametrize(
+    "dtypes", [(jnp.bfloat16, jnp.float16, jnp.float32), (jnp.float64,)], ids=["32", "64"]
+)
 def test_dtypes(dtypes):
     """Updates keep theirs; norms are as accurate as it allows, and the vectors at least float32."""
     with enable_x64(jnp.float64 in dtypes):
         names = [dtype.__name__ for dtype in dtypes]
         updates = {
-            name: [jnp.asarray(normal(0, 12, 10), name), jnp.ones(3, name), jnp.ones([], name)] for name in names
+            name: [jnp.asarray(normal(0, 12, 10), name), jnp.ones(3, name), jnp.ones([], name)]
+            for name in names
         }
         new, state = scaled(updates, calls=3)
         chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
@@ -334,9 +406,13 @@ def test_dtypes(dtypes):
             assert state.vectors[name][0].dtype == ("float64" if name == "float64" else "float32")
             accuracy = max(float(jnp.finfo(name).eps), 1e-9 if name == "float64" else 1e-4)
             assert norm(new[name][0]) == pytest.approx((10 / 12) ** 0.5, rel=2 * accuracy)
-            weights = jax.jit(lambda key, name=name: gnlin.spectral_init(key, (12, 10), name))(jax.random.key(0))
+            weights = jax.jit(
+                lambda key, name=name: gnlin.width.spectral_init(key, (12, 10), name)
+            )(jax.random.key(0))
             assert weights.dtype == name
-            assert norm(weights) == pytest.approx((10 / 12) ** 0.5, rel=2 * float(jnp.finfo(name).eps) + 1e-6)
+            assert norm(weights) == pytest.approx(
+                (10 / 12) ** 0.5, rel=2 * float(jnp.finfo(name).eps) + 1e-6
+            )
 
 
 # Initial weights.
@@ -344,15 +420,17 @@ def test_dtypes(dtypes):
 
 def test_initial_weights_keep_features_through_square_layers():
     x = jnp.asarray(normal(0, 5, 32), jnp.float32)
-    draw = jax.jit(lambda key: gnlin.spectral_init(key, (32, 32)))
+    draw = jax.jit(lambda key: gnlin.width.spectral_init(key, (32, 32)))
     for key in jax.random.split(jax.random.key(0), 10):
         x = x @ draw(key)
-    np.testing.assert_allclose(np.linalg.norm(x, axis=1), np.linalg.norm(normal(0, 5, 32), axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.linalg.norm(x, axis=1), np.linalg.norm(normal(0, 5, 32), axis=1), rtol=1e-4
+    )
 
 
 def test_initial_weights_are_drawn_evenly():
     """Entries of a random orthogonal matrix have mean 0 and mean square 1 / n, on the diagonal as elsewhere."""
-    draw = jax.jit(jax.vmap(lambda key: gnlin.spectral_init(key, (3, 3))))
+    draw = jax.jit(jax.vmap(lambda key: gnlin.width.spectral_init(key, (3, 3))))
     draws = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     np.testing.assert_allclose(draws.mean(axis=0), 0, atol=4 * np.sqrt(1 / 3 / 4000))
     np.testing.assert_allclose((draws**2).mean(axis=0), 1 / 3, atol=0.03)
@@ -360,7 +438,7 @@ def test_initial_weights_are_drawn_evenly():
 
 
 def test_initialises_flax():
-    layer = linen.Dense(6, kernel_init=functools.partial(gnlin.spectral_init, scale=2.0))
+    layer = linen.Dense(6, kernel_init=functools.partial(gnlin.width.spectral_init, scale=2.0))
     kernel = layer.init(jax.random.key(0), jnp.ones((1, 24)))["params"]["kernel"]
     assert norm(kernel) == pytest.approx(2 * 0.5, rel=1e-5)
 
@@ -370,11 +448,21 @@ def test_initialises_flax():
 
 def test_multipliers():
     params = {"w": (16, 64), "b": (64,), "g": (64,), "e": (9, 64), "k": (3, 3, 16, 32), "s": ()}
-    fans = {"w": None, "b": None, "g": Fans(-1, -1), "e": Fans((), -1, index_axis=0), "k": None, "s": None}
+    fans = {
+        "w": None,
+        "b": None,
+        "g": Fans(-1, -1),
+        "e": Fans((), -1, index_axis=0),
+        "k": None,
+        "s": None,
+    }
     params = {name: jnp.ones(shape) for name, shape in params.items()}
     sgd = {"w": 64 / 16, "b": 64, "g": 64, "e": 64, "k": 32 / (9 * 16), "s": 1}
     adam = {"w": 1 / 16, "b": 1, "g": 1, "e": 1, "k": 1 / (9 * 16), "s": 1}
-    for build, expected in ((gnlin.scale_by_maximal_update_sgd, sgd), (gnlin.scale_by_maximal_update_adam, adam)):
+    for build, expected in (
+        (gnlin.width.scale_by_maximal_update_sgd, sgd),
+        (gnlin.width.scale_by_maximal_update_adam, adam),
+    ):
         new, _ = build(fans).update(params, build(fans).init(params))
         chex.assert_trees_all_close(
             new, jax.tree.map(lambda x, c: c * x, params, jax.tree.map(float, expected)), rtol=1e-6
@@ -384,24 +472,25 @@ def test_multipliers():
 def test_multipliers_relative_to_a_narrower_network():
     def shapes(width):
         return [
-            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, width), (width, width), (width, 2), (width,))
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in ((8, width), (width, width), (width, 2), (width,))
         ]
 
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes(40))
-    sgd = gnlin.scale_by_maximal_update_sgd(base=shapes(10))
-    adam = gnlin.scale_by_maximal_update_adam(base=shapes(10))
+    sgd = gnlin.width.scale_by_maximal_update_sgd(base=shapes(10))
+    adam = gnlin.width.scale_by_maximal_update_adam(base=shapes(10))
     for tx, expected in ((sgd, (4, 1, 1 / 4, 4)), (adam, (1, 1 / 4, 1 / 4, 1))):
         new, _ = tx.update(ones, tx.init(ones))
         np.testing.assert_allclose([leaf.ravel()[0] for leaf in new], expected, rtol=1e-6)
-    same = gnlin.scale_by_maximal_update_adam(base=shapes(40))
+    same = gnlin.width.scale_by_maximal_update_adam(base=shapes(40))
     chex.assert_trees_all_equal(same.update(ones, same.init(ones))[0], ones)
 
 
 @pytest.mark.parametrize(
     ("inner", "build"),
     [
-        (optax.sgd(1.0), gnlin.scale_by_maximal_update_sgd),
-        (optax.adam(1.0, eps=1e-20), gnlin.scale_by_maximal_update_adam),
+        (optax.sgd(1.0), gnlin.width.scale_by_maximal_update_sgd),
+        (optax.adam(1.0, eps=1e-20), gnlin.width.scale_by_maximal_update_adam),
     ],
     ids=["sgd", "adam"],
 )
@@ -415,7 +504,9 @@ def test_multipliers_keep_updates_in_proportion_at_every_width(inner, build):
         shapes = ((16, width), (width, width), (width, 3))
         sides = [(shape[1] / shape[0]) ** 0.5 for shape in shapes]
         sizes = [min(1, side) / shape[0] ** 0.5 for side, shape in zip(sides, shapes, strict=True)]
-        params = [jax.random.normal(*each) * size for *each, size in zip(keys, shapes, sizes, strict=True)]
+        params = [
+            jax.random.normal(*each) * size for *each, size in zip(keys, shapes, sizes, strict=True)
+        ]
 
         def loss(params):
             hidden = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1])
@@ -435,16 +526,22 @@ def test_multipliers_keep_updates_in_proportion_at_every_width(inner, build):
 
 ADAM = third_party(optax.scale_by_adam())
 RATE = third_party(optax.scale_by_learning_rate(0.05))
-SPECTRAL = gnlin.scale_by_spectral_condition()
+SPECTRAL = gnlin.width.scale_by_spectral_condition()
 FAMILY = {
-    "iterative_linearisation": lambda o: gnlin.iterative_linearisation(optax.chain(ADAM, SPECTRAL, RATE), o, 3),
+    "iterative_linearisation": lambda o: gnlin.iterative_linearisation(
+        optax.chain(ADAM, SPECTRAL, RATE), o, 3
+    ),
     "prox_linear": lambda o: gnlin.prox_linear(optax.chain(ADAM, SPECTRAL, RATE), o, 3),
-    "scale_by_gauss_newton": lambda o: optax.chain(gnlin.scale_by_gauss_newton(o, 0.1), SPECTRAL, RATE),
-    "gauss_newton": lambda o: optax.chain(gnlin.gauss_newton(1.0, o, 0.1), SPECTRAL, third_party(optax.scale(0.05))),
+    "scale_by_gauss_newton": lambda o: optax.chain(
+        gnlin.scale_by_gauss_newton(o, 0.1), SPECTRAL, RATE
+    ),
+    "gauss_newton": lambda o: optax.chain(
+        gnlin.gauss_newton(1.0, o, 0.1), SPECTRAL, third_party(optax.scale(0.05))
+    ),
     "levenberg_marquardt": lambda o: optax.chain(
         gnlin.levenberg_marquardt(o), SPECTRAL, third_party(optax.scale(0.05))
     ),
-    "multipliers": lambda o: optax.chain(ADAM, gnlin.scale_by_maximal_update_adam(), RATE),
+    "multipliers": lambda o: optax.chain(ADAM, gnlin.width.scale_by_maximal_update_adam(), RATE),
 }
 
 
@@ -452,23 +549,32 @@ FAMILY = {
 def test_composes_with_the_family(build):
     problem = classifier()
     tx = build(problem.objective)
-    params, state = train(tx.update, problem.objective, problem.params, tx.init(problem.params), problem.batches)
-    before, after = (problem.objective.value(p, problem.batches[0]) for p in (problem.params, params))
+    params, state = train(
+        tx.update, problem.objective, problem.params, tx.init(problem.params), problem.batches
+    )
+    before, after = (
+        problem.objective.value(p, problem.batches[0]) for p in (problem.params, params)
+    )
     assert after < before
-    if build not in (FAMILY["multipliers"], FAMILY["prox_linear"]):  # whose inner optimiser begins afresh
+    if build not in (
+        FAMILY["multipliers"],
+        FAMILY["prox_linear"],
+    ):  # whose inner optimiser begins afresh
         assert gnlin.metrics(state)["spectral/largest"] > 0
 
 
 def test_muon_is_brought_to_size():
     params = {"w": jnp.asarray(normal(0, 12, 10), jnp.float32)}
-    tx = optax.chain(third_party(optax.contrib.muon(1.0)), gnlin.scale_by_spectral_condition())
+    tx = optax.chain(
+        third_party(optax.contrib.muon(1.0)), gnlin.width.scale_by_spectral_condition()
+    )
     updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
     assert norm(updates["w"]) == pytest.approx((10 / 12) ** 0.5, rel=0.02)
 
 
 def test_scan_donation_and_a_report_under_jit():
     params = {"w": jnp.asarray(normal(0, 12, 10), jnp.float32), "b": jnp.ones(10)}
-    tx = gnlin.scale_by_spectral_condition()
+    tx = gnlin.width.scale_by_spectral_condition()
     gradients = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1, leaf - 1]), params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -476,7 +582,9 @@ def test_scan_donation_and_a_report_under_jit():
         def body(carry, grads):
             params, state = carry
             updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), gnlin.spectral_report(params, updates)
+            return (optax.apply_updates(params, updates), state), gnlin.width.spectral_report(
+                params, updates
+            )
 
         return jax.lax.scan(body, (params, state), gradients)
 
@@ -490,14 +598,20 @@ def test_scan_donation_and_a_report_under_jit():
 def test_injected_hyperparameters():
     params = {"w": jnp.asarray(normal(0, 12, 10), jnp.float32)}
     fans = lambda params: None  # noqa: E731
-    factory = optax.inject_hyperparams(gnlin.scale_by_spectral_condition, static_args=("fans", "lanczos_steps"))
+    factory = optax.inject_hyperparams(
+        gnlin.width.scale_by_spectral_condition, static_args=("fans", "lanczos_steps")
+    )
     tx = factory(fans, lanczos_steps=4)
     updates, _ = jax.jit(tx.update)(params, tx.init(params))
-    chex.assert_trees_all_close(updates, scaled(params, lanczos_steps=4)[0], **tolerance(jnp.float32, 50))
+    chex.assert_trees_all_close(
+        updates, scaled(params, lanczos_steps=4)[0], **tolerance(jnp.float32, 50)
+    )
 
 
 def test_unknown_arguments_and_parameters_are_ignored():
-    tx = optax.chain(gnlin.scale_by_spectral_condition(), gnlin.scale_by_maximal_update_sgd())
+    tx = optax.chain(
+        gnlin.width.scale_by_spectral_condition(), gnlin.width.scale_by_maximal_update_sgd()
+    )
     tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2), batch=None, value=0.0)
 
 
@@ -507,13 +621,13 @@ def test_unknown_arguments_and_parameters_are_ignored():
 @pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
 def test_steps_out_of_range(steps):
     with pytest.raises(ValueError, match="`lanczos_steps` must be an integer of at least 1; got"):
-        gnlin.scale_by_spectral_condition(lanczos_steps=steps)
+        gnlin.width.scale_by_spectral_condition(lanczos_steps=steps)
 
 
 BUILDERS = {
-    "scale_by_spectral_condition": gnlin.scale_by_spectral_condition,
-    "scale_by_maximal_update_sgd": gnlin.scale_by_maximal_update_sgd,
-    "scale_by_maximal_update_adam": gnlin.scale_by_maximal_update_adam,
+    "scale_by_spectral_condition": gnlin.width.scale_by_spectral_condition,
+    "scale_by_maximal_update_sgd": gnlin.width.scale_by_maximal_update_sgd,
+    "scale_by_maximal_update_adam": gnlin.width.scale_by_maximal_update_adam,
 }
 each_builder = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 
@@ -522,10 +636,26 @@ each_builder = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.
 @pytest.mark.parametrize(
     ("fans", "error", "message"),
     [
-        (None, ValueError, r"`fans` must say what the three axes of \['w'\] are, of shape \(2, 3, 4\): gnlin\.Fans\("),
-        ({"v": Fans()}, ValueError, r"`fans` must be a gnlin\.Fans, or a tree of them .* got \{'v'"),
-        ({"w": "kernel"}, TypeError, r"`fans` must hold gnlin\.Fans, or None .*; got 'kernel' at \['w'\]"),
-        (Fans(3), ValueError, r"`fans` names axes that an array of shape \(2, 3, 4\) does not have: .*\(at \['w'\]\)"),
+        (
+            None,
+            ValueError,
+            r"`fans` must say what the three axes of \['w'\] are, of shape \(2, 3, 4\): gnlin\.Fans\(",
+        ),
+        (
+            {"v": Fans()},
+            ValueError,
+            r"`fans` must be a gnlin\.Fans, or a tree of them .* got \{'v'",
+        ),
+        (
+            {"w": "kernel"},
+            TypeError,
+            r"`fans` must hold gnlin\.Fans, or None .*; got 'kernel' at \['w'\]",
+        ),
+        (
+            Fans(3),
+            ValueError,
+            r"`fans` names axes that an array of shape \(2, 3, 4\) does not have: .*\(at \['w'\]\)",
+        ),
         (Fans(1, 2, batch_axis=-2), ValueError, r"`fans` names an axis twice: .*\(at \['w'\]\)"),
     ],
     ids=["three-axes", "other-tree", "string", "range", "twice"],
@@ -563,21 +693,27 @@ def test_missing_updates_and_parameters(build):
 
 
 def test_state_of_other_parameters():
-    tx = gnlin.scale_by_spectral_condition()
+    tx = gnlin.width.scale_by_spectral_condition()
     for others in ({"v": jnp.ones((2, 3))}, {"w": jnp.ones((2, 4))}, jnp.ones((2, 3))):
-        with pytest.raises(ValueError, match=r"`opt_state` does not match `updates`; call tx\.init"):
+        with pytest.raises(
+            ValueError, match=r"`opt_state` does not match `updates`; call tx\.init"
+        ):
             tx.update({"w": jnp.ones((2, 3))}, tx.init(others))
 
 
 def test_base_of_another_form():
     with pytest.raises(ValueError, match="`base` must be of the form of the parameters"):
-        gnlin.scale_by_maximal_update_sgd(base={"v": jnp.ones(2)}).init({"w": jnp.ones(2)})
+        gnlin.width.scale_by_maximal_update_sgd(base={"v": jnp.ones(2)}).init({"w": jnp.ones(2)})
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"shape": (2, 3, 4)}, ValueError, "`fans` must say what the three axes of the weights are"),
+        (
+            {"shape": (2, 3, 4)},
+            ValueError,
+            "`fans` must say what the three axes of the weights are",
+        ),
         ({"scale": 0.0}, ValueError, r"`scale` must be positive; got 0\.0"),
         ({"scale": "big"}, TypeError, "`scale` must be a number; got 'big'"),
         ({"dtype": jnp.int32}, TypeError, "`dtype` must be a real floating dtype; got int32"),
@@ -586,12 +722,14 @@ def test_base_of_another_form():
 )
 def test_initial_weights_that_cannot_be(options, error, message):
     with pytest.raises(error, match=message):
-        gnlin.spectral_init(**{"key": jax.random.key(0), "shape": (2, 3), **options})
+        gnlin.width.spectral_init(**{"key": jax.random.key(0), "shape": (2, 3), **options})
 
 
 def test_report_of_other_updates():
-    with pytest.raises(ValueError, match=r"`updates` does not match `params`; pass what tx\.update returned"):
-        gnlin.spectral_report({"w": jnp.ones((2, 3))}, {"w": jnp.ones((3, 2))})
+    with pytest.raises(
+        ValueError, match=r"`updates` does not match `params`; pass what tx\.update returned"
+    ):
+        gnlin.width.spectral_report({"w": jnp.ones((2, 3))}, {"w": jnp.ones((3, 2))})
 
 
 def test_layouts_are_invertible():

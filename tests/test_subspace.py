@@ -14,7 +14,14 @@ import gnlin
 from gnlin.problem.curvature import LOSS_MODELS
 
 
-def choose(rule, damping=0.05, rate=1.0, rhs_of=lambda gradient: gradient, direction_of=None, last_scale=0.1):
+def choose(
+    rule,
+    damping=0.05,
+    rate=1.0,
+    rhs_of=lambda gradient: gradient,
+    direction_of=None,
+    last_scale=0.1,
+):
     """``(chosen, reference)``: the rule's step, and φ(α, β) by dense matrices."""
     objective, params, batch = problem()
     model = gnlin.quadratic_model(objective, params, batch)
@@ -25,8 +32,14 @@ def choose(rule, damping=0.05, rate=1.0, rhs_of=lambda gradient: gradient, direc
     last = last_scale * np.cos(np.arange(len(flat)))
     loss = LOSS_MODELS[rule.loss_model](objective, model.linear.outputs, batch)
     chosen = jax.jit(
-        lambda direction, rhs, last: rule.choose(model, loss, damping, direction, rhs, last, rate)._asdict()
-    )(unravel(jnp.asarray(direction)), unravel(jnp.asarray(rhs)), unravel(jnp.asarray(last)) if rule.momentum else ())
+        lambda direction, rhs, last: rule.choose(
+            model, loss, damping, direction, rhs, last, rate
+        )._asdict()
+    )(
+        unravel(jnp.asarray(direction)),
+        unravel(jnp.asarray(rhs)),
+        unravel(jnp.asarray(last)) if rule.momentum else (),
+    )
 
     linearised = oracles.linearised_loss(objective, params, batch)
     curvature = oracles.ggn_matrix(objective, params, batch)
@@ -53,7 +66,12 @@ def weights_of(chosen):
 def test_step_minimises_the_damped_model(x64, loss_model, momentum):
     rule = gnlin.Subspace(momentum=momentum, loss_model=loss_model)
     chosen, reference, (direction, last) = choose(rule, direction_of=lambda rhs: 30 * rhs)
-    found = minimize(reference, np.zeros(1 + momentum), method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14})
+    found = minimize(
+        reference,
+        np.zeros(1 + momentum),
+        method="Nelder-Mead",
+        options={"xatol": 1e-10, "fatol": 1e-14},
+    )
     weights = weights_of(chosen)[: 1 + momentum]
     # Newton's iteration ends when further progress is a thousandth of what was gained.
     assert reference(weights) <= found.fun + 2e-3 * abs(found.fun)
@@ -61,14 +79,20 @@ def test_step_minimises_the_damped_model(x64, loss_model, momentum):
         np.testing.assert_allclose(weights, found.x, rtol=1e-4)
     step = -weights[0] * direction + (weights[1] * last if momentum else 0)
     np.testing.assert_allclose(ravel_pytree(chosen["step"])[0], step, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(chosen["change"] + 0.05 / 2 * step @ step, reference(weights), rtol=1e-8)
+    np.testing.assert_allclose(
+        chosen["change"] + 0.05 / 2 * step @ step, reference(weights), rtol=1e-8
+    )
 
 
 def test_other_updates_than_the_gradient_bend_the_model(x64):
     """Weight decay, say: u = ∇ℓ + wθ."""
     rule = gnlin.Subspace(loss_model="quadratic")
-    chosen, reference, _ = choose(rule, rhs_of=lambda gradient: gradient + 0.3 * np.sin(np.arange(len(gradient))))
-    found = minimize(reference, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14})
+    chosen, reference, _ = choose(
+        rule, rhs_of=lambda gradient: gradient + 0.3 * np.sin(np.arange(len(gradient)))
+    )
+    found = minimize(
+        reference, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14}
+    )
     np.testing.assert_allclose(weights_of(chosen), found.x, rtol=1e-4)
 
 
@@ -78,9 +102,13 @@ def test_rate_and_norm_are_applied_last(x64):
     np.testing.assert_allclose(weights_of(half), 0.5 * weights_of(full), rtol=1e-12)
     length = np.linalg.norm(ravel_pytree(full["step"])[0])
     bounded, reference, _ = choose(gnlin.Subspace(max_norm=0.1 * float(length)))
-    np.testing.assert_allclose(ravel_pytree(bounded["step"])[0], 0.1 * ravel_pytree(full["step"])[0], rtol=1e-10)
     np.testing.assert_allclose(
-        bounded["change"] + 0.05 / 2 * (0.1 * length) ** 2, reference(weights_of(bounded)), rtol=1e-8
+        ravel_pytree(bounded["step"])[0], 0.1 * ravel_pytree(full["step"])[0], rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        bounded["change"] + 0.05 / 2 * (0.1 * length) ** 2,
+        reference(weights_of(bounded)),
+        rtol=1e-8,
     )
 
 
@@ -99,7 +127,9 @@ def test_parallel_zero_and_infinite_directions_are_harmless(x64):
 def test_of_a_zero_direction_nothing_is_asked(loss_model):
     """Solvers that fail give one; the last step still counts."""
     with jax.numpy_dtype_promotion("standard"):
-        still, _, _ = choose(gnlin.Subspace(loss_model=loss_model), direction_of=lambda rhs: 0 * rhs)
+        still, _, _ = choose(
+            gnlin.Subspace(loss_model=loss_model), direction_of=lambda rhs: 0 * rhs
+        )
         length, momentum = weights_of(still)
     assert length == 0
     assert 0 < abs(momentum) < 100
@@ -107,7 +137,10 @@ def test_of_a_zero_direction_nothing_is_asked(loss_model):
 
 def quadratic_bowl(constant):
     """Linear regression whose loss ends at `constant`, and its batches with targets of either sign."""
-    x, w = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (40, 5)), (1, (5, 3))))
+    x, w = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in ((0, (40, 5)), (1, (5, 3)))
+    )
 
     def loss(outputs, batch):
         return constant + 0.5 * jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, axis=1))
@@ -165,7 +198,9 @@ def test_a_gradient_that_is_not_finite_says_nothing_about_the_damping():
     x = jax.random.normal(jax.random.key(0), (20, 4))
     assert bool(jnp.isfinite(objective.value(jnp.ones((4, 2)), {"x": x.at[0, 0].set(jnp.inf)})))
     batches = [{"x": x.at[0, 0].set(jnp.inf)}] * 5 + [{"x": x}]
-    *bad, (damping, largest) = _dampings(gnlin.gauss_newton(1.0, objective), jnp.ones((4, 2)), batches)
+    *bad, (damping, largest) = _dampings(
+        gnlin.gauss_newton(1.0, objective), jnp.ones((4, 2)), batches
+    )
     assert {step for _, step in bad} == {0.0}
     assert damping == bad[0][0]
     assert largest > 0
@@ -173,7 +208,9 @@ def test_a_gradient_that_is_not_finite_says_nothing_about_the_damping():
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("inf"), float("nan")])
 def test_bad_norm(max_norm):
-    with pytest.raises(ValueError, match=r"`max_norm` must be (positive|finite and at least 0); got"):
+    with pytest.raises(
+        ValueError, match=r"`max_norm` must be (positive|finite and at least 0); got"
+    ):
         gnlin.Subspace(max_norm=max_norm)
 
 

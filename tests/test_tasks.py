@@ -20,7 +20,12 @@ from gnlin.compare.tasks.image_files import cifar10, mnist
 from gnlin.compare.tasks.networks import convolutional
 from gnlin.compare.tasks.task import DataError
 
-LOADERS = {"digits": digits, "digits-cnn": digits_cnn, "digits-autoencoder": digits_autoencoder, "diabetes": diabetes}
+LOADERS = {
+    "digits": digits,
+    "digits-cnn": digits_cnn,
+    "digits-autoencoder": digits_autoencoder,
+    "diabetes": diabetes,
+}
 
 
 @functools.cache
@@ -52,8 +57,12 @@ def test_digits_are_split_as_defined():
     order = np.random.default_rng(0).permutation(1797)
     standardised = (pixels[order] - pixels.mean()) / pixels.std()
     for task, shape in ((loaded("digits"), (64,)), (loaded("digits-cnn"), (8, 8, 1))):
-        np.testing.assert_allclose(task.train["x"], standardised[:1437].reshape(-1, *shape), rtol=1e-6)
-        np.testing.assert_allclose(task.held_out["x"], standardised[1437:].reshape(-1, *shape), rtol=1e-6)
+        np.testing.assert_allclose(
+            task.train["x"], standardised[:1437].reshape(-1, *shape), rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            task.held_out["x"], standardised[1437:].reshape(-1, *shape), rtol=1e-6
+        )
         np.testing.assert_array_equal(task.train["y"], data.target[order[:1437]])
         np.testing.assert_array_equal(task.held_out["y"], data.target[order[1437:]])
     task = loaded("digits-autoencoder")
@@ -75,10 +84,14 @@ def test_diabetes_is_split_as_defined():
 
 def test_loading_again_gives_the_same_data(task):
     again = LOADERS[task.name]()
-    jax.tree.map(np.testing.assert_array_equal, (task.train, task.held_out), (again.train, again.held_out))
+    jax.tree.map(
+        np.testing.assert_array_equal, (task.train, task.held_out), (again.train, again.held_out)
+    )
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves((task.train, task.held_out))}
     assert kinds <= {"float32", "int32"}
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((task.train, task.held_out)))
+    assert all(
+        isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((task.train, task.held_out))
+    )
 
 
 # Networks and losses.
@@ -96,7 +109,10 @@ def test_perceptrons_are_those_defined(name, widths):
     @jax.jit
     def weights(key):
         keys, shapes = jax.random.split(key, len(widths) - 1), itertools.pairwise(widths)
-        return [jax.random.normal(key, shape) / np.sqrt(shape[0]) for key, shape in zip(keys, shapes, strict=True)]
+        return [
+            jax.random.normal(key, shape) / np.sqrt(shape[0])
+            for key, shape in zip(keys, shapes, strict=True)
+        ]
 
     params = drawn(name)
     for layer, expected in zip(params, weights(jax.random.key(0)), strict=True):
@@ -108,7 +124,10 @@ def test_perceptrons_are_those_defined(name, widths):
 def test_convolutional_network_is_the_one_defined():
     params = drawn("digits-cnn")
     shapes = jax.tree.map(jnp.shape, params)
-    assert shapes["convolutions"] == [{"w": (3, 3, 1, 16), "b": (16,)}, {"w": (3, 3, 16, 32), "b": (32,)}]
+    assert shapes["convolutions"] == [
+        {"w": (3, 3, 1, 16), "b": (16,)},
+        {"w": (3, 3, 16, 32), "b": (32,)},
+    ]
     assert shapes["dense"] == [{"w": (128, 10), "b": (10,)}]
     # 4608 weights of deviation 1/12.
     weights = np.asarray(params["convolutions"][1]["w"])
@@ -122,15 +141,23 @@ def test_convolutions_are_those_of_xla():
         hidden = images
         for layer in params["convolutions"]:
             layout = ("NHWC", "HWIO", "NHWC")
-            hidden = jax.lax.conv_general_dilated(hidden, layer["w"], (2, 2), "SAME", dimension_numbers=layout)
+            hidden = jax.lax.conv_general_dilated(
+                hidden, layer["w"], (2, 2), "SAME", dimension_numbers=layout
+            )
             hidden = jnp.tanh(hidden + layer["b"].reshape(1, 1, 1, -1))
         dense = params["dense"][0]
-        return convolutional(params, {"x": images}), hidden.reshape(len(images), -1) @ dense["w"] + dense["b"][None]
+        return convolutional(params, {"x": images}), hidden.reshape(len(images), -1) @ dense[
+            "w"
+        ] + dense["b"][None]
 
     task = loaded("digits-cnn")
-    params = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.1), drawn("digits-cnn"))  # biases that matter
+    params = jax.tree.map(
+        lambda leaf: np.asarray(leaf) + np.float32(0.1), drawn("digits-cnn")
+    )  # biases that matter
     ours, expected = both(params, task.train["x"][:6])
-    np.testing.assert_allclose(ours, expected, **tolerance(jnp.float32, 100))  # sums of up to 144 products
+    np.testing.assert_allclose(
+        ours, expected, **tolerance(jnp.float32, 100)
+    )  # sums of up to 144 products
 
 
 @pytest.mark.parametrize("name", ["digits-autoencoder", "diabetes"])
@@ -142,12 +169,19 @@ def test_residuals_are_those_of_the_objective(name):
 
     @jax.jit
     def both(params, batch):
-        return [jax.value_and_grad(f)(params, batch) for f in (half_sum_of_squares, task.objective.value)]
+        return [
+            jax.value_and_grad(f)(params, batch)
+            for f in (half_sum_of_squares, task.objective.value)
+        ]
 
     for size in (50, task.train_size):
         ours, expected = both(params, first(task.train, size))
         # Sums over many examples and pixels, in two orders.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 100)), ours, expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, **tolerance(jnp.float32, 100)),
+            ours,
+            expected,
+        )
 
 
 def test_losses_in_numpy():
@@ -160,8 +194,12 @@ def test_losses_in_numpy():
             (task.objective, task.train, loss),
             (task.quality.objective, task.held_out, quality),
         ):
-            outputs, value = jax.jit(lambda *a, o=objective: (o.model(*a), o.value(*a)))(drawn(name), batch)
-            assert value == pytest.approx(expected(np.asarray(outputs, np.float64), batch), rel=1e-5, abs=1e-5)
+            outputs, value = jax.jit(lambda *a, o=objective: (o.model(*a), o.value(*a)))(
+                drawn(name), batch
+            )
+            assert value == pytest.approx(
+                expected(np.asarray(outputs, np.float64), batch), rel=1e-5, abs=1e-5
+            )
 
     check(
         "digits",
@@ -205,7 +243,11 @@ def check_that_adam_learns(task, params):
 
 
 def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +259,10 @@ def digits_like():
         labels = generator.integers(10, size=size, dtype=np.uint8)
         images = generator.integers(100, size=(size, 28, 28), dtype=np.uint8)
         images[np.arange(size), labels] += 100
-        files |= {f"{part}-images-idx3-ubyte": idx(images), f"{part}-labels-idx1-ubyte": idx(labels)}
+        files |= {
+            f"{part}-images-idx3-ubyte": idx(images),
+            f"{part}-labels-idx1-ubyte": idx(labels),
+        }
     return files
 
 
@@ -252,8 +297,12 @@ def test_mnist_is_read(write, digits_like):
     assert (task.train["x"].shape, task.held_out["x"].shape) == ((300, 784), (20, 784))
     assert (task.train["x"].dtype, task.train["y"].dtype) == (np.float32, np.int32)
     content = np.frombuffer(digits_like["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(20, 784)
-    np.testing.assert_allclose(task.held_out["x"], (content / 255 - 0.1307) / 0.3081, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(task.held_out["y"], list(digits_like["t10k-labels-idx1-ubyte"][8:]))
+    np.testing.assert_allclose(
+        task.held_out["x"], (content / 255 - 0.1307) / 0.3081, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(
+        task.held_out["y"], list(digits_like["t10k-labels-idx1-ubyte"][8:])
+    )
     params = task.init(jax.random.key(0))
     assert [layer["w"].shape for layer in params] == [(784, 256), (256, 128), (128, 10)]
     check_that_adam_learns(task, params)
@@ -265,9 +314,16 @@ def test_packed_mnist_is_the_same(write, digits_like, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GNLIN_DATA")
     (tmp_path / "data").mkdir()
-    write("data/mnist", {f"{name}.gz": gzip.compress(content, 1) for name, content in digits_like.items()})
+    write(
+        "data/mnist",
+        {f"{name}.gz": gzip.compress(content, 1) for name, content in digits_like.items()},
+    )
     packed = mnist()
-    jax.tree.map(np.testing.assert_array_equal, (plain.train, plain.held_out), (packed.train, packed.held_out))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (plain.train, plain.held_out),
+        (packed.train, packed.held_out),
+    )
 
 
 def test_cifar10_is_read(write, photographs):
@@ -277,9 +333,13 @@ def test_cifar10_is_read(write, photographs):
     assert (task.train["x"].dtype, task.train["y"].dtype) == (np.float32, np.int32)
     record = photographs["data_batch_2.bin"][3073:6146]
     assert task.train["y"][61] == record[0]
-    for channel, (mean, deviation) in enumerate([(0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]):
+    for channel, (mean, deviation) in enumerate(
+        [(0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]
+    ):
         value = record[1 + 1024 * channel + 32 * 5 + 9] / 255
-        assert task.train["x"][61, 5, 9, channel] == pytest.approx((value - mean) / deviation, rel=1e-5)
+        assert task.train["x"][61, 5, 9, channel] == pytest.approx(
+            (value - mean) / deviation, rel=1e-5
+        )
     params = task.init(jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 89_834
     check_that_adam_learns(task, params)
@@ -299,9 +359,21 @@ def with_label(content, label):
         (IMAGES, lambda c: c[:10], "does not begin as an IDX file"),
         (IMAGES, lambda c: b"\x00\x00\x0d\x03" + c[4:], "does not begin as an IDX file"),
         (IMAGES, lambda c: gzip.compress(c, 1), "does not begin as an IDX file"),
-        (LABELS, lambda c: c[:3] + b"\x03" + c[4:], "does not begin as an IDX file of bytes with 1 axes"),
-        (IMAGES, lambda c: c[:12] + struct.pack(">I", 32) + c[16:], "has images of 28 × 32, not 28 × 28"),
-        (IMAGES, lambda c: c[:4] + struct.pack(">I", 2**32 - 1) + c[8:], "claims 4294967295 examples"),
+        (
+            LABELS,
+            lambda c: c[:3] + b"\x03" + c[4:],
+            "does not begin as an IDX file of bytes with 1 axes",
+        ),
+        (
+            IMAGES,
+            lambda c: c[:12] + struct.pack(">I", 32) + c[16:],
+            "has images of 28 × 32, not 28 × 28",
+        ),
+        (
+            IMAGES,
+            lambda c: c[:4] + struct.pack(">I", 2**32 - 1) + c[8:],
+            "claims 4294967295 examples",
+        ),
         (IMAGES, lambda c: c[:4] + struct.pack(">I", 0) + c[8:], "claims 0 examples"),
         (IMAGES, lambda c: c[:-1], "has 235199 bytes of data where its header says 235200"),
         (IMAGES, lambda c: c + b"\x00", "has more bytes of data where its header says 235200"),
@@ -355,12 +427,20 @@ def test_an_oversized_file_is_refused_unread(write, photographs, tmp_path):
 
 
 def test_too_few_images_are_refused(write, photographs):
-    write("cifar-10-batches-bin", {name: content[: 50 * 3073] for name, content in photographs.items()})
-    check_refusal(cifar10, "cifar-10-batches-bin", "has 250 training images, fewer than the 256 of a mini-batch")
+    write(
+        "cifar-10-batches-bin",
+        {name: content[: 50 * 3073] for name, content in photographs.items()},
+    )
+    check_refusal(
+        cifar10,
+        "cifar-10-batches-bin",
+        "has 250 training images, fewer than the 256 of a mini-batch",
+    )
 
 
 @pytest.mark.parametrize(
-    ("loader", "path"), [(mnist, f"mnist/{IMAGES} (or .gz)"), (cifar10, "cifar-10-batches-bin/data_batch_1.bin")]
+    ("loader", "path"),
+    [(mnist, f"mnist/{IMAGES} (or .gz)"), (cifar10, "cifar-10-batches-bin/data_batch_1.bin")],
 )
 def test_missing_files_are_named(loader, path, tmp_path, monkeypatch):
     monkeypatch.setenv("GNLIN_DATA", str(tmp_path))
@@ -368,7 +448,10 @@ def test_missing_files_are_named(loader, path, tmp_path, monkeypatch):
 
 
 def test_one_missing_file_is_named(write, photographs):
-    write("cifar-10-batches-bin", {name: c for name, c in photographs.items() if name != "data_batch_4.bin"})
+    write(
+        "cifar-10-batches-bin",
+        {name: c for name, c in photographs.items() if name != "data_batch_4.bin"},
+    )
     check_refusal(cifar10, "data_batch_4.bin", "is missing")
 
 

@@ -43,10 +43,14 @@ def first(batch, size):
 
 def test_loading_again_gives_the_same_data(task):
     again = LOADERS[task.name]()
-    jax.tree.map(np.testing.assert_array_equal, (task.train, task.held_out), (again.train, again.held_out))
+    jax.tree.map(
+        np.testing.assert_array_equal, (task.train, task.held_out), (again.train, again.held_out)
+    )
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves((task.train, task.held_out))}
     assert kinds <= ({"float64"} if task.double else {"float32", "int32"})
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((task.train, task.held_out)))
+    assert all(
+        isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((task.train, task.held_out))
+    )
 
 
 def test_adam_lowers_the_loss(task):
@@ -75,7 +79,9 @@ def test_adam_lowers_the_loss(task):
 def test_quality_is_one_number_and_starts_unsolved(task):
     with task.precision():
         params = task.init(jax.random.key(0))
-        value = task.quality.objective.value(params, jax.tree.map(jnp.asarray, first(task.held_out, 32)))
+        value = task.quality.objective.value(
+            params, jax.tree.map(jnp.asarray, first(task.held_out, 32))
+        )
         assert not facts(task).is_solved(float(value))
 
 
@@ -87,7 +93,9 @@ def test_parity_is_that_of_the_first_four_bits():
     for part, size in ((task.train, 32_768), (task.held_out, 4096)):
         assert part["x"].shape == (size, 40)
         np.testing.assert_array_equal(np.abs(part["x"]), np.ones((size, 40)))
-        np.testing.assert_array_equal(part["y"], (np.prod(part["x"][:, :4], axis=1) < 0).astype(int))
+        np.testing.assert_array_equal(
+            part["y"], (np.prod(part["x"][:, :4], axis=1) < 0).astype(int)
+        )
         assert abs(part["y"].mean() - 0.5) < 4 * 0.5 / math.sqrt(size)
 
 
@@ -111,7 +119,9 @@ def test_laplacian_is_the_trace_of_the_hessian(x64):
     points = jnp.asarray(np.random.default_rng(1).uniform(size=(5, 2)))
     hessians = jax.vmap(jax.hessian(lambda point: network(params, point[None])[0]))(points)
     expected = jnp.trace(hessians, axis1=1, axis2=2)
-    np.testing.assert_allclose(laplacian(lambda at: network(params, at), points), expected, **tolerance(jnp.float64))
+    np.testing.assert_allclose(
+        laplacian(lambda at: network(params, at), points), expected, **tolerance(jnp.float64)
+    )
 
 
 def test_solution_solves_the_equation(x64):
@@ -121,8 +131,12 @@ def test_solution_solves_the_equation(x64):
         return jnp.sin(jnp.pi * points[:, 0]) * jnp.sin(jnp.pi * points[:, 1])
 
     interior = jnp.asarray(task.train["interior"])
-    np.testing.assert_allclose(-laplacian(solution, interior), task.train["source"], **tolerance(jnp.float64, 64))
-    np.testing.assert_allclose(solution(jnp.asarray(task.held_out["x"])), task.held_out["u"], **tolerance(jnp.float64))
+    np.testing.assert_allclose(
+        -laplacian(solution, interior), task.train["source"], **tolerance(jnp.float64, 64)
+    )
+    np.testing.assert_allclose(
+        solution(jnp.asarray(task.held_out["x"])), task.held_out["u"], **tolerance(jnp.float64)
+    )
 
 
 def test_points_lie_where_they_should():
@@ -146,10 +160,16 @@ def test_residuals_are_differences_of_the_network_and_make_up_the_loss(x64):
     second = (around - 4 * np.asarray(network(params, interior))) / h**2
     r = residuals(params, task.train)
     # Differences cancel to ε/h² and truncate at h².
-    np.testing.assert_allclose(r["interior"] * 16, -second - task.train["source"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        r["interior"] * 16, -second - task.train["source"], rtol=0, atol=1e-6
+    )
     np.testing.assert_allclose(r["wall"] * 8, network(params, task.train["wall"]), rtol=1e-12)
-    half_mean_squares = ((second + task.train["source"]) ** 2).mean() / 2 + (np.asarray(r["wall"]) ** 2).sum() / 2
-    np.testing.assert_allclose(task.objective.value(params, task.train), half_mean_squares, rtol=1e-7)
+    half_mean_squares = ((second + task.train["source"]) ** 2).mean() / 2 + (
+        np.asarray(r["wall"]) ** 2
+    ).sum() / 2
+    np.testing.assert_allclose(
+        task.objective.value(params, task.train), half_mean_squares, rtol=1e-7
+    )
 
 
 def test_relative_error_is_one_for_the_zero_function(x64):
@@ -205,7 +225,9 @@ def test_windows_are_the_text_and_every_ninth_is_held_out():
 def test_bits_are_nats_over_log_two_and_an_even_guess_costs_log_two_of_the_alphabet():
     task = loaded("chars")
     batch = first(task.held_out, 4)
-    flat = dataclasses.replace(task.objective, model=lambda params, batch: jnp.zeros((*batch["x"].shape, 96)))
+    flat = dataclasses.replace(
+        task.objective, model=lambda params, batch: jnp.zeros((*batch["x"].shape, 96))
+    )
     assert flat.value({}, batch) == pytest.approx(math.log(96), rel=1e-6)
     judged = dataclasses.replace(task.quality.objective, model=flat.model)
     assert judged.value({}, batch) == pytest.approx(math.log2(96), rel=1e-6)

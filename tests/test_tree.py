@@ -50,7 +50,9 @@ def test_norm_and_inner_agree_with_float64(data):
     exact = entries(data)
     # Sums of at most 18 terms, compared with the size of what was summed.
     np.testing.assert_allclose(tree.norm(data), np.linalg.norm(exact), **tolerance(jnp.float32, 32))
-    np.testing.assert_allclose(tree.inner(data, data), np.sum(exact**2), **tolerance(jnp.float32, 32))
+    np.testing.assert_allclose(
+        tree.inner(data, data), np.sum(exact**2), **tolerance(jnp.float32, 32)
+    )
     assert tree.norm(data).dtype == jnp.float32
     assert tree.inner(data, data).dtype == jnp.float32
 
@@ -60,7 +62,9 @@ def test_norm_neither_overflows_nor_underflows(exponent, count):
     """Entries near both ends of float32's range, whose squares are far out of it."""
     value = np.float32(10.0) ** np.float32(2 * exponent)
     norm = tree.norm([jnp.full(count, value), jnp.full((2, 2), value)])
-    np.testing.assert_allclose(float(norm), float(value) * np.sqrt(count + 4), rtol=tolerance(jnp.float32)["rtol"])
+    np.testing.assert_allclose(
+        float(norm), float(value) * np.sqrt(count + 4), rtol=tolerance(jnp.float32)["rtol"]
+    )
 
 
 def test_norm_of_zero_and_of_what_is_not_finite():
@@ -90,8 +94,12 @@ def test_reductions_in_the_widest_dtype(x64):
 def test_select_keeps_no_nan(data, condition):
     """The branch not taken may hold anything; structure and dtypes, those of booleans included, stay."""
     data = {**data, "flag": jnp.asarray(True)}
-    poison = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype != bool else False), data)
-    chosen = tree.select(condition, data, poison) if condition else tree.select(condition, poison, data)
+    poison = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype != bool else False), data
+    )
+    chosen = (
+        tree.select(condition, data, poison) if condition else tree.select(condition, poison, data)
+    )
     chex.assert_trees_all_equal(chosen, data)
     chex.assert_trees_all_equal_shapes_and_dtypes(chosen, data)
 
@@ -101,9 +109,13 @@ def test_scaling_keeps_dtypes(data, factor):
     strength = jnp.asarray(factor, jnp.float32)
     for result in (tree.scale(strength, data), tree.add_scaled(data, strength, data)):
         chex.assert_trees_all_equal_shapes_and_dtypes(result, data)
-    for leaf, scaled in zip(jax.tree.leaves(data), jax.tree.leaves(tree.scale(strength, data)), strict=True):
+    for leaf, scaled in zip(
+        jax.tree.leaves(data), jax.tree.leaves(tree.scale(strength, data)), strict=True
+    ):
         np.testing.assert_allclose(
-            np.asarray(scaled, np.float64), factor * np.asarray(leaf, np.float64), **tolerance(leaf.dtype, 1000)
+            np.asarray(scaled, np.float64),
+            factor * np.asarray(leaf, np.float64),
+            **tolerance(leaf.dtype, 1000),
         )
 
 
@@ -118,7 +130,9 @@ def test_casts(x64):
     data = {"a": jnp.ones(2, jnp.float32), "b": (jnp.ones([], jnp.bfloat16), None)}
     like = {"a": jnp.ones(2, jnp.float64), "b": (jnp.ones([], jnp.float16), None)}
     chex.assert_trees_all_equal_shapes_and_dtypes(tree.cast_like(data, like), like)
-    assert {leaf.dtype for leaf in jax.tree.leaves(tree.cast(data, jnp.float64))} == {jnp.dtype("float64")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree.cast(data, jnp.float64))} == {
+        jnp.dtype("float64")
+    }
 
 
 def test_copy_has_buffers_of_its_own():

@@ -48,7 +48,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
     """Second-order optimisers for JAX: iterative linearisation and damped Gauss-Newton."""
     if version:
         typer.echo(f"gnlin {gnlin.__version__}")
@@ -57,7 +59,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Argument(help="What to train; `gnlin tasks` lists them.", metavar="TASK")],
+    task: Annotated[
+        str, typer.Argument(help="What to train; `gnlin tasks` lists them.", metavar="TASK")
+    ],
     contestants: Annotated[
         list[str] | None,
         typer.Argument(
@@ -70,26 +74,36 @@ def compare(
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="`option=value,value,...`: an entry for each value; repeat it to cross options.", metavar="SWEEP"
+            help="`option=value,value,...`: an entry for each value; repeat it to cross options.",
+            metavar="SWEEP",
         ),
     ] = None,
-    work: Annotated[float, typer.Option(help="Fraction of the task's budget that each run spends.")] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Directory for the results; by default gnlin-results/TASK.")] = None,
+    work: Annotated[
+        float, typer.Option(help="Fraction of the task's budget that each run spends.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the results; by default gnlin-results/TASK.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that make runs side by side.")] = 1,
-    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers make the runs.")] = None,
+    dask: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers make the runs.")
+    ] = None,
 ) -> None:
     """Train one network with each optimiser and set them side by side.
 
-    Each contestant is tuned on seed 0 over five values of one number by one rule: the fewest gradient-equivalents
-    until the training loss is at the target for good, or, where no value gets there, the lowest final training loss.
-    The chosen value then runs on the other seeds.
+    Each contestant is tuned on seed 0 over five values of one number by one rule: the fewest
+    gradient-equivalents until the training loss is at the target for good, or, where no value gets
+    there, the lowest final training loss. The chosen value then runs on the other seeds.
 
-    Every run is kept as soon as it ends. After Ctrl-C, or anything worse, the same command goes on where it was.
+    Every run is kept as soon as it ends. After Ctrl-C, or anything worse, the same command goes on
+    where it was.
     """
     with _in_one_line():
         if not 0 < work < math.inf:
             raise UsageError(f"--work must be positive and finite; got {work:g}")
-        if workers > 1:  # a process that took most of an accelerator's memory at once would leave none for the others
+        if (
+            workers > 1
+        ):  # a process that took most of an accelerator's memory at once would leave none for the others
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         entries = entries_of(contestants or [], _sweeps(sweep or []))
         problem = _task(task)
@@ -97,16 +111,24 @@ def compare(
         directory = out or Path("gnlin-results") / task
         records = Records(directory)
         console = _console()
-        study = Study(problem, entries, seeds, records, work * problem.work, _command(), by_name=True)
+        study = Study(
+            problem, entries, seeds, records, work * problem.work, _command(), by_name=True
+        )
         write_facts(directory, facts(problem))
         if records.cut_short:
-            console.print(f"The last line of {records.path} was cut short and is removed; its run is made again.")
+            console.print(
+                f"The last line of {records.path} was cut short and is removed; its run is made again."
+            )
         try:
             with _executor(workers, dask) as executor:
                 _run(study, executor, console)
         except KeyboardInterrupt:
             _show(study, directory, console)
-            console.print(f"\nInterrupted. The finished runs are in {records.path}.", soft_wrap=True, highlight=False)
+            console.print(
+                f"\nInterrupted. The finished runs are in {records.path}.",
+                soft_wrap=True,
+                highlight=False,
+            )
             console.print(f"To go on: {_command()}", soft_wrap=True, highlight=False)
             raise typer.Exit(INTERRUPTED) from None
         finally:
@@ -118,15 +140,23 @@ def compare(
 
 @app.command("report")
 def make_report(
-    directory: Annotated[Path, typer.Argument(help="Directory with the results of `gnlin compare`.", metavar="DIR")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory with the results of `gnlin compare`.", metavar="DIR")
+    ],
 ) -> None:
     """Make DIR/report.html, figures and CSV files from the runs in DIR, and print the tables."""
     with _in_one_line():
         records, known = _results(directory)
         console = _console()
         for name in known:
-            rows = summary.summarise([record for record in records if record["task"] == name], known)
-            console.print(report.terminal(rows, known[name]) if rows else f"{name}: no contestant is complete yet.")
+            rows = summary.summarise(
+                [record for record in records if record["task"] == name], known
+            )
+            console.print(
+                report.terminal(rows, known[name])
+                if rows
+                else f"{name}: no contestant is complete yet."
+            )
         page = report.write(directory, records, known)
         console.print(f"\nReport: {page}", soft_wrap=True, highlight=False)
 
@@ -147,7 +177,9 @@ def list_contestants() -> None:
         values = ", ".join(f"{value:g}" for value in contestant.values(defaults))
         reason = contestant.reason_absent()
         text = contestant.summary if reason is None else f"{contestant.summary} Absent: {reason}"
-        rows.append((name, f"{text}\ntuned: {contestant.tuned} = {values}\noptions: {', '.join(options)}"))
+        rows.append(
+            (name, f"{text}\ntuned: {contestant.tuned} = {values}\noptions: {', '.join(options)}")
+        )
     _list(rows)
 
 
@@ -160,9 +192,13 @@ def _run(study: Study, executor: concurrent.futures.Executor | None, console: Co
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),  # it gives way to the others
+        TextColumn(
+            "{task.description}", table_column=Column(ratio=1, no_wrap=True)
+        ),  # it gives way to the others
     )
-    with Progress(*columns, console=console, transient=True, expand=True, speed_estimate_period=600) as progress:
+    with Progress(
+        *columns, console=console, transient=True, expand=True, speed_estimate_period=600
+    ) as progress:
         found, ended = 0, 0
         bar = progress.add_task("compiling", total=study.total)
 
@@ -173,9 +209,13 @@ def _run(study: Study, executor: concurrent.futures.Executor | None, console: Co
             ended += done == 1.0
             description = f"{job.entry.label}{_chosen(job.entry, job.number)}, seed {job.seed}"
             total = study.total - found
-            progress.update(bar, description=description, total=total, completed=ended + (done or 0.0) % 1.0)
+            progress.update(
+                bar, description=description, total=total, completed=ended + (done or 0.0) % 1.0
+            )
             if done == 1.0 and not console.is_terminal:  # a log has no bar
-                say(f"run {found + ended} of {study.total}: {description}: {_outcome(study.records.find(job.blank))}")
+                say(
+                    f"run {found + ended} of {study.total}: {description}: {_outcome(study.records.find(job.blank))}"
+                )
 
         def say(text: str) -> None:
             console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -199,7 +239,8 @@ def _line(entry: Entry, runs: Sequence[dict]) -> str:
     if runs[0]["status"] == "failed":
         return f"{entry.label}: {runs[0]['reason']}"
     losses = ", ".join(
-        f"{run['curve']['loss'][-1]:.1e}" if run["status"] != "failed" else run["reason"] for run in runs
+        f"{run['curve']['loss'][-1]:.1e}" if run["status"] != "failed" else run["reason"]
+        for run in runs
     )
     steps = sorted({run["steps"] for run in runs})
     number = _chosen(entry, next(iter(runs[0]["setting"].values())))
@@ -223,7 +264,11 @@ def _chosen(entry: Entry, number: float) -> str:
 def _show(study: Study, directory: Path, console: Console) -> None:
     """The table of what is complete."""
     labels = {entry.label for entry in study.entries}
-    runs = [run for run in study.records.runs if run["task"] == study.task.name and run["label"] in labels]
+    runs = [
+        run
+        for run in study.records.runs
+        if run["task"] == study.task.name and run["label"] in labels
+    ]
     rows = summary.summarise(runs, {study.task.name: facts(study.task)})
     if not rows:
         console.print("No contestant is complete yet.")
@@ -259,10 +304,16 @@ def _executor(workers: int, dask: str | None) -> Iterator[concurrent.futures.Exe
         with client:
             yield client.get_executor(pure=False)
     elif workers > 1:
-        # Workers of several threads each would get in each other's way; those of LAPACK's wait for each other spinning.
+        # Workers of several threads each would get in each other's way; those of LAPACK's wait for
+        # each other spinning.
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-        threads = {"XLA_FLAGS": flags, **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
-        executor = loky.ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),), env=threads)
+        threads = {
+            "XLA_FLAGS": flags,
+            **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")},
+        }
+        executor = loky.ProcessPoolExecutor(
+            workers, initializer=_follow, initargs=(os.getpid(),), env=threads
+        )
         try:
             yield executor
         finally:
@@ -290,7 +341,9 @@ def _results(directory: Path) -> tuple[list[Record], dict[str, summary.TaskFacts
         raise RecordsError(f"no run has finished in {directory} yet")
     if unknown := {record["task"] for record in records} - known.keys():
         task = min(unknown)
-        raise RecordsError(f"{directory} says nothing of the task {task!r}; run `gnlin compare {task}` into it again")
+        raise RecordsError(
+            f"{directory} says nothing of the task {task!r}; run `gnlin compare {task}` into it again"
+        )
     return records, known
 
 
@@ -298,7 +351,8 @@ def _task(name: str) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1, 0.5)
         raise UsageError(
-            f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(TASKS)}")
+            f"unknown task {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(TASKS)}")
         )
     return TASKS[name]()
 

@@ -11,8 +11,9 @@ def kernel_alignment(a: jax.Array, b: jax.Array, *, centred: bool = True) -> jax
 
     .. math:: A(a, b) = \frac{\langle CaC, CbC\rangle_F}{\|CaC\|_F\,\|CbC\|_F}, \qquad C = I - \tfrac1N 1 1^\top
 
-    With `centred`, the features' mean over examples is taken out; without, C = I and 1 − A is the kernel distance of
-    Fort et al. Neither the scale of a kernel nor the order of its parameters or examples changes it.
+    With `centred`, the features' mean over examples is taken out; without, C = I and 1 − A is the
+    kernel distance of Fort et al. Neither the scale of a kernel nor the order of its parameters or
+    examples changes it.
 
     Args:
         a: as `empirical_ntk` returns it: (N, M), (C, N, M) or (N, C, M, C), where C counts outputs.
@@ -20,24 +21,27 @@ def kernel_alignment(a: jax.Array, b: jax.Array, *, centred: bool = True) -> jax
         centred: whether to centre both over examples.
 
     Returns:
-        A scalar in [−1, 1], for positive semi-definite kernels in [0, 1]; 0 where a (centred) kernel vanishes.
+        A scalar in [−1, 1], for positive semi-definite kernels in [0, 1]; 0 where a (centred)
+        kernel vanishes.
 
     Raises:
         ValueError: the shapes differ, or are not those of kernels.
 
-    References: Cortes, Mohri & Rostamizadeh, Algorithms for learning kernels based on centered alignment, JMLR 2012;
-        Fort et al., arXiv 2010.15110.
+    References: Cortes, Mohri & Rostamizadeh, Algorithms for learning kernels based on centered
+        alignment, JMLR 2012; Fort et al., arXiv 2010.15110.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
-        >>> float(gnlin.kernel_alignment(jnp.eye(3), 2 * jnp.eye(3)))
+        >>> float(gnlin.kernel.kernel_alignment(jnp.eye(3), 2 * jnp.eye(3)))
         1.0
     """
     a, b = _kernels(a, b)
     if centred:
         a, b = _centre(a), _centre(b)
     size = tree.norm(a), tree.norm(b)
-    units = [kernel / jnp.where(norm > 0, norm, 1) for kernel, norm in zip((a, b), size, strict=True)]
+    units = [
+        kernel / jnp.where(norm > 0, norm, 1) for kernel, norm in zip((a, b), size, strict=True)
+    ]
     # Rounding alone must not carry it beyond 1.
     return jnp.clip(tree.inner(*units), -1, 1)
 
@@ -63,7 +67,7 @@ def kernel_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Example:
         >>> import gnlin, jax.numpy as jnp
-        >>> float(gnlin.kernel_distance(3 * jnp.eye(2), jnp.eye(2)))
+        >>> float(gnlin.kernel.kernel_distance(3 * jnp.eye(2), jnp.eye(2)))
         2.0
     """
     a, b = _kernels(a, b)
@@ -80,23 +84,27 @@ def kernel_spectrum(kernel: jax.Array) -> jax.Array:
         kernel: as `empirical_ntk` returns it, with N = M.
 
     Returns:
-        (N,) of a trace, (C, N) of a diagonal, (N·C,) of a full kernel; those that rounding made negative are 0.
+        (N,) of a trace, (C, N) of a diagonal, (N·C,) of a full kernel; those that rounding made
+        negative are 0.
 
     Raises:
         ValueError: the kernel is not square.
 
-    Reference: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5 (what is learnt along qᵢ decays as exp(−ηλᵢt)).
+    Reference: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5 (what is learnt along qᵢ decays
+        as exp(−ηλᵢt)).
 
     Example:
         >>> import gnlin, jax.numpy as jnp
-        >>> gnlin.kernel_spectrum(jnp.diag(jnp.array([1.0, 3.0])))
+        >>> gnlin.kernel.kernel_spectrum(jnp.diag(jnp.array([1.0, 3.0])))
         Array([3., 1.], dtype=float32)
     """
     (kernel,) = _kernels(kernel)
     if kernel.ndim == 4:
         kernel = kernel.reshape(kernel.shape[0] * kernel.shape[1], -1)
     if kernel.shape[-1] != kernel.shape[-2]:
-        raise ValueError(f"`kernel` must be between a batch and itself; got the shape {kernel.shape}")
+        raise ValueError(
+            f"`kernel` must be between a batch and itself; got the shape {kernel.shape}"
+        )
     return jnp.maximum(jnp.flip(jnp.linalg.eigvalsh(kernel), axis=-1), 0)
 
 
@@ -116,18 +124,23 @@ def effective_rank(kernel: jax.Array) -> jax.Array:
     Raises:
         ValueError: the kernel is not square.
 
-    Reference: Roy & Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
+    Reference: Roy & Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO
+        2007.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
-        >>> float(gnlin.effective_rank(jnp.eye(4)).round(3))
+        >>> float(gnlin.kernel.effective_rank(jnp.eye(4)).round(3))
         4.0
     """
     values = kernel_spectrum(kernel)
     total = jnp.sum(values, axis=-1, keepdims=True)
     shares = values / jnp.where(total > 0, total, 1)
-    entropy = -jnp.sum(jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), axis=-1)
-    return jnp.where(total[..., 0] == 0, 0, jnp.where(jnp.isfinite(total[..., 0]), jnp.exp(entropy), jnp.nan))
+    entropy = -jnp.sum(
+        jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), axis=-1
+    )
+    return jnp.where(
+        total[..., 0] == 0, 0, jnp.where(jnp.isfinite(total[..., 0]), jnp.exp(entropy), jnp.nan)
+    )
 
 
 _EXAMPLE_AXES = {2: (0, 1), 3: (1, 2), 4: (0, 2)}
@@ -138,7 +151,7 @@ def _kernels(*kernels: jax.Array) -> list[jax.Array]:
     for array in arrays:
         if array.ndim not in _EXAMPLE_AXES or array.shape != arrays[0].shape:
             raise ValueError(
-                "kernels must have the shape (N, M), (C, N, M) or (N, C, M, C) that gnlin.empirical_ntk gives them, "
+                "kernels must have the shape (N, M), (C, N, M) or (N, C, M, C) that gnlin.kernel.empirical_ntk gives them, "
                 f"and the same; got {[each.shape for each in arrays]}"
             )
     return [array.astype(tree.accumulation_dtype(array)) for array in arrays]

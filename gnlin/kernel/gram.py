@@ -2,16 +2,18 @@ r"""Kernel matrices K = J_a D⁻¹ J_bᵀ of linearised models, without their Ja
 
 Each leaf of the parameters adds to K by the cheapest of three routes that its use in the model allows:
 
-* a dense layer y = xW + b with one row for each example and no scaling, s being cotangents of y for output c:
+* a dense layer y = xW + b with one row for each example and no scaling, s being cotangents of y for
+  output c:
 
   .. math:: K_{(n,c),(m,d)} \mathrel{+}= (\langle x_n, x_m\rangle + 1)\,\langle s_{nc}, s_{md}\rangle;
 
-* other layers, and leaves in no layer: the Jacobian's rows U at that leaf, a block of the fan-in at a time, and
-  :math:`K \mathrel{+}= U_a D^{-1} U_b^\top`;
-* what is left: columns :math:`J_a D^{-1} J_b^\top e_i`, one pull-back and one push-forward for each output.
+* other layers, and leaves in no layer: the Jacobian's rows U at that leaf, a block of the fan-in at
+  a time, and :math:`K \mathrel{+}= U_a D^{-1} U_b^\top`;
+* what is left: columns :math:`J_a D^{-1} J_b^\top e_i`, one pull-back and one push-forward for each
+  output.
 
-The first two take the `rows` of J, where examples are proved apart; what cannot be proved takes the third route, which
-assumes nothing.
+The first two take the `rows` of J, where examples are proved apart; what cannot be proved takes the
+third route, which assumes nothing.
 """
 
 import math
@@ -23,7 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import tree
-from gnlin.kernel.rows import BUDGET, Found, Rows, find_rows, map_together, number_of_examples, numbers_in, product_of
+from gnlin.jaxprs import numbers_in
+from gnlin.kernel.rows import (
+    BUDGET,
+    Found,
+    Rows,
+    find_rows,
+    map_together,
+    number_of_examples,
+    product_of,
+)
 from gnlin.structure.layers import matrix_shape
 from gnlin.tree import Outputs, Params
 
@@ -45,7 +56,8 @@ def kernel_matrix(
     scaling: Params | None = None,
     budget: int = BUDGET,
 ) -> Kernel:
-    """K of a linearisation at `params`, in their accumulation dtype; `scaling` is D, `None` being the identity.
+    """K of a linearisation at `params`, in their accumulation dtype; `scaling` is D, `None` being
+    the identity.
 
     Where D is 0, D⁻¹ counts as 0: such a parameter is held.
     """
@@ -57,7 +69,9 @@ def kernel_matrix(
     if found.pull_backs:
         order = order_by_example(outputs)
         weights = _by_row(found, params, inverse)
-        total = contract(found.rows, found.rows, "full", weights, budget).reshape(count, count)[order][:, order]
+        total = contract(found.rows, found.rows, "full", weights, budget).reshape(count, count)[
+            order
+        ][:, order]
     if found.left:
         total += columns((jvp, vjp), (jvp, vjp), params, found.left, inverse, budget)
         pull_backs += count
@@ -83,7 +97,11 @@ def order_by_example(outputs: Outputs) -> np.ndarray:
 
 
 def contract(
-    a: Rows, b: Rows, pairs: Pairs, weights: Mapping[int, jax.Array] | None = None, budget: int = BUDGET
+    a: Rows,
+    b: Rows,
+    pairs: Pairs,
+    weights: Mapping[int, jax.Array] | None = None,
+    budget: int = BUDGET,
 ) -> jax.Array:
     """K of the rows a and b: (N, C, M, C), of the diagonal (C, N, M), of the trace (N, M).
 
@@ -160,10 +178,15 @@ def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> j
     colours, fan_out = s.shape[1], s.shape[-1]
     products = colours**2 if pairs == "full" else colours
     by_place = length * other_length * (products * fan_out + fan_in)
-    by_row = products * fan_in * fan_out + (length / others + other_length / examples) * colours * fan_in * fan_out
+    by_row = (
+        products * fan_in * fan_out
+        + (length / others + other_length / examples) * colours * fan_in * fan_out
+    )
     fits = length == 1 or examples * others * products * other_length <= budget
     if weight is None and by_place < by_row and fits:
-        return _sum_of(lambda place: _at_place(place, b, pairs), (jnp.moveaxis(x, 1, 0), jnp.moveaxis(s, 2, 0)))
+        return _sum_of(
+            lambda place: _at_place(place, b, pairs), (jnp.moveaxis(x, 1, 0), jnp.moveaxis(s, 2, 0))
+        )
 
     def rows(factors):
         return product_of(*factors).reshape(len(factors[0]), colours, -1)
@@ -181,7 +204,9 @@ def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> j
         return jnp.moveaxis(inputs.reshape(*inputs.shape[:2], blocks, width), 2, 0)
 
     if weight is not None:
-        weight = jnp.pad(weight.reshape(fan_in, fan_out), ((0, padding), (0, 0))).reshape(blocks, width * fan_out)
+        weight = jnp.pad(weight.reshape(fan_in, fan_out), ((0, padding), (0, 0))).reshape(
+            blocks, width * fan_out
+        )
 
     def of_block(block):
         x, y, weight = block
@@ -191,10 +216,16 @@ def _of_factored(a, b, pairs: Pairs, weight: jax.Array | None, budget: int) -> j
 
 
 # s tᵀ of one place of a with all places u of b.
-_AT_PLACE: dict[Pairs, str] = {"full": "nco,mduo->ncmdu", "diagonal": "nco,mcuo->cnmu", "trace": "nco,mcuo->nmu"}
+_AT_PLACE: dict[Pairs, str] = {
+    "full": "nco,mduo->ncmdu",
+    "diagonal": "nco,mcuo->cnmu",
+    "trace": "nco,mcuo->nmu",
+}
 
 
-def _at_place(place: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], pairs: Pairs) -> jax.Array:
+def _at_place(
+    place: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], pairs: Pairs
+) -> jax.Array:
     (x, s), (y, t) = place, b
     of_inputs = jnp.einsum("ni,mui->nmu", x, y, precision="highest")
     of_cotangents = jnp.einsum(_AT_PLACE[pairs], s, t, precision="highest")
@@ -207,7 +238,10 @@ def _at_place(place: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
 
 def _sum_of(function: Callable[[Any], jax.Array], items: Any) -> jax.Array:
     """Sum over the first axis of `items`; without a loop where that is all."""
-    total, rest = function(jax.tree.map(lambda leaf: leaf[0], items)), jax.tree.map(lambda leaf: leaf[1:], items)
+    total, rest = (
+        function(jax.tree.map(lambda leaf: leaf[0], items)),
+        jax.tree.map(lambda leaf: leaf[1:], items),
+    )
     if not len(jax.tree.leaves(rest)[0]):
         return total
     return jax.lax.scan(lambda total, item: (total + function(item), None), total, rest)[0]
@@ -216,7 +250,9 @@ def _sum_of(function: Callable[[Any], jax.Array], items: Any) -> jax.Array:
 # One pull-back and one push-forward for each output.
 
 
-def columns(of_a, of_b, params: Params, left: frozenset[int], inverse: Params | None, budget: int) -> jax.Array:
+def columns(
+    of_a, of_b, params: Params, left: frozenset[int], inverse: Params | None, budget: int
+) -> jax.Array:
     """K (outputs of a, outputs of b), flattened, of the leaves `left` alone; a and b are ``(jvp, vjp)``."""
     (push, _), (push_b, pull) = of_a, of_b
     dtype, outputs = tree.accumulation_dtype(params), jax.eval_shape(push_b, params)

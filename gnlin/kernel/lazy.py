@@ -1,8 +1,8 @@
 r"""Lazy training in closed form.
 
-Trained by gradient descent from an anchor φ on a loss that is quadratic in the outputs, with gradient g and Hessian
-H = R Rᵀ at f(φ), the linearised model follows a linear recurrence, of matrix I − ηHK with K = J Jᵀ. From the
-eigendecomposition Rᵀ K R = Q Λ Qᵀ
+Trained by gradient descent from an anchor φ on a loss that is quadratic in the outputs, with
+gradient g and Hessian H = R Rᵀ at f(φ), the linearised model follows a linear recurrence, of matrix
+I − ηHK with K = J Jᵀ. From the eigendecomposition Rᵀ K R = Q Λ Qᵀ
 
     θ = φ − Jᵀu,     u = R Q F(Λ) Qᵀ R⁺ g,
 
@@ -12,8 +12,8 @@ and how it is trained is in the filter F alone:
     gradient flow, time t                    F(λ) = (1 − exp(−λt)) / λ
     kernel ridge regression, damping μ       F(λ) = 1 / (λ + μ)
 
-The last is the damped Gauss-Newton step, and for μ = 0 the limit of the others: the least change of the parameters that
-minimises the loss.
+The last is the damped Gauss-Newton step, and for μ = 0 the limit of the others: the least change of
+the parameters that minimises the loss.
 """
 
 import dataclasses
@@ -39,17 +39,19 @@ class LazyTraining:
     r"""The linearised model at an anchor, and where training would take its parameters.
 
     Each method returns θ, shaped like the parameters. What the lazy model then says of any data is
-    ``gnlin.linearise(objective, anchor, data).predict(theta)``. Methods work under `jit` and `vmap`, so that
-    ``jax.vmap(lazy.gradient_flow)(times)`` is a whole curve.
+    ``gnlin.linearise(objective, anchor, data).predict(theta)``. Methods work under `jit` and
+    `vmap`, so that ``jax.vmap(lazy.gradient_flow)(times)`` is a whole curve.
 
     Attributes:
         linear: the linearisation at the anchor, on the training data.
-        eigenvalues: Λ, (N·C,), in ascending order: the curvatures of the loss along the kernel's directions. Gradient
-            descent is stable for η below 2 / eigenvalues[-1], and learns direction i within about 1 / (ηλᵢ) steps.
+        eigenvalues: Λ, (N·C,), in ascending order: the curvatures of the loss along the kernel's
+            directions. Gradient descent is stable for η below 2 / eigenvalues[-1], and learns
+            direction i within about 1 / (ηλᵢ) steps.
         directions: R Q, (N·C, N·C).
         residual: Qᵀ R⁺ g, (N·C,): the gradient along each direction.
-        outside: ‖g − R R⁺ g‖ / ‖g‖, the share of the gradient in outputs in which the loss is not curved: 0 of squared
-            errors. It is left out: training by a loss that falls for ever (a linear one, Huber's far out) is not this.
+        outside: ‖g − R R⁺ g‖ / ‖g‖, the share of the gradient in outputs in which the loss is not
+            curved: 0 of squared errors. It is left out: training by a loss that falls for ever (a
+            linear one, Huber's far out) is not this.
     """
 
     linear: Linearisation
@@ -64,11 +66,14 @@ class LazyTraining:
         check_number("steps", steps)
         if not isinstance(steps, Tracer) and float(steps) % 1:
             raise ValueError(f"`steps` must be a whole number; got {steps!r}")
-        rate, count = (jnp.asarray(value, self.eigenvalues.dtype) for value in (learning_rate, steps))
+        rate, count = (
+            jnp.asarray(value, self.eigenvalues.dtype) for value in (learning_rate, steps)
+        )
 
         def filtered(values):
             base = 1 - rate * values
-            # Close to 1 a power loses the digits that its difference from 1 has; below 0 its sign alternates.
+            # Close to 1 a power loses the digits that its difference from 1 has; below 0 its sign
+            # alternates.
             sign = jnp.where((base < 0) & (jnp.mod(count, 2) == 1), -1, 1)
             power = sign * jnp.abs(base) ** count
             slow = rate * values < 0.5
@@ -84,10 +89,11 @@ class LazyTraining:
         return self._moved(lambda values: -jnp.expm1(-values * time) / values, time)
 
     def ridge(self, damping: chex.Numeric) -> Params:
-        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its limit.
+        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its
+        limit.
 
-        For a loss ½ Σ (z − y)² its residuals are multiplied by (K + damping I)⁻¹, for the mean of ½ (z − y)² over N
-        examples by (K + N damping I)⁻¹.
+        For a loss ½ Σ (z − y)² its residuals are multiplied by (K + damping I)⁻¹, for the mean of ½
+        (z − y)² over N examples by (K + N damping I)⁻¹.
         """
         check_number("damping", damping)
         strength = jnp.asarray(damping, self.eigenvalues.dtype)
@@ -98,9 +104,13 @@ class LazyTraining:
         bounded = at_zero * _noise(self.eigenvalues) <= 1
         seen = self.eigenvalues > jnp.where(bounded, 0, _noise(self.eigenvalues))
         limit = jnp.where(bounded, at_zero, 0)
-        weights = jnp.where(seen, filtered(jnp.where(seen, self.eigenvalues, 1)), limit) * self.residual
+        weights = (
+            jnp.where(seen, filtered(jnp.where(seen, self.eigenvalues, 1)), limit) * self.residual
+        )
         cotangent = tree.unflatten(self.directions @ weights, self.linear.outputs)
-        return tree.cast_like(tree.subtract(self.linear.anchor, self.linear.vjp(cotangent)), self.linear.anchor)
+        return tree.cast_like(
+            tree.subtract(self.linear.anchor, self.linear.vjp(cotangent)), self.linear.anchor
+        )
 
 
 def lazy_training(
@@ -110,9 +120,10 @@ def lazy_training(
 
     .. math:: \theta_k = \phi - J^\top R\,Q\,F_k(\Lambda)\,Q^\top R^+ g, \qquad R^\top J J^\top R = Q \Lambda Q^\top
 
-    Exact where the loss is quadratic in the outputs, as a squared error is, whatever its weights; of another loss it is
-    the quadratic model at f(φ), as with ``loss_model="quadratic"``, but for what `outside` says. Takes two
-    eigendecompositions of the size of the N·C outputs; long times deserve double precision.
+    Exact where the loss is quadratic in the outputs, as a squared error is, whatever its weights;
+    of another loss it is the quadratic model at f(φ), as with ``loss_model="quadratic"``, but for
+    what `outside` says. Takes two eigendecompositions of the size of the N·C outputs; long times
+    deserve double precision.
 
     Args:
         objective: the problem; averages and weights are in its loss, and so in the rates.
@@ -127,12 +138,13 @@ def lazy_training(
         ValueError: there are more than `max_outputs` outputs.
         ValueError, TypeError: as `linearise`.
 
-    References: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5; Lee et al., arXiv 1902.06720, section 2.2.
+    References: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5; Lee et al., arXiv 1902.06720,
+        section 2.2.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([p[0], 2 * p[1]]) - 1.0)
-        >>> lazy = gnlin.lazy_training(objective, jnp.zeros(2))
+        >>> lazy = gnlin.kernel.lazy_training(objective, jnp.zeros(2))
         >>> lazy.gradient_descent(learning_rate=0.1, steps=1).round(6)
         Array([0.1, 0.2], dtype=float32)
         >>> lazy.ridge(0.0)
@@ -141,7 +153,9 @@ def lazy_training(
     check_objective(objective)
     check_not_bound("batch", objective, batch)
     check_integer("max_outputs", max_outputs)
-    count = tree.size(jax.eval_shape(lambda params: objective.outputs_and_aux(params, batch)[0], params))
+    count = tree.size(
+        jax.eval_shape(lambda params: objective.outputs_and_aux(params, batch)[0], params)
+    )
     if count > max_outputs:
         raise ValueError(
             f"`max_outputs` is {max_outputs}, but there are {count} outputs, and eigendecompositions of that size: "

@@ -1,7 +1,7 @@
 r"""The empirical neural tangent kernel K = J Jᵀ.
 
-It says how outputs move together under gradient descent: to first order a step of size η on the loss of example m moves
-output c of example n by −η Σ_d K[n, c, m, d] ∂ℓ/∂z[m, d].
+It says how outputs move together under gradient descent: to first order a step of size η on the
+loss of example m moves output c of example n by −η Σ_d K[n, c, m, d] ∂ℓ/∂z[m, d].
 """
 
 import functools
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.checks import check_number
+from gnlin.jaxprs import numbers_in
 from gnlin.kernel.gram import Pairs, columns, contract, order_by_example
-from gnlin.kernel.rows import Found, LeftOutError, Rows, find_rows, numbers_in
+from gnlin.kernel.rows import Found, LeftOutError, Rows, find_rows
 from gnlin.problem.linearisation import linearise
 from gnlin.problem.objective import Objective, check_not_bound, check_objective, without_binding
 from gnlin.structure.parts import Cut, assemble, cut_of, joined, part_of
@@ -38,41 +39,46 @@ def empirical_ntk(
     .. math:: K_{nc,md} = \Big\langle \frac{\partial f_c(x_n)}{\partial\theta},
                                       \frac{\partial f_d(x_m)}{\partial\theta} \Big\rangle
 
-    The Jacobian is not materialised where it can be avoided: dense layers contribute products of their inputs and
-    cotangents, other leaves a block of the Jacobian at a time, and only what mixes the examples of a batch (batch
-    normalisation) takes a pull-back and a push-forward for each output. Where the model is shown to treat examples one
-    by one, batches are worked on in parts, so that result and intermediate results stay within `max_bytes`. Leaves of
-    a batch with N along their first axis are then cut, others (a key, frozen statistics) passed whole.
+    The Jacobian is not materialised where it can be avoided: dense layers contribute products of
+    their inputs and cotangents, other leaves a block of the Jacobian at a time, and only what mixes
+    the examples of a batch (batch normalisation) takes a pull-back and a push-forward for each
+    output. Where the model is shown to treat examples one by one, batches are worked on in parts,
+    so that result and intermediate results stay within `max_bytes`. Leaves of a batch with N along
+    their first axis are then cut, others (a key, frozen statistics) passed whole.
 
-    Compiled for each objective, and for the shapes of `params` and batches; call it with the same `objective`. All
-    leaves of a batch are traced: what the model branches on belongs into the model.
+    Compiled for each objective, and for the shapes of `params` and batches; call it with the same
+    `objective`. All leaves of a batch are traced: what the model branches on belongs into the
+    model.
 
     Args:
         objective: the problem; its loss plays no part.
         params: θ.
         batch: N examples; not needed where the objective is bound.
         other: M examples of the same structure; `None` for `batch` itself.
-        outputs: which pairs of the C outputs of an example: ``"full"`` for all, ``"diagonal"`` for each with itself,
-            ``"trace"`` for the sum of these. Several leaves of outputs count as one, in the order of the tree; scalar
-            outputs are those of one example.
+        outputs: which pairs of the C outputs of an example: ``"full"`` for all, ``"diagonal"`` for
+            each with itself, ``"trace"`` for the sum of these. Several leaves of outputs count as
+            one, in the order of the tree; scalar outputs are those of one example.
         max_bytes: bound on what result and intermediate results take, beside the arguments.
 
     Returns:
-        (N, C, M, C) for ``"full"``, so that ``reshape(N * C, M * C)`` is J Jᵀ; (C, N, M) for ``"diagonal"``; (N, M) for
-        ``"trace"``. In the accumulation dtype of `params`, at least float32.
+        (N, C, M, C) for ``"full"``, so that ``reshape(N * C, M * C)`` is J Jᵀ; (C, N, M) for
+        ``"diagonal"``; (N, M) for ``"trace"``. In the accumulation dtype of `params`, at least
+        float32.
 
     Raises:
-        ValueError: `max_bytes` is too small for the kernel or for the work on two examples; `outputs` is none of the
-            three; `other` has another structure than `batch`; outputs are for different numbers of examples.
+        ValueError: `max_bytes` is too small for the kernel or for the work on two examples;
+            `outputs` is none of the three; `other` has another structure than `batch`; outputs are
+            for different numbers of examples.
         ValueError, TypeError: as `linearise`.
 
-    References: Jacot, Gabriel & Hongler, arXiv 1806.07572; Novak, Sohl-Dickstein & Schoenholz, arXiv 2206.08720.
+    References: Jacot, Gabriel & Hongler, arXiv 1806.07572; Novak, Sohl-Dickstein & Schoenholz,
+        arXiv 2206.08720.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective(lambda p, x: x @ p, lambda z, x: jnp.sum(z ** 2))
         >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
-        >>> gnlin.empirical_ntk(objective, jnp.zeros((2, 3)), x, outputs="trace")   # 3 x xᵀ
+        >>> gnlin.kernel.empirical_ntk(objective, jnp.zeros((2, 3)), x, outputs="trace")   # 3 x xᵀ
         Array([[ 3.,  3.],
                [ 3., 15.]], dtype=float32)
     """
@@ -81,15 +87,24 @@ def empirical_ntk(
         raise ValueError(f"`outputs` must be one of {_PAIRS}; got {outputs!r}")
     check_number("max_bytes", max_bytes, positive=True, finite=False)
     objective, batch = without_binding(objective, batch)
-    return _kernel(params, batch, other, objective=objective, pairs=outputs, max_bytes=math.ceil(min(max_bytes, 2**62)))
+    return _kernel(
+        params,
+        batch,
+        other,
+        objective=objective,
+        pairs=outputs,
+        max_bytes=math.ceil(min(max_bytes, 2**62)),
+    )
 
 
 def ntk_vector_product(
     objective: Objective, params: Params, batch: Batch = None, other: Batch = None
 ) -> Callable[[Outputs], Outputs]:
-    r"""The matrix-free product :math:`v \mapsto J_a J_b^\top v` with the kernel between two batches.
+    r"""The matrix-free product :math:`v \mapsto J_a J_b^\top v` with the kernel between two
+    batches.
 
-    The linearisations are done once and serve every product, which costs one pull-back and one push-forward.
+    The linearisations are done once and serve every product, which costs one pull-back and one
+    push-forward.
 
     Args:
         objective: the problem; its loss plays no part.
@@ -98,7 +113,8 @@ def ntk_vector_product(
         other: data b; `None` for `batch` itself.
 
     Returns:
-        A linear function from trees like the outputs on `other` to trees like the outputs on `batch`.
+        A linear function from trees like the outputs on `other` to trees like the outputs on
+        `batch`.
 
     Raises:
         ValueError, TypeError: as `empirical_ntk`.
@@ -109,7 +125,7 @@ def ntk_vector_product(
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective(lambda p, x: x @ p, lambda z, x: jnp.sum(z ** 2))
         >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
-        >>> gnlin.ntk_vector_product(objective, jnp.zeros(2), x)(jnp.array([1.0, 1.0]))   # x xᵀ v
+        >>> gnlin.kernel.ntk_vector_product(objective, jnp.zeros(2), x)(jnp.array([1.0, 1.0]))   # x xᵀ v
         Array([2., 6.], dtype=float32)
     """
     _check(objective, params, batch, other)
@@ -138,7 +154,13 @@ def _check(objective: Objective, params: Params, batch: Batch, other: Batch) -> 
 
 @functools.partial(jax.jit, static_argnames=("objective", "pairs", "max_bytes"))
 def _kernel(
-    params: Params, batch: Batch, other: Batch, *, objective: Objective, pairs: Pairs, max_bytes: int
+    params: Params,
+    batch: Batch,
+    other: Batch,
+    *,
+    objective: Objective,
+    pairs: Pairs,
+    max_bytes: int,
 ) -> jax.Array:
     def model(params, batch):
         return objective.outputs_and_aux(params, batch)[0]
@@ -147,7 +169,9 @@ def _kernel(
     own = cut_of(model, params, batch)
     theirs = own if other is None else cut_of(model, params, other)
     if own.colours != theirs.colours:
-        raise ValueError(f"`other` has {theirs.colours} outputs of an example, but `batch` has {own.colours}")
+        raise ValueError(
+            f"`other` has {theirs.colours} outputs of an example, but `batch` has {own.colours}"
+        )
     n, c, m = own.examples, own.colours, theirs.examples
     shape = {"full": (n, c, m, c), "diagonal": (c, n, m), "trace": (n, m)}[pairs]
     size = math.prod(shape)
@@ -161,12 +185,21 @@ def _kernel(
         return jnp.zeros(shape, dtype)
     if not (own.apart and theirs.apart):
         return _in_one(objective, params, batch, other, (own, theirs), pairs, room)
-    sides = _Side(objective, batch, own), _Side(objective, batch if other is None else other, theirs)
+    sides = (
+        _Side(objective, batch, own),
+        _Side(objective, batch if other is None else other, theirs),
+    )
     return _in_parts(params, sides, pairs, room)
 
 
 def _in_one(
-    objective: Objective, params: Params, batch: Batch, other: Batch, cuts: tuple[Cut, Cut], pairs: Pairs, room: int
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    other: Batch,
+    cuts: tuple[Cut, Cut],
+    pairs: Pairs,
+    room: int,
 ) -> jax.Array:
     """K of batches that cannot be cut."""
 
@@ -177,14 +210,18 @@ def _in_one(
         left = found[0].left | found[1].left
         while True:
             try:
-                total = contract(found[0].without(left), found[1].without(left), pairs, None, budget)
+                total = contract(
+                    found[0].without(left), found[1].without(left), pairs, None, budget
+                )
                 break
             except LeftOutError as out:
                 left |= out.leaves
         if not left:
             return total
         places = [order_by_example(linear.outputs) for linear in (a, b)]
-        rest = columns((a.jvp, a.vjp), (b.jvp, b.vjp), params, left, None, budget)[places[0]][:, places[1]]
+        rest = columns((a.jvp, a.vjp), (b.jvp, b.vjp), params, left, None, budget)[places[0]][
+            :, places[1]
+        ]
         shapes = [(cut.examples, cut.colours) for cut in cuts]
         return total + jnp.einsum(_PICK[pairs], rest.reshape(*shapes[0], *shapes[1]))
 
@@ -215,7 +252,9 @@ class _Side(NamedTuple):
     def found(self, params: Params, part: Batch, budget: int) -> Found:
         return find_rows(linearise(self.objective, params, part).jvp, params, budget)
 
-    def rows(self, params: Params, start: Any, length: int, left: frozenset[int], budget: int) -> Rows:
+    def rows(
+        self, params: Params, start: Any, length: int, left: frozenset[int], budget: int
+    ) -> Rows:
         part = part_of(self.batch, self.cut, start, length)
         # A single example is looked at twice, for an axis of length 1 could be any.
         looked_at = part if length > 1 else joined(part, part, self.cut)
@@ -224,14 +263,19 @@ class _Side(NamedTuple):
         rows.whole.update(self._one_by_one(params, part, left))
         return rows
 
-    def _one_by_one(self, params: Params, part: Batch, left: frozenset[int]) -> dict[int, jax.Array]:
+    def _one_by_one(
+        self, params: Params, part: Batch, left: frozenset[int]
+    ) -> dict[int, jax.Array]:
         leaves, structure = jax.tree.flatten(params)
         of_part, of_batch = jax.tree.flatten(part)
         dtype = tree.accumulation_dtype(params)
 
         def rows_of(example):
             cut = iter(example)
-            whole = [next(cut)[None] if split else leaf for leaf, split in zip(of_part, self.cut.batched, strict=True)]
+            whole = [
+                next(cut)[None] if split else leaf
+                for leaf, split in zip(of_part, self.cut.batched, strict=True)
+            ]
 
             def outputs(chosen):
                 given = [chosen.get(index, leaf) for index, leaf in enumerate(leaves)]
@@ -240,7 +284,10 @@ class _Side(NamedTuple):
 
             _, pull_back = jax.vjp(outputs, {index: leaves[index] for index in sorted(left)})
             (rows,) = jax.vmap(pull_back)(jnp.eye(self.cut.colours, dtype=dtype))
-            return {index: row.reshape(self.cut.colours, -1).astype(dtype) for index, row in rows.items()}
+            return {
+                index: row.reshape(self.cut.colours, -1).astype(dtype)
+                for index, row in rows.items()
+            }
 
         examples = [leaf for leaf, split in zip(of_part, self.cut.batched, strict=True) if split]
         return jax.vmap(rows_of)(examples) if left else {}
@@ -256,7 +303,9 @@ def _in_parts(params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: in
             left |= out.leaves
 
 
-def _with_rows(params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: int, left: frozenset[int]) -> jax.Array:
+def _with_rows(
+    params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: int, left: frozenset[int]
+) -> jax.Array:
     a, b = sides
     same, budget = a.batch is b.batch, max(1, room // 8)
     down, across = _AXES[pairs]
@@ -271,7 +320,13 @@ def _with_rows(params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: i
     def strip(length, kept):
         def of(start):
             if same:
-                return contract(jax.tree.map(lambda leaf: _part(leaf, start, length), kept), kept, pairs, None, budget)
+                return contract(
+                    jax.tree.map(lambda leaf: _part(leaf, start, length), kept),
+                    kept,
+                    pairs,
+                    None,
+                    budget,
+                )
             return contract(rows(a, length)(start), kept, pairs, None, budget)
 
         return of
@@ -279,7 +334,9 @@ def _with_rows(params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: i
     # Rows of one side that fit as a whole are computed once.
     of_rows, of_strips = (
         _longest(lambda length: _numbers(rows(b, length), 0), total[1], spare),
-        _longest(lambda length: _numbers(lambda kept: strip(length, kept)(0), kept), total[0], spare),
+        _longest(
+            lambda length: _numbers(lambda kept: strip(length, kept)(0), kept), total[0], spare
+        ),
     )
     if of_rows and of_strips:
         kept = assemble(rows(b, of_rows), total[1], of_rows, axis=0)
@@ -301,7 +358,12 @@ def _with_rows(params: Params, sides: tuple[_Side, _Side], pairs: Pairs, room: i
     if length is None:
         least = min(2, max(total))
         numbers = _numbers(block(least), 0)
-        raise _too_small(room, numbers, tree.accumulation_dtype(params), "two examples" if least > 1 else "one example")
+        raise _too_small(
+            room,
+            numbers,
+            tree.accumulation_dtype(params),
+            "two examples" if least > 1 else "one example",
+        )
     return assemble(block(length), total[0], min(length, total[0]), down)
 
 

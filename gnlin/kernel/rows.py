@@ -1,8 +1,9 @@
 """Rows of a linearised model's Jacobian, one pull-back for each output of an example.
 
-One pull-back serves output c of all N examples at once: C pull-backs instead of N·C. That is right only where each
-example's outputs depend on its own rows, which `by_example` proves from the equations of the pull-back. Of a dense
-layer the rows are kept as what they are made of, its inputs and cotangents, where that is less.
+One pull-back serves output c of all N examples at once: C pull-backs instead of N·C. That is right
+only where each example's outputs depend on its own rows, which `by_example` proves from the
+equations of the pull-back. Of a dense layer the rows are kept as what they are made of, its inputs
+and cotangents, where that is less.
 """
 
 import math
@@ -14,20 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import tree
-from gnlin.problem.linearisation import inner_jaxprs
+from gnlin.jaxprs import numbers_in
 from gnlin.structure.by_example import ByExample, Summed, run_by_example
 from gnlin.structure.layers import Layer, Reading, read_layers
 from gnlin.tree import Outputs, Params
 
-# Numbers held at once beside the M² of K itself: cotangents and rows that are kept, a block of rows, the
-# intermediate results of the pull-backs that run together. Half a gigabyte in float32.
+# Numbers held at once beside the M² of K itself: cotangents and rows that are kept, a block of
+# rows, the intermediate results of the pull-backs that run together. Half a gigabyte in float32.
 BUDGET = 2**27
 
 
 class Rows(NamedTuple):
     """Rows of J, one for output c of example n, at each leaf by its position; of a layer with a bias at W's."""
 
-    factored: dict[int, tuple[jax.Array, jax.Array]]  # Σ_t x̃_t s_tᵀ: x̃ = (x, 1) (N, T, I) and s (N, C, T, O)
+    factored: dict[
+        int, tuple[jax.Array, jax.Array]
+    ]  # Σ_t x̃_t s_tᵀ: x̃ = (x, 1) (N, T, I) and s (N, C, T, O)
     whole: dict[int, jax.Array]  # (N, C, size)
 
 
@@ -36,7 +39,9 @@ class Found(NamedTuple):
 
     rows: Rows
     layers: tuple[Layer, ...]
-    left: frozenset[int]  # leaves that are in none of the rows, and have an influence on the outputs
+    left: frozenset[
+        int
+    ]  # leaves that are in none of the rows, and have an influence on the outputs
     pull_backs: int
 
     def without(self, left: frozenset[int]) -> Rows:
@@ -70,7 +75,9 @@ def number_of_examples(outputs: Outputs) -> int:
     return lengths.pop() if len(lengths) == 1 else 1
 
 
-def find_rows(jvp: Callable[[Params], Outputs], params: Params, budget: int = BUDGET, keep: float = math.inf) -> Found:
+def find_rows(
+    jvp: Callable[[Params], Outputs], params: Params, budget: int = BUDGET, keep: float = math.inf
+) -> Found:
     """Rows of a linearisation at `params` where examples are proved apart, as long as no more than `keep` numbers."""
     outputs, leaves = jax.eval_shape(jvp, params), jax.tree.leaves(params)
     examples, dtype = number_of_examples(outputs), tree.accumulation_dtype(params)
@@ -95,13 +102,19 @@ def find_rows(jvp: Callable[[Params], Outputs], params: Params, budget: int = BU
         left -= {layer.weight, layer.bias}
     for index, each in others.items():
         rows.whole[index] = jnp.swapaxes(each, 0, 1).astype(dtype)
-    return Found(rows, tuple(kept), frozenset(left - others.keys() - idle), colours if layers or others else 0)
+    return Found(
+        rows,
+        tuple(kept),
+        frozenset(left - others.keys() - idle),
+        colours if layers or others else 0,
+    )
 
 
 def _rows_by_example(
     reading: Reading, outputs: Outputs, examples: int, budget: int, room: float
 ) -> tuple[dict, dict, set[int | None]]:
-    """Where examples are proved apart: layer ↦ cotangents (C, N, T, fan-out), other leaf ↦ rows (C, N, size).
+    """Where examples are proved apart: layer ↦ cotangents (C, N, T, fan-out), other leaf ↦ rows (C,
+    N, size).
 
     And the leaves that have no influence on the outputs.
     """
@@ -111,10 +124,17 @@ def _rows_by_example(
     idle: set[int | None] = set()
 
     def rows_of(colour):
-        hot = (jnp.arange(colours, dtype=jnp.int32) == colour).astype(tree.accumulation_dtype(outputs))
+        hot = (jnp.arange(colours, dtype=jnp.int32) == colour).astype(
+            tree.accumulation_dtype(outputs)
+        )
         ends = np.cumsum([leaf.size // examples for leaf in like])[:-1]
-        parts = [jnp.broadcast_to(part[None, :], [examples, part.size]) for part in jnp.split(hot, ends)]
-        parts = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, like, strict=True)]
+        parts = [
+            jnp.broadcast_to(part[None, :], [examples, part.size]) for part in jnp.split(hot, ends)
+        ]
+        parts = [
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, like, strict=True)
+        ]
         found = run_by_example(pull_back, parts, examples)
         of_layers, of_others = jax.tree.unflatten(structure, [_Box(value) for value in found])
         layers, others = {}, {}
@@ -126,7 +146,9 @@ def _rows_by_example(
         for index, (value,) in of_others.items():
             if isinstance(value, Summed):
                 others[index] = value.addends.reshape(examples, -1)
-            elif isinstance(value, jax.Array):  # a linear function that does not depend on its arguments is 0
+            elif isinstance(
+                value, jax.Array
+            ):  # a linear function that does not depend on its arguments is 0
                 idle.add(index)
         return layers, others
 
@@ -161,40 +183,11 @@ def product_of(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
     return jnp.einsum("nti,ncto->ncio", inputs, cotangents, precision="highest")
 
 
-# What it takes to run them.
-
-# XLA copies what it transposes, and runs a program in an order of its own: of the networks that were compiled (those of
-# examples/kernels.py and tests/test_kernel.py) it took up to 3.4 times what the equations hold at once, on JAX 0.6 4.4.
-_COPIES = 5
-_VIEWS = {"reshape", "squeeze", "expand_dims"}
-
-
-def numbers_in(jaxpr: Any) -> int:
-    """Bound on the numbers that a compiled jaxpr takes beside its arguments."""
-    return _COPIES * max(_held(jaxpr), 1)
-
-
-def _held(jaxpr: Any) -> int:
-    """Most numbers held at once where equations are run in order and free what is used up."""
-    last: dict[Any, int] = {variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not hasattr(variable, "val")}
-    for place in reversed(range(len(jaxpr.eqns))):
-        for variable in jaxpr.eqns[place].invars:
-            if not hasattr(variable, "val"):
-                last.setdefault(variable, place)
-    size, held, most = {}, 0, 0
-    for place, equation in enumerate(jaxpr.eqns):
-        for variable in equation.outvars:
-            size[variable] = 0 if equation.primitive.name in _VIEWS else math.prod(variable.aval.shape)
-            held += size[variable]
-        inside = max((_held(inner) for inner in inner_jaxprs(equation)), default=0)
-        most = max(most, held + inside)
-        for variable in {*equation.outvars, *(each for each in equation.invars if not hasattr(each, "val"))}:
-            if last.get(variable, place) == place:
-                held -= size.pop(variable, 0)
-    return most
-
-
 def map_together(function: Callable[[jax.Array], Any], count: int, together: int) -> Any:
     """Results for 0, ..., count − 1, so many computed together; without a loop where that is all of them."""
     places = jnp.arange(count, dtype=jnp.int32)
-    return jax.vmap(function)(places) if count <= together else jax.lax.map(function, places, batch_size=together)
+    return (
+        jax.vmap(function)(places)
+        if count <= together
+        else jax.lax.map(function, places, batch_size=together)
+    )

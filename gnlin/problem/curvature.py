@@ -1,8 +1,9 @@
 r"""Curvature of the loss through a linearised model.
 
-With z the outputs, J their Jacobian with respect to the parameters and H the Hessian of the loss with
-respect to z, the generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J: the Hessian of the loss on the
-linearised model. Every product is a push-forward, a product with H in output space, and a pull-back.
+With z the outputs, J their Jacobian with respect to the parameters and H the Hessian of the loss
+with respect to z, the generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J: the Hessian of the loss
+on the linearised model. Every product is a push-forward, a product with H in output space, and a
+pull-back.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from gnlin.problem.linearisation import Linearisation, linearise, linearise_func
 from gnlin.problem.objective import Objective, with_constants
 from gnlin.tree import Batch, Outputs, Params
 
-# Displacement δz of the outputs from those at the anchor ↦ (model of the loss there, its gradient in δz).
+# Displacement δz of the outputs from those at the anchor ↦ (model of the loss there, its gradient
+# in δz).
 OutputLoss = Callable[[Outputs], tuple[jax.Array, Outputs]]
 
 
@@ -57,7 +59,9 @@ class QuadraticModel:
         return tree.inner(self.cotangent, moved) + tree.inner(moved, self.hessian(moved)) / 2
 
 
-def output_hessian(objective: Objective, outputs: Outputs, batch: Batch = None) -> tuple[Outputs, Callable]:
+def output_hessian(
+    objective: Objective, outputs: Outputs, batch: Batch = None
+) -> tuple[Outputs, Callable]:
     """``(g, u ↦ Hu)``: gradient and Hessian products of the loss with respect to the outputs, at `outputs`."""
 
     def gradient(outputs):
@@ -103,8 +107,12 @@ def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., ja
     """Q as a function of the parameters, ``(params, batch=None) -> scalar``, with the loss modelled by `loss`."""
 
     def value_fn(params, batch=None):
-        del batch  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
-        return loss(linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)))[0]
+        del (
+            batch
+        )  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
+        return loss(
+            linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor))
+        )[0]
 
     return value_fn
 
@@ -112,14 +120,17 @@ def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., ja
 def partly_linearised_loss(
     objective: Objective, anchor: Params, exact: Any, loss_model: LossModel, data: Batch
 ) -> Callable[..., jax.Array]:
-    """Q as a function of all parameters, ``(params, batch=None) -> scalar``; those that are `exact` are not linearised.
+    """Q as a function of all parameters, ``(params, batch=None) -> scalar``; those that are `exact`
+    are not linearised.
 
     At parameters (a, b), b exact, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
     """
     objective.check_params(anchor)
 
     def part(params, chosen):
-        return jax.tree.map(lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact)
+        return jax.tree.map(
+            lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact
+        )
 
     fixed = part(anchor, chosen=False)
 
@@ -133,7 +144,9 @@ def partly_linearised_loss(
     return value_fn
 
 
-def ggn_vector_product(objective: Objective, params: Params, batch: Batch = None) -> Callable[[Params], Params]:
+def ggn_vector_product(
+    objective: Objective, params: Params, batch: Batch = None
+) -> Callable[[Params], Params]:
     r"""The matrix-free product :math:`v \mapsto G v`, :math:`G = J^\top H J`, at `params`.
 
     The linearisation is done once and serves every product.
@@ -149,7 +162,8 @@ def ggn_vector_product(objective: Objective, params: Params, batch: Batch = None
     Raises:
         ValueError, TypeError: as `linearise`.
 
-    Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002.
+    Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent,
+        2002.
 
     Example:
         >>> import gnlin, jax.numpy as jnp

@@ -1,12 +1,13 @@
 """The model's first-order expansion: one `jax.linearize` and its transpose, shared by everything downstream."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from gnlin import tree
+from gnlin.jaxprs import primitive_names
 from gnlin.problem.objective import Objective
 from gnlin.tree import Batch, Outputs, Params
 
@@ -18,8 +19,10 @@ class Linearisation:
     Attributes:
         anchor: φ, the parameters at which the model was linearised.
         outputs: f(φ).
-        jvp: push-forward, a tangent shaped like the parameters to one shaped like the outputs, v ↦ Jv.
-        vjp: pull-back, a cotangent shaped like the outputs to one shaped like the parameters, u ↦ Jᵀu.
+        jvp: push-forward, a tangent shaped like the parameters to one shaped like the outputs, v ↦
+            Jv.
+        vjp: pull-back, a cotangent shaped like the outputs to one shaped like the parameters, u ↦
+            Jᵀu.
         aux: the model's auxiliary data at φ; `None` without `has_aux`.
     """
 
@@ -37,9 +40,9 @@ class Linearisation:
 def linearise(objective: Objective, anchor: Params, batch: Batch = None) -> Linearisation:
     """Linearise the objective's model at `anchor`.
 
-    The forward pass is done once. Each later use of ``jvp`` or ``vjp`` costs about two matrix products per
-    layer, against three for a gradient. Models that only define a `jax.custom_vjp` (fused attention) get their
-    push-forward as the transpose of the pull-back.
+    The forward pass is done once. Each later use of ``jvp`` or ``vjp`` costs about two matrix
+    products per layer, against three for a gradient. Models that only define a `jax.custom_vjp`
+    (fused attention) get their push-forward as the transpose of the pull-back.
 
     Args:
         objective: the problem.
@@ -57,7 +60,9 @@ def linearise(objective: Objective, anchor: Params, batch: Batch = None) -> Line
         >>> linear.predict(jnp.array([4.0]))   # 9 + 6 (4 - 3), where the model itself gives 16
         Array([15.], dtype=float32)
     """
-    outputs, jvp, vjp, aux = linearise_function(lambda params: objective.outputs_and_aux(params, batch), anchor)
+    outputs, jvp, vjp, aux = linearise_function(
+        lambda params: objective.outputs_and_aux(params, batch), anchor
+    )
     return Linearisation(anchor, outputs, jvp, vjp, aux)
 
 
@@ -65,9 +70,10 @@ def linearised_value_and_grad(objective: Objective) -> Callable[..., tuple[Any, 
     r"""Drop-in for `jax.value_and_grad` in hand-written loops of iterative linearisation.
 
     The function returned, ``(params, anchor, batch=None) -> (value, gradient)``, evaluates
-    :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` and :math:`\nabla Q(\theta)`; with `has_aux` the value is
-    the pair ``(value, aux)``, `aux` being the model's at the anchor. Pass the anchor as an argument of the
-    compiled step: one that is closed over is a constant, and every re-linearisation would compile again.
+    :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` and :math:`\nabla Q(\theta)`; with
+    `has_aux` the value is the pair ``(value, aux)``, `aux` being the model's at the anchor. Pass
+    the anchor as an argument of the compiled step: one that is closed over is a constant, and every
+    re-linearisation would compile again.
 
     Reference: Goldwaser & Ge, arXiv 2211.12345, section 3.
 
@@ -100,28 +106,10 @@ def linearise_function(
     return value, jvp, lambda u: transpose(u)[0], aux
 
 
-def primitive_names(jaxpr: Any) -> Iterator[str]:
-    """Names of the primitives in a jaxpr, those of its inner jaxprs included."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for inner in inner_jaxprs(equation):
-            yield from primitive_names(inner)
-
-
-def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """Jaxprs among the parameters of an equation: of what it calls, its branches, a loop's body and condition."""
-    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None):
-        if (found := _as_jaxpr(value)) is not None:
-            yield found
-
-
-def _as_jaxpr(value: Any) -> Any:
-    value = getattr(value, "jaxpr", value)
-    return value if hasattr(value, "eqns") else None
-
-
 def _lacks_forward_rule(jvp: Callable[[Any], Any], point: Any) -> bool:
-    # `jax.linearize` accepts a model that has only a custom_vjp: it leaves this placeholder in the linear
-    # function, which fails when it is at last evaluated, far from here.
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.numpy.result_type(leaf)), point)
+    # `jax.linearize` accepts a model that has only a custom_vjp: it leaves this placeholder in the
+    # linear function, which fails when it is at last evaluated, far from here.
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.numpy.result_type(leaf)), point
+    )
     return "custom_lin" in primitive_names(jax.make_jaxpr(jvp)(shapes).jaxpr)

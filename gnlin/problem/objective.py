@@ -17,8 +17,9 @@ class Objective:
     r"""The training problem :math:`\ell(f(\theta, \text{batch}), \text{batch})`.
 
     The whole batch reaches both functions, so masks, example weights, dropout keys and frozen batch
-    statistics travel in it. `loss` owns all averaging: nothing else in the package divides by a number
-    of examples. Automatic differentiation supplies every derivative, so any convex loss serves.
+    statistics travel in it. `loss` owns all averaging: nothing else in the package divides by a
+    number of examples. Automatic differentiation supplies every derivative, so any convex loss
+    serves.
 
     The record is hashable (it may be a static argument of `jax.jit`) and deliberately not callable
     (`optax.inject_hyperparams` takes callables for schedules).
@@ -28,8 +29,8 @@ class Objective:
             logits (N, C) or (N, T, C). With `has_aux`, ``model(params, batch) -> (outputs, aux)``.
         loss: ``loss(outputs, batch) -> scalar``, convex in `outputs`.
         has_aux: whether `model` returns auxiliary data beside its outputs.
-        is_bound: whether the data is already inside `model` and `loss`, so that no `batch` is needed.
-            `bind` and `least_squares` set it.
+        is_bound: whether the data is already inside `model` and `loss`, so that no `batch` is
+            needed. `bind` and `least_squares` set it.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -57,8 +58,9 @@ class Objective:
         r"""Objective :math:`\tfrac12\sum_i r_i(\theta)^2` over all leaves of the residuals.
 
         Args:
-            residuals: ``residuals(params, batch) -> pytree``; with the one argument ``residuals(params)``
-                the objective is already bound to its data. Arguments with a default are data, unless named ``batch``.
+            residuals: ``residuals(params, batch) -> pytree``; with the one argument
+                ``residuals(params)`` the objective is already bound to its data. Arguments with a
+                default are data, unless named ``batch``.
 
         Example:
             >>> import gnlin, jax.numpy as jnp
@@ -76,7 +78,8 @@ class Objective:
     def value(self, params: Params, batch: Batch = None) -> jax.Array:
         """Loss at `params`, a scalar; any auxiliary data is dropped.
 
-        Its signature is what Optax line searches want: ``tx.update(..., value_fn=objective.value, batch=batch)``.
+        Its signature is what Optax line searches want: ``tx.update(..., value_fn=objective.value,
+        batch=batch)``.
         """
         outputs, _ = self.outputs_and_aux(params, batch)
         return self.loss_of(outputs, batch)
@@ -92,14 +95,19 @@ class Objective:
         return ((value, aux), grads) if self.has_aux else (value, grads)
 
     def bind(self, batch: Batch) -> "Objective":
-        """The same objective with its data closed over; it needs no `batch` and ignores one that is given.
+        """The same objective with its data closed over; it needs no `batch` and ignores one that is
+        given.
 
-        Bound objectives serve drivers that pass nothing but parameters (`jaxopt.OptaxSolver`, `optax.lookahead`).
-        Bind inside the compiled function where the data is a traced argument.
+        Bound objectives serve drivers that pass nothing but parameters (`jaxopt.OptaxSolver`,
+        `optax.lookahead`). Bind inside the compiled function where the data is a traced argument.
         """
         if self.is_bound:
-            raise ValueError("`bind`: this objective is bound to its data already; bind the one without data instead.")
-        return dataclasses.replace(self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True)
+            raise ValueError(
+                "`bind`: this objective is bound to its data already; bind the one without data instead."
+            )
+        return dataclasses.replace(
+            self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True
+        )
 
     # What the rest of the package calls: the user's functions, checked.
 
@@ -154,7 +162,9 @@ def without_binding(objective: Objective, batch: Batch) -> tuple[Objective, Batc
     model, loss = objective.model, objective.loss
     if not (isinstance(model, _Bound) and isinstance(loss, _Bound)):
         return objective, batch
-    return dataclasses.replace(objective, model=model.function, loss=loss.function, is_bound=False), model.batch
+    return dataclasses.replace(
+        objective, model=model.function, loss=loss.function, is_bound=False
+    ), model.batch
 
 
 def check_not_bound(name: str, objective: Objective, data: Batch) -> None:
@@ -173,7 +183,9 @@ def check_objective(objective: Any) -> None:
 def check_params(params: Params, *, allow_holes: bool = False) -> None:
     """Raise unless `params` is a tree of real floating leaves, without the holes of `optax.masked` unless allowed."""
     if params is None:
-        raise ValueError("`params` is missing: call tx.update(grads, opt_state, params, batch=batch).")
+        raise ValueError(
+            "`params` is missing: call tx.update(grads, opt_state, params, batch=batch)."
+        )
     if not allow_holes and tree.has_holes(params):
         raise ValueError(
             "`params` has optax.MaskedNode holes (from optax.masked or optax.partition), so the model cannot be "
@@ -181,7 +193,9 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
         )
     for path, leaf in jax.tree.leaves_with_path(params):
         if not hasattr(leaf, "dtype"):
-            raise TypeError(f"params{jax.tree_util.keystr(path)} is {leaf!r}; make it an array, jnp.asarray({leaf!r}).")
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is {leaf!r}; make it an array, jnp.asarray({leaf!r})."
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -202,29 +216,40 @@ def check_like_params(name: str, value: Any, params: Params, remedy: str) -> Non
 
 def check_transformation(name: str, tx: Any) -> None:
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}")
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}"
+        )
 
 
 def check_line_search(line_search: Any) -> tuple[float, ...] | None:
     if line_search is None:
         return None
     if isinstance(line_search, str) or not isinstance(line_search, Iterable):
-        raise TypeError(f"`line_search` must be a sequence of step fractions such as (1.0, 0.5); got {line_search!r}")
+        raise TypeError(
+            f"`line_search` must be a sequence of step fractions such as (1.0, 0.5); got {line_search!r}"
+        )
     alphas = tuple(float(alpha) for alpha in line_search)
     if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
-        raise ValueError(f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}")
+        raise ValueError(
+            f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}"
+        )
     return alphas
 
 
 def without_loss(extra_args: dict[str, Any]) -> dict[str, Any]:
     """Extra arguments without those that the linearised problem replaces."""
-    return {name: value for name, value in extra_args.items() if name not in ("value", "grad", "value_fn")}
+    return {
+        name: value
+        for name, value in extra_args.items()
+        if name not in ("value", "grad", "value_fn")
+    }
 
 
 def visible_objective(objective: Objective, params: Params, all_params: Params | None) -> Objective:
     """The objective as a function of the leaves of `params` that `optax.masked` left visible.
 
-    The holes are filled, as constants, from `all_params`. Without holes the objective is returned as it is.
+    The holes are filled, as constants, from `all_params`. Without holes the objective is returned
+    as it is.
     """
     if params is None or all_params is None or not tree.has_holes(params):
         return objective
@@ -237,7 +262,9 @@ def visible_objective(objective: Objective, params: Params, all_params: Params |
     try:
         tree.fill_holes(params, all_params)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"`all_params` must be the whole tree of parameters that was masked: {error}") from error
+        raise ValueError(
+            f"`all_params` must be the whole tree of parameters that was masked: {error}"
+        ) from error
     return with_constants(objective, all_params)
 
 
@@ -289,7 +316,9 @@ def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) 
     try:
         return function(argument, batch)
     except (TypeError, ValueError, KeyError) as error:
-        if isinstance(error, jax.errors.JAXTypeError):  # a traced value used as a Python one: speaks for itself
+        if isinstance(
+            error, jax.errors.JAXTypeError
+        ):  # a traced value used as a Python one: speaks for itself
             raise
         first = "params" if name == "model" else "outputs"
         raise ValueError(

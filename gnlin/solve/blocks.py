@@ -14,28 +14,34 @@ from gnlin.tree import Params
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    r"""A system without its blocks off the diagonal, each block solved by itself: layer-wise Gauss-Newton.
+    r"""A system without its blocks off the diagonal, each block solved by itself: layer-wise
+    Gauss-Newton.
 
-    With :math:`J_k` the columns of J that belong to block k, and :math:`D_k`, :math:`b_k` its part of D and b,
+    With :math:`J_k` the columns of J that belong to block k, and :math:`D_k`, :math:`b_k` its part
+    of D and b,
 
     .. math:: (J_k^\top H J_k + \lambda D_k)\, x_k = b_k \qquad \text{for every label } k.
 
-    The systems share one linearisation. A product with :math:`J_k^\top H J_k` costs what lies between the block and the
-    outputs, so all blocks together cost more than the whole system at equal steps of `CG`; they are smaller and
-    better conditioned, fit `Dense` where the whole does not, and a block without curvature disturbs no other.
+    The systems share one linearisation. A product with :math:`J_k^\top H J_k` costs what lies
+    between the block and the outputs, so all blocks together cost more than the whole system at
+    equal steps of `CG`; they are smaller and better conditioned, fit `Dense` where the whole does
+    not, and a block without curvature disturbs no other.
 
-    Statistics: those of the solvers; over blocks, counts are summed, of other numbers the largest is
-    reported, and flags are true where all are. ``cg/steps`` is thus the number of products, of whatever block.
+    Statistics: those of the solvers; over blocks, counts are summed, of other numbers the largest
+    is reported, and flags are true where all are. ``cg/steps`` is thus the number of products, of
+    whatever block.
 
     Args:
         solver: a record from `gnlin.solve`, or one for each label, ``{label: record}``.
-        labels: which block each leaf is in, as for `optax.partition`: a tree of labels (strings, numbers or flags) of
-            the form of the parameters or a prefix of it, or a function from parameters to such a tree. A mask as
-            for `optax.masked` makes two blocks, True and False.
+        labels: which block each leaf is in, as for `optax.partition`: a tree of labels (strings,
+            numbers or flags) of the form of the parameters or a prefix of it, or a function from
+            parameters to such a tree. A mask as for `optax.masked` makes two blocks, True and
+            False.
 
     Raises:
         TypeError: `solver` is no record; a label is not hashable.
-        ValueError: at init: `labels` does not match the parameters, or `solver` has none for a label.
+        ValueError: at init: `labels` does not match the parameters, or `solver` has none for a
+            label.
 
     Reference: Abreu, Vyas, Kakade & Morwani, arXiv 2510.09378 (layer-wise Gauss-Newton).
 
@@ -59,7 +65,9 @@ class Blocks:
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
         leaves = jax.tree.leaves(params)
-        begun = [self._solver_of(k).init(_take(leaves, at)) for k, at in self._indices(params).items()]
+        begun = [
+            self._solver_of(k).init(_take(leaves, at)) for k, at in self._indices(params).items()
+        ]
         return tuple(carry for carry, _ in begun), _combined([stats for _, stats in begun])
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
@@ -84,7 +92,9 @@ class Blocks:
         if not isinstance(self.solver, Mapping):
             return self.solver
         if label not in self.solver:
-            raise ValueError(f"`solver` must have a record for every label; got {list(self.solver)}, without {label!r}")
+            raise ValueError(
+                f"`solver` must have a record for every label; got {list(self.solver)}, without {label!r}"
+            )
         return self.solver[label]
 
     def _indices(self, params: Params) -> dict[Hashable, list[int]]:
@@ -129,10 +139,16 @@ def _pull_back(system: System, at: list[int]) -> Callable:
 
 def _combined(stats: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     names = dict.fromkeys(name for each in stats for name in each)
-    return {name: _reduced(jnp.stack([each[name] for each in stats if name in each])) for name in names}
+    return {
+        name: _reduced(jnp.stack([each[name] for each in stats if name in each])) for name in names
+    }
 
 
 def _reduced(values: jax.Array) -> jax.Array:
     if values.dtype == bool:
         return jnp.all(values)
-    return jnp.sum(values, dtype=values.dtype) if jnp.issubdtype(values.dtype, jnp.integer) else jnp.max(values)
+    return (
+        jnp.sum(values, dtype=values.dtype)
+        if jnp.issubdtype(values.dtype, jnp.integer)
+        else jnp.max(values)
+    )

@@ -21,33 +21,37 @@ MOST_UNROLLED = 32
 class CG:
     r"""Conjugate gradients, matrix-free: one GGN product (about 4/3 of a gradient) for each step.
 
-    Minimises :math:`\varphi(x) = \tfrac12 x^\top A x - b^\top x`, :math:`A = J^\top H J + \lambda D`. The first
-    of these to come true ends the solve:
+    Minimises :math:`\varphi(x) = \tfrac12 x^\top A x - b^\top x`, :math:`A = J^\top H J + \lambda
+    D`. The first of these to come true ends the solve:
 
     * relative residual: :math:`\|b - Ax\| \le \text{rtol}\,\|b\|`;
-    * relative progress (Martens 2010, section 4.4): over the last :math:`m = \max(10, k/10)` of k steps, the fraction
-      of φ gained is less than :math:`m \cdot` `progress_tol`;
+    * relative progress (Martens 2010, section 4.4): over the last :math:`m = \max(10, k/10)` of k
+      steps, the fraction of φ gained is less than :math:`m \cdot` `progress_tol`;
     * `max_steps` steps;
-    * breakdown: :math:`p^\top A p \le 0` along a search direction, or a number that is not finite. What was
-      reached before stays the answer.
+    * breakdown: :math:`p^\top A p \le 0` along a search direction, or a number that is not finite.
+      What was reached before stays the answer.
 
-    The right-hand side is brought to unit size first, so every tolerance is relative to the problem. Vectors and
-    scalars of the iteration are held in at least float32.
+    The right-hand side is brought to unit size first, so every tolerance is relative to the
+    problem. Vectors and scalars of the iteration are held in at least float32.
 
-    Statistics: ``cg/steps``, ``cg/residual`` (relative), ``cg/converged`` (by either tolerance). The residual is
-    that of the recurrence, which costs nothing; on an ill-conditioned system the true one ends at about ε·cond(A).
+    Statistics: ``cg/steps``, ``cg/residual`` (relative), ``cg/converged`` (by either tolerance).
+    The residual is that of the recurrence, which costs nothing; on an ill-conditioned system the
+    true one ends at about ε·cond(A).
 
     Args:
         max_steps: most products spent on one solve, warm start aside.
-        rtol: tolerance on the relative residual; about 0.3 suits a direction whose length a step rule then chooses.
-        progress_tol: tolerance on relative progress per step; Martens uses 5e-4. 0 turns the rule off.
-        preconditioner: a record such as `Kronecker()`, or a function ``System -> (v -> M⁻¹v)``, M symmetric positive
-            definite; `None` is the identity.
-        warm_start: start from this fraction of the last solution, 0 being from nothing. Costs one product
-            and keeps one vector in the state; a start with φ > 0 is dropped in favour of zero.
-        unroll: write `max_steps` iterations, at most 32, one after another instead of in a loop. The result is the
-            same, and all the products are paid for, needed or not. On CPU this is many times faster for convolutions,
-            which XLA runs slowly inside loops.
+        rtol: tolerance on the relative residual; about 0.3 suits a direction whose length a step
+            rule then chooses.
+        progress_tol: tolerance on relative progress per step; Martens uses 5e-4. 0 turns the rule
+            off.
+        preconditioner: a record such as `Kronecker()`, or a function ``System -> (v -> M⁻¹v)``, M
+            symmetric positive definite; `None` is the identity.
+        warm_start: start from this fraction of the last solution, 0 being from nothing. Costs one
+            product and keeps one vector in the state; a start with φ > 0 is dropped in favour of
+            zero.
+        unroll: write `max_steps` iterations, at most 32, one after another instead of in a loop.
+            The result is the same, and all the products are paid for, needed or not. On CPU this is
+            many times faster for convolutions, which XLA runs slowly inside loops.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -57,7 +61,8 @@ class CG:
     Example:
         >>> import gnlin
         >>> gnlin.CG(max_steps=20, rtol=1e-3, warm_start=0.95)
-        CG(max_steps=20, rtol=0.001, progress_tol=0.0, preconditioner=None, warm_start=0.95, unroll=False)
+        CG(max_steps=20, rtol=0.001, progress_tol=0.0, preconditioner=None, warm_start=0.95,
+        unroll=False)
     """
 
     max_steps: int = 50
@@ -76,7 +81,9 @@ class CG:
                 raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
         # Whether anything is carried is part of the form of the state: a traced number cannot say.
         if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:
-            raise ValueError(f"`warm_start` must be a fraction between 0 and 1; got {self.warm_start!r}")
+            raise ValueError(
+                f"`warm_start` must be a fraction between 0 and 1; got {self.warm_start!r}"
+            )
         known = self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
         if isinstance(self.preconditioner, type) or not (known or callable(self.preconditioner)):
             raise TypeError(
@@ -86,11 +93,17 @@ class CG:
         if not isinstance(self.unroll, bool):
             raise TypeError(f"`unroll` must be True or False; got {self.unroll!r}")
         if self.unroll and self.max_steps > MOST_UNROLLED:
-            raise ValueError(f"`unroll` needs `max_steps` of at most {MOST_UNROLLED}; got {self.max_steps!r}")
+            raise ValueError(
+                f"`unroll` needs `max_steps` of at most {MOST_UNROLLED}; got {self.max_steps!r}"
+            )
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
         last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.warm_start else ()
-        kept = self.preconditioner.init_state(params) if isinstance(self.preconditioner, Preconditioner) else ()
+        kept = (
+            self.preconditioner.init_state(params)
+            if isinstance(self.preconditioner, Preconditioner)
+            else ()
+        )
         return (last, kept), _stats(0, 0.0, False)
 
     def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
@@ -107,16 +120,25 @@ class CG:
         b_norm = jnp.sqrt(tree.inner(b, b))  # entries are at most 1, so that squares stay in range
         start, residual, objective = self._start(matvec, b, unit, last)
         iteration = _Recurrence(matvec, precondition, self.rtol * b_norm, self.progress_tol)
-        final = self._iterate(iteration, iteration.first(start, residual, objective, self.max_steps))
+        final = self._iterate(
+            iteration, iteration.first(start, residual, objective, self.max_steps)
+        )
 
-        relative = jnp.where(b_norm == 0, 0, final.residual_norm / jnp.where(b_norm == 0, 1, b_norm))
-        # b of the order of the smallest or largest floats may take the product out of range; nor is a NaN in range. The
-        # norm vouches for every entry, and compiles faster than a test of each.
-        largest = min((float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(rhs)), default=0.0)
+        relative = jnp.where(
+            b_norm == 0, 0, final.residual_norm / jnp.where(b_norm == 0, 1, b_norm)
+        )
+        # b of the order of the smallest or largest floats may take the product out of range; nor is
+        # a NaN in range. The norm vouches for every entry, and compiles faster than a test of each.
+        largest = min(
+            (float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(rhs)), default=0.0
+        )
         in_range = jnp.sqrt(tree.inner(final.x, final.x)) * unit <= largest
         solution = jax.tree.map(lambda leaf: jnp.where(in_range, leaf * unit, 0), final.x)
         stats = _stats(final.steps, relative, final.converged & in_range)
-        return Solution(tree.cast_like(solution, rhs), stats), (solution if self.warm_start else (), kept)
+        return Solution(tree.cast_like(solution, rhs), stats), (
+            solution if self.warm_start else (),
+            kept,
+        )
 
     def _preconditioner_of(self, system, rhs, dtype, kept):
         if self.preconditioner is None:
@@ -141,7 +163,9 @@ class CG:
         product = matvec(start)
         objective = tree.inner(start, product) / 2 - tree.inner(b, start)
         useful = objective < 0  # false for a NaN too
-        return tree.select(useful, (start, tree.subtract(b, product), objective), (zero, b, nothing))
+        return tree.select(
+            useful, (start, tree.subtract(b, product), objective), (zero, b, nothing)
+        )
 
     def _iterate(self, iteration, first):
         def unfinished(now):
@@ -152,7 +176,8 @@ class CG:
 
         def turn(now, _):
             after = tree.select(unfinished(now), iteration.next(now), now)
-            # Otherwise XLA computes each update of x anew inside all later ones, and compiles for minutes.
+            # Otherwise XLA computes each update of x anew inside all later ones, and compiles for
+            # minutes.
             return jax.lax.optimization_barrier(after), None
 
         return jax.lax.scan(turn, first, length=self.max_steps, unroll=self.max_steps)[0]
@@ -189,7 +214,9 @@ class _Recurrence:
             direction=z,
             rz=rz,
             residual_norm=norm,
-            objectives=jnp.zeros([max_steps + 1], norm.dtype).at[0].set(objective) if watched else (),
+            objectives=jnp.zeros([max_steps + 1], norm.dtype).at[0].set(objective)
+            if watched
+            else (),
             converged=norm <= self.tolerance,
             broken=~tree.all_finite((rz, norm)),
         )
@@ -197,7 +224,8 @@ class _Recurrence:
     def next(self, now: _Iterate) -> _Iterate:
         product = self.matvec(now.direction)
         curvature = tree.inner(now.direction, product)
-        # A finite curvature vouches for every entry of the product: the iterate to keep is known before it is updated.
+        # A finite curvature vouches for every entry of the product: the iterate to keep is known
+        # before it is updated.
         sound = (curvature > 0) & jnp.isfinite(curvature) & (now.rz > 0)
         length = now.rz / jnp.where(sound, curvature, 1)
         x = tree.select(sound, tree.add_scaled(now.x, length, now.direction), now.x)
@@ -233,7 +261,11 @@ class _Recurrence:
         objectives = objectives.at[steps].set(objective)
         window = jnp.maximum(10, steps // 10)
         gained = (objective - objectives[jnp.maximum(steps - window, 0)]) / objective
-        stalled = (steps > window) & (objective < 0) & (gained < window.astype(objective.dtype) * self.progress_tol)
+        stalled = (
+            (steps > window)
+            & (objective < 0)
+            & (gained < window.astype(objective.dtype) * self.progress_tol)
+        )
         return objectives, stalled
 
 

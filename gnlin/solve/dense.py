@@ -16,15 +16,17 @@ from gnlin.tree import Params
 class Dense:
     r"""Direct solve by QR of the augmented system, for up to a few thousand parameters.
 
-    J (M × P, M outputs and P parameters) is materialised, and a factor F with :math:`F^\top F = J^\top H J` is built
-    without ever forming that product, whose condition number is the square of J's:
+    J (M × P, M outputs and P parameters) is materialised, and a factor F with :math:`F^\top F =
+    J^\top H J` is built without ever forming that product, whose condition number is the square of
+    J's:
 
     .. math:: J = QR, \quad Q^\top H Q = V \Lambda V^\top, \quad F = \Lambda^{1/2} V^\top R, \qquad
               \begin{pmatrix} F \\ \sqrt{\lambda D} \end{pmatrix} = Q' R'.
 
-    Then :math:`R'^\top R' x = b` by two triangular solves and one step of refinement (the corrected semi-normal
-    equations), good for any right-hand side. Memory: M·P numbers, time O(M P²). A system that is singular
-    to working precision gives ``converged`` false, and a zero step where the residual is not even halved.
+    Then :math:`R'^\top R' x = b` by two triangular solves and one step of refinement (the corrected
+    semi-normal equations), good for any right-hand side. Memory: M·P numbers, time O(M P²). A
+    system that is singular to working precision gives ``converged`` false, and a zero step where
+    the residual is not even halved.
 
     Statistics: ``dense/residual`` (relative), ``dense/converged`` (residual at most √ε).
 
@@ -55,8 +57,9 @@ class Dense:
     ) -> tuple[Solution, Any, jax.Array]:
         """Solve with the least λ for which ‖D^½ x‖ ≤ `radius`; also returns that λ.
 
-        The damping of `system` is not looked at. λ stays above ε‖D^-½ G D^-½‖, the resolution of the right-hand side:
-        below it rounding errors in b would be amplified to the size of the step.
+        The damping of `system` is not looked at. λ stays above ε‖D^-½ G D^-½‖, the resolution of
+        the right-hand side: below it rounding errors in b would be amplified to the size of the
+        step.
         """
         dtype = tree.accumulation_dtype(rhs)
         b, unit = _to_unit_size(rhs, dtype)
@@ -68,7 +71,9 @@ class Dense:
         # What of b has no curvature belongs to a singular value of zero.
         flat = jnp.linalg.norm(scaled - rows.T @ coefficients)
         damping = _damping_within(
-            jnp.append(singular_values, 0), jnp.append(coefficients, flat), jnp.asarray(radius, dtype) / unit
+            jnp.append(singular_values, 0),
+            jnp.append(coefficients, flat),
+            jnp.asarray(radius, dtype) / unit,
         )
         return _solve(curvature, diagonal, damping, b, unit, rhs), carry, damping
 
@@ -81,7 +86,11 @@ def _to_unit_size(rhs: Params, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _diagonal(system: System, like: Params, dtype) -> jax.Array:
-    return jnp.ones([tree.size(like)], dtype) if system.scaling is None else tree.flatten(system.scaling, dtype)
+    return (
+        jnp.ones([tree.size(like)], dtype)
+        if system.scaling is None
+        else tree.flatten(system.scaling, dtype)
+    )
 
 
 def _curvature_factor(system: System, like: Params, dtype) -> jax.Array:
@@ -89,7 +98,9 @@ def _curvature_factor(system: System, like: Params, dtype) -> jax.Array:
     jacobian = materialise(system.jvp, like, dtype)
     q, r = jnp.linalg.qr(jacobian.T)
     outputs_like = jax.eval_shape(system.jvp, like)
-    hq = jax.vmap(lambda u: tree.flatten(system.output_hessian(tree.unflatten(u, outputs_like)), dtype))(q.T)
+    hq = jax.vmap(
+        lambda u: tree.flatten(system.output_hessian(tree.unflatten(u, outputs_like)), dtype)
+    )(q.T)
     projected = hq @ q
     eigenvalues, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
     # Convexity of the loss makes H positive semi-definite; what is below zero is rounding.
@@ -97,7 +108,9 @@ def _curvature_factor(system: System, like: Params, dtype) -> jax.Array:
 
 
 def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
-    factor = jnp.concatenate([curvature, jnp.diag(jnp.sqrt(jnp.asarray(damping, b.dtype) * diagonal))])
+    factor = jnp.concatenate(
+        [curvature, jnp.diag(jnp.sqrt(jnp.asarray(damping, b.dtype) * diagonal))]
+    )
     upper = jnp.linalg.qr(factor, mode="r")
 
     def semi_normal(vector):
@@ -111,7 +124,9 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     x = x + semi_normal(residual_of(x))
     x = jnp.where(jnp.all(b == 0), jnp.zeros_like(b), x)
     b_norm = jnp.linalg.norm(b)
-    relative = jnp.where(b_norm > 0, jnp.linalg.norm(residual_of(x)) / jnp.where(b_norm > 0, b_norm, 1), 0)
+    relative = jnp.where(
+        b_norm > 0, jnp.linalg.norm(residual_of(x)) / jnp.where(b_norm > 0, b_norm, 1), 0
+    )
     step = tree.unflatten(x * unit, like)
     # A step that leaves half of b unexplained is rounding errors, not a solution.
     usable = tree.all_finite(step) & (relative < 0.5)
@@ -120,20 +135,25 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     return Solution(step, _stats(jnp.where(usable, relative, 1.0), converged))
 
 
-def _damping_within(singular_values: jax.Array, coefficients: jax.Array, radius: jax.Array) -> jax.Array:
+def _damping_within(
+    singular_values: jax.Array, coefficients: jax.Array, radius: jax.Array
+) -> jax.Array:
     """The λ with ‖c / (s² + λ)‖ = Δ, or a floor where the norm is less even there.
 
-    Newton's iteration on the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0, which is nearly linear in λ and is
-    approached from the left. Reference: Moré 1978, section 5.
+    Newton's iteration on the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0, which is nearly linear in
+    λ and is approached from the left. Reference: Moré 1978, section 5.
     """
     eps = jnp.finfo(coefficients.dtype).eps
-    # In units in which the largest s² and ‖c‖ are 1 nothing overflows. Without curvature λ = ‖c‖/Δ is the answer.
+    # In units in which the largest s² and ‖c‖ are 1 nothing overflows. Without curvature λ = ‖c‖/Δ
+    # is the answer.
     size = jnp.linalg.norm(coefficients)
     coefficients = coefficients / jnp.where(size > 0, size, 1)
     largest = jnp.max(singular_values, initial=0)
     scale = jnp.where(largest > 0, largest**2, size / radius)
     squares = (singular_values / jnp.where(largest > 0, largest, 1)) ** 2
-    radius = jnp.maximum(radius * scale / jnp.where(size > 0, size, 1), jnp.finfo(squares.dtype).tiny / eps)
+    radius = jnp.maximum(
+        radius * scale / jnp.where(size > 0, size, 1), jnp.finfo(squares.dtype).tiny / eps
+    )
 
     def length_and_next(damping):
         terms = coefficients / (squares + damping)
@@ -163,4 +183,7 @@ def materialise(function, like: Params, dtype) -> jax.Array:
 
 
 def _stats(residual, converged) -> dict[str, jax.Array]:
-    return {"dense/residual": jnp.asarray(residual, float), "dense/converged": jnp.asarray(converged, bool)}
+    return {
+        "dense/residual": jnp.asarray(residual, float),
+        "dense/converged": jnp.asarray(converged, bool),
+    }

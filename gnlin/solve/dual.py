@@ -17,7 +17,8 @@ from gnlin.tree import Params
 
 @dataclasses.dataclass(frozen=True)
 class Dual:
-    r"""Direct solve in function space, for M = N·C outputs (a few thousand) and any number of parameters.
+    r"""Direct solve in function space, for M = N·C outputs (a few thousand) and any number of
+    parameters.
 
     With the kernel matrix :math:`K = J D^{-1} J^\top` (M × M) the system
     :math:`(J^\top H J + \lambda D) x = b` is solved for whatever b:
@@ -25,41 +26,45 @@ class Dual:
     .. math:: b = J^\top y + b', \qquad x = n + D^{-1} J^\top w, \qquad
               n = \tfrac1\lambda D^{-1} b', \qquad (HK + \lambda I)\, w = y - H J n.
 
-    This holds for every y. The one taken is the least-squares fit, :math:`(K + \mu I) y = J D^{-1} b` with μ at the
-    level of rounding, which leaves in b' only what no output sees, so that nothing cancels as λ → 0; with y = 0 it is
-    Woodbury's formula, which then loses all digits. Steps of iterative refinement follow while the residual is above
-    √ε and is halved by them. H need not be invertible.
+    This holds for every y. The one taken is the least-squares fit, :math:`(K + \mu I) y = J D^{-1}
+    b` with μ at the level of rounding, which leaves in b' only what no output sees, so that nothing
+    cancels as λ → 0; with y = 0 it is Woodbury's formula, which then loses all digits. Steps of
+    iterative refinement follow while the residual is above √ε and is halved by them. H need not be
+    invertible.
 
-    K is built layer by layer from activations and cotangents (`gnlin.gram`). Where the linearisation shows that each
-    example's outputs depend on its own rows, that takes C pull-backs; otherwise (batch normalisation, embeddings) one
-    pull-back and one push-forward for each of the M outputs. For dense layers of width w the work is about
+    K is built layer by layer from activations and cotangents (`gnlin.gram`). Where the
+    linearisation shows that each example's outputs depend on its own rows, that takes C pull-backs;
+    otherwise (batch normalisation, embeddings) one pull-back and one push-forward for each of the M
+    outputs. For dense layers of width w the work is about
 
     .. math:: 5 + \frac{C}{3} + \frac{MC}{3w} + \frac{M^2 C}{6P} \quad \text{gradients, against } 1 + \tfrac43 k
 
-    of k steps of `CG`: function space is for few outputs per example, wide networks and small λ. A scaling D costs
-    another :math:`MC/3`. Memory is about :math:`6 M^2` numbers.
+    of k steps of `CG`: function space is for few outputs per example, wide networks and small λ. A
+    scaling D costs another :math:`MC/3`. Memory is about :math:`6 M^2` numbers.
 
     With `momentum` the step is damped towards μ times the last solution p (SPRING), with
 
     .. math:: (J^\top H J + \lambda D)\, x = b + \lambda \mu D p,
 
-    which adds μp to n above. In directions that this batch does not see, x keeps what earlier ones found.
+    which adds μp to n above. In directions that this batch does not see, x keeps what earlier ones
+    found.
 
-    Statistics: ``dual/residual`` (relative), ``dual/converged`` (residual at most √ε), ``dual/refinements`` and
-    ``dual/pull_backs``, through the whole network, for K. A residual that is not even halved gives a zero step.
+    Statistics: ``dual/residual`` (relative), ``dual/converged`` (residual at most √ε),
+    ``dual/refinements`` and ``dual/pull_backs``, through the whole network, for K. A residual that
+    is not even halved gives a zero step.
 
     Args:
         momentum: μ in [0, 1); 0 keeps nothing in the state.
         max_outputs: largest M; memory and time grow as its square and cube.
-        otherwise: solver for batches with more outputs than that, such as `CG`, whose iterates are the same in
-            function space as in the space of parameters. `None` is an error.
+        otherwise: solver for batches with more outputs than that, such as `CG`, whose iterates are
+            the same in function space as in the space of parameters. `None` is an error.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; at update: too many outputs.
 
-    References: Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, section 2.2 and appendix A.3;
-    Goldshlager, Abrahamsen & Lin, A Kaczmarz-inspired approach to accelerate the optimization of neural network
-    wavefunctions (SPRING), arXiv 2401.10190.
+    References: Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, section 2.2 and
+    appendix A.3; Goldshlager, Abrahamsen & Lin, A Kaczmarz-inspired approach to accelerate the
+    optimization of neural network wavefunctions (SPRING), arXiv 2401.10190.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -118,7 +123,9 @@ def _with_start(system: System, b: Params, start: Params | None) -> Params:
     return b if start is None else tree.add_scaled(b, system.damping, system.damp_direction(start))
 
 
-def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
+def _solve(
+    system: System, rhs: Params, start: Params | None
+) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
     """``(x, whether it is usable, statistics)``, x in the accumulation dtype."""
     dtype = tree.accumulation_dtype(rhs)
     size = tree.max_abs(rhs)
@@ -134,7 +141,9 @@ def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, j
 
     def measured(x):
         residual = tree.subtract(total, tree.cast(system.matvec(tree.cast_like(x, rhs)), dtype))
-        return residual, jnp.where(total_norm > 0, tree.norm(residual) / jnp.where(total_norm > 0, total_norm, 1), 0)
+        return residual, jnp.where(
+            total_norm > 0, tree.norm(residual) / jnp.where(total_norm > 0, total_norm, 1), 0
+        )
 
     def unfinished(now):
         return (now.relative > target) & now.halved & (now.count < MAX_REFINEMENTS)
@@ -153,10 +162,15 @@ def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, j
     # A step that leaves half of b unexplained is rounding errors, not a solution.
     usable = tree.all_finite(tree.cast_like(x, rhs)) & (final.relative < 0.5)
     converged = usable & (final.relative <= target)
-    return x, usable, _stats(jnp.where(usable, final.relative, 1.0), converged, final.count, pull_backs)
+    return (
+        x,
+        usable,
+        _stats(jnp.where(usable, final.relative, 1.0), converged, final.count, pull_backs),
+    )
 
 
-# Each takes some four gradients. Where three have not brought the residual down to √ε, λ is below what K resolves.
+# Each takes some four gradients. Where three have not brought the residual down to √ε, λ is below
+# what K resolves.
 MAX_REFINEMENTS = 3
 
 
@@ -168,10 +182,13 @@ class _Refinement(NamedTuple):
     count: jax.Array
 
 
-def _factorise(system: System, like: Params, noise: jax.Array) -> tuple[Callable[[Params, Params | None], Params], int]:
+def _factorise(
+    system: System, like: Params, noise: jax.Array
+) -> tuple[Callable[[Params, Params | None], Params], int]:
     """``((b, μp) ↦ x, pull-backs that K took)``: the formulae of `Dual`, in the accumulation dtype.
 
-    What no output sees of b counts as rounding, and as 0, where its norm is at most `noise`: 1/λ would amplify it.
+    What no output sees of b counts as rounding, and as 0, where its norm is at most `noise`: 1/λ
+    would amplify it.
     """
     dtype = tree.accumulation_dtype(like)
     outputs, inverse = jax.eval_shape(system.jvp, like), inverse_of(system.scaling)
@@ -189,11 +206,16 @@ def _factorise(system: System, like: Params, noise: jax.Array) -> tuple[Callable
         return tree.flatten(system.output_hessian(tree.unflatten(cotangent, outputs)), dtype)
 
     def undamped(vector):  # D⁻¹v
-        return vector if inverse is None else jax.tree.map(lambda d, v: d.astype(dtype) * v, inverse, vector)
+        return (
+            vector
+            if inverse is None
+            else jax.tree.map(lambda d, v: d.astype(dtype) * v, inverse, vector)
+        )
 
     eps, identity = jnp.finfo(dtype).eps, jnp.eye(len(matrix), dtype=dtype)
     curved = jax.vmap(hessian)(matrix).T  # HK: the rows of K are its columns
-    # μ, and the least λ that is factorised. K and HK are known to ε of their norms, which their traces bound.
+    # μ, and the least λ that is factorised. K and HK are known to ε of their norms, which their
+    # traces bound.
     of_kernel, of_curved = jnp.trace(matrix), jnp.trace(curved)
     ridge = jnp.where(of_kernel > 0, 3 * eps * of_kernel, 1)
     least = jnp.where(of_curved > 0, eps * of_curved, 1)
@@ -202,9 +224,13 @@ def _factorise(system: System, like: Params, noise: jax.Array) -> tuple[Callable
 
     def direct(b, start):
         y = jax.scipy.linalg.cho_solve(fit, forward(undamped(b)))
-        y = tree.flatten(tree.unflatten(y, outputs), dtype)  # b' has to be what is left by the y that is pulled back
+        y = tree.flatten(
+            tree.unflatten(y, outputs), dtype
+        )  # b' has to be what is left by the y that is pulled back
         unseen = tree.subtract(b, backward(y))
-        null = tree.scale(jnp.where(tree.norm(unseen) > noise, inverse_damping, 0), undamped(unseen))
+        null = tree.scale(
+            jnp.where(tree.norm(unseen) > noise, inverse_damping, 0), undamped(unseen)
+        )
         null = null if start is None else tree.add(null, start)
         w = jax.scipy.linalg.lu_solve(inner, y - hessian(forward(null)))
         return tree.add(null, undamped(backward(w)))

@@ -26,25 +26,29 @@ class Jacobi:
 
     .. math:: M = (\operatorname{diag} G + \lambda D)^{\alpha}, \qquad G = J^\top H J.
 
-    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, ε of independent signs, and averaged over
-    steps in the state of the optimiser. For a dense layer y = xW + b, with cotangents s of y,
+    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, ε of independent signs,
+    and averaged over steps in the state of the optimiser. For a dense layer y = xW + b, with
+    cotangents s of y,
 
     .. math:: G_{W_{ij} W_{ij}} = \mathbb E \sum_r x_{ri}^2\, s_{rj}^2, \qquad
               G_{b_j b_j} = \mathbb E \sum_r s_{rj}^2,
 
-    where the rows r are examples, independent of each other: terms between different rows, which are nothing but noise,
-    are left out. So they are where the outputs couple rows all the same (normalisation over the batch). Other leaves,
-    and layers with other rows than the outputs have (tokens), take the square of the pseudo-gradient,
-    :math:`\operatorname{diag} G = \mathbb E\, (J^\top H^{1/2} \varepsilon)^2`, which is unbiased always.
+    where the rows r are examples, independent of each other: terms between different rows, which
+    are nothing but noise, are left out. So they are where the outputs couple rows all the same
+    (normalisation over the batch). Other leaves, and layers with other rows than the outputs have
+    (tokens), take the square of the pseudo-gradient, :math:`\operatorname{diag} G = \mathbb E\,
+    (J^\top H^{1/2} \varepsilon)^2`, which is unbiased always.
 
-    It pays where curvature differs between parameters by orders of magnitude, as in a regression on features of many
-    scales. For perceptrons on standardised inputs CG needs more iterations with it than without (measured by
-    ``examples/preconditioners.py``), and the fewer the smaller α is.
+    It pays where curvature differs between parameters by orders of magnitude, as in a regression on
+    features of many scales. For perceptrons on standardised inputs CG needs more iterations with it
+    than without (measured by ``examples/preconditioners.py``), and the fewer the smaller α is.
 
-    M is positive definite: entries below ε times the largest, ε the resolution of their dtype, count as that.
+    M is positive definite: entries below ε times the largest, ε the resolution of their dtype,
+    count as that.
 
     Args:
-        exponent: α. 1 is Jacobi's; less tempers what the estimate and the missing off-diagonals get wrong.
+        exponent: α. 1 is Jacobi's; less tempers what the estimate and the missing off-diagonals get
+            wrong.
         probes: samples ε for each system, pulled back together.
         decay: of the average over steps, which begins as a plain mean.
         seed: of the samples.
@@ -52,7 +56,8 @@ class Jacobi:
     Raises:
         ValueError: an argument is out of its range.
 
-    Reference: Martens, Deep learning via Hessian-free optimization, 2010, section 4.7 (α = 3/4, λ inside the power).
+    Reference: Martens, Deep learning via Hessian-free optimization, 2010, section 4.7 (α = 3/4, λ
+        inside the power).
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -78,14 +83,18 @@ class Jacobi:
             check_integer(name, getattr(self, name), least)
 
     def init_state(self, params: Params) -> JacobiState:
-        return JacobiState(jnp.zeros([], jnp.int32), tree.zeros_like(params, tree.accumulation_dtype(params)))
+        return JacobiState(
+            jnp.zeros([], jnp.int32), tree.zeros_like(params, tree.accumulation_dtype(params))
+        )
 
     def prepare(
         self, system: System, params: Params, state: JacobiState
     ) -> tuple[Callable[[Params], Params], JacobiState]:
         """``(v ↦ M⁻¹v, next state)``."""
         dtype = tree.accumulation_dtype(params)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), state.count), self.probes)
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(self.seed), state.count), self.probes
+        )
         reading, like = read_layers(system.jvp, params), jax.eval_shape(system.jvp, params)
 
         def estimate(key):
@@ -96,7 +105,10 @@ class Jacobi:
         latest = jax.tree.map(lambda samples: jnp.mean(samples, axis=0), jax.vmap(estimate)(keys))
         leaves, structure = jax.tree.flatten(state.diagonal)
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
-        averaged = [keep * old + (1 - keep) * new.reshape(old.shape) for old, new in zip(leaves, latest, strict=True)]
+        averaged = [
+            keep * old + (1 - keep) * new.reshape(old.shape)
+            for old, new in zip(leaves, latest, strict=True)
+        ]
         diagonal = jax.tree.unflatten(structure, averaged)
         return _inverse(system, diagonal, self.exponent), JacobiState(state.count + 1, diagonal)
 
@@ -124,4 +136,6 @@ def _inverse(system: System, diagonal: Params, exponent: float) -> Callable[[Par
     largest = tree.max_abs(total)
     least = jnp.where(largest == 0, 1, jnp.finfo(largest.dtype).eps * largest)
     weights = jax.tree.map(lambda leaf: jnp.maximum(leaf, least) ** -exponent, total)
-    return lambda vector: jax.tree.map(lambda w, v: (w * v.astype(w.dtype)).astype(v.dtype), weights, vector)
+    return lambda vector: jax.tree.map(
+        lambda w, v: (w * v.astype(w.dtype)).astype(v.dtype), weights, vector
+    )

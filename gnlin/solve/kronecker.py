@@ -16,10 +16,11 @@ from gnlin.tree import Outputs, Params
 
 
 class KroneckerState(NamedTuple):
-    """Second moments of the leaves, seen as matrices, on either side; each tree has the form of the parameters.
+    """Second moments of the leaves, seen as matrices, on either side; each tree has the form of the
+    parameters.
 
-    They are one longer than the matrix: the last row and column belong to the constant input that a bias multiplies. A
-    side longer than `max_side` has the diagonal alone, and so have vectors.
+    They are one longer than the matrix: the last row and column belong to the constant input that a
+    bias multiplies. A side longer than `max_side` has the diagonal alone, and so have vectors.
     """
 
     count: jax.Array
@@ -38,40 +39,44 @@ class _Factors(NamedTuple):
 class Kronecker:
     r"""Block-diagonal Kronecker approximation of the Gauss-Newton matrix, for any network.
 
-    For a dense layer y = xW + b, with :math:`\bar x = (x, 1)`, cotangents :math:`s` of y and R rows in all,
+    For a dense layer y = xW + b, with :math:`\bar x = (x, 1)`, cotangents :math:`s` of y and R rows
+    in all,
 
     .. math:: G_W \approx A \otimes S, \qquad A = \frac1R \sum_r \bar x_r^\top \bar x_r, \qquad
-              S = \sum_r s_r^\top s_r, \quad s = \frac{\partial z}{\partial y}^{\!\top} H^{1/2} \varepsilon,
-              \quad \varepsilon_i = \pm 1.
+              S = \sum_r s_r^\top s_r, \quad s = \frac{\partial z}{\partial y}^{\!\top} H^{1/2}
+              \varepsilon, \quad \varepsilon_i = \pm 1.
 
-    Layers are found in the linearisation of the model, so nothing has to be registered. Other leaves have the row
-    and column moments of the pseudo-gradient :math:`V = J^\top H^{1/2} \varepsilon`, whose covariance is G:
-    :math:`A = VV^\top / \|V\|`, :math:`S = V^\top V / \|V\|`; vectors that are in no layer have their diagonal.
-    The signs ε are independent, and :math:`H^{1/2}\varepsilon` comes from Lanczos' method on H, in output space, for
-    whatever loss.
+    Layers are found in the linearisation of the model, so nothing has to be registered. Other
+    leaves have the row and column moments of the pseudo-gradient :math:`V = J^\top H^{1/2}
+    \varepsilon`, whose covariance is G: :math:`A = VV^\top / \|V\|`, :math:`S = V^\top V / \|V\|`;
+    vectors that are in no layer have their diagonal. The signs ε are independent, and
+    :math:`H^{1/2}\varepsilon` comes from Lanczos' method on H, in output space, for whatever loss.
 
-    Moments are averaged over steps, in the state of the optimiser. The damping λ of the system is shared between
-    the factors,
+    Moments are averaged over steps, in the state of the optimiser. The damping λ of the system is
+    shared between the factors,
 
     .. math:: M = \Big(A + \pi\sqrt{\lambda}\, I\Big) \otimes \Big(S + \tfrac{1}{\pi}\sqrt{\lambda}\, I\Big),
               \qquad \pi^2 = \frac{\operatorname{tr} A / \dim A}{\operatorname{tr} S / \dim S}.
 
-    As a preconditioner, ``CG(preconditioner=Kronecker())``; as a solver, `Kronecker()` gives the direction M⁻¹b, whose
-    length is for a step rule to find (`Subspace`, the default of `gauss_newton`). A scaling D of the system is ignored.
+    As a preconditioner, ``CG(preconditioner=Kronecker())``; as a solver, `Kronecker()` gives the
+    direction M⁻¹b, whose length is for a step rule to find (`Subspace`, the default of
+    `gauss_newton`). A scaling D of the system is ignored.
 
     Statistics: ``kronecker/finite``; where it is false the direction is zero.
 
     Args:
         decay: of the average over steps, which begins as a plain mean.
-        fraction: share of a batch's rows that enter the moments of a layer; never fewer than 64 rows.
+        fraction: share of a batch's rows that enter the moments of a layer; never fewer than 64
+            rows.
         max_side: longest side with a matrix of moments; a longer one has their diagonal.
         seed: of the samples ε.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    References: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015;
-    Gupta, Koren & Singer, Shampoo, arXiv 1802.09568 (moments of matrix-shaped gradients).
+    References: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature, 2015; Gupta, Koren & Singer, Shampoo, arXiv 1802.09568 (moments of matrix-shaped
+    gradients).
 
     Example:
         >>> import gnlin
@@ -114,11 +119,17 @@ class Kronecker:
         """``(v ↦ M⁻¹v, next state)``."""
         dtype = tree.accumulation_dtype(params)
         layers, pull_back = read_layers(system.jvp, params)
-        before = [_Factors(*each) for each in zip(*map(jax.tree.leaves, (state.rows, state.columns)), strict=True)]
+        before = [
+            _Factors(*each)
+            for each in zip(*map(jax.tree.leaves, (state.rows, state.columns)), strict=True)
+        ]
         latest = self._moments(layers, pull_back, system, params, before, state.count)
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
-        sides = [jax.tree.unflatten(jax.tree.structure(params), side) for side in zip(*factors, strict=True)]
+        sides = [
+            jax.tree.unflatten(jax.tree.structure(params), side)
+            for side in zip(*factors, strict=True)
+        ]
         next_state = KroneckerState(state.count + 1, *(sides or (state.rows, state.columns)))
         return _inverse(layers, factors, jnp.asarray(system.damping, dtype), params), next_state
 
@@ -127,14 +138,24 @@ class Kronecker:
         dtype = tree.accumulation_dtype(params)
         like = jax.eval_shape(system.jvp, params)
         if not tree.size(like):
-            raise ValueError("`batch` has no examples, or the model no outputs: there is nothing to take moments of")
+            raise ValueError(
+                "`batch` has no examples, or the model no outputs: there is nothing to take moments of"
+            )
         key = jax.random.fold_in(jax.random.key(self.seed), count)
-        cotangents, others = pull_back(tree.cast_like(root_sample(system.output_hessian, like, key), like))
+        cotangents, others = pull_back(
+            tree.cast_like(root_sample(system.output_hessian, like, key), like)
+        )
         found = list(before)  # a bias that belongs to a layer keeps what it has, nothing
         for layer, cotangent in zip(layers, cotangents, strict=True):
-            inputs, outputs = self._some_rows(layer.inputs.astype(dtype), cotangent.astype(dtype), count)
-            inputs = jnp.pad(inputs, ((0, 0), (0, 1)), constant_values=1) / jnp.sqrt(jnp.asarray(len(inputs), dtype))
-            outputs = jnp.pad(outputs, ((0, 0), (0, 1))) * jnp.sqrt(jnp.asarray(len(cotangent) / len(outputs), dtype))
+            inputs, outputs = self._some_rows(
+                layer.inputs.astype(dtype), cotangent.astype(dtype), count
+            )
+            inputs = jnp.pad(inputs, ((0, 0), (0, 1)), constant_values=1) / jnp.sqrt(
+                jnp.asarray(len(inputs), dtype)
+            )
+            outputs = jnp.pad(outputs, ((0, 0), (0, 1))) * jnp.sqrt(
+                jnp.asarray(len(cotangent) / len(outputs), dtype)
+            )
             sides = (outputs, inputs) if layer.transposed else (inputs, outputs)
             found[layer.weight] = _Factors(*map(_second_moment, sides, before[layer.weight]))
         for index, gradient in others.items():
@@ -143,7 +164,9 @@ class Kronecker:
                 found[index] = _Factors(gradient.ravel() ** 2, before[index].columns)
                 continue
             size = jnp.linalg.norm(gradient)
-            matrix = gradient.reshape(matrix_shape(gradient.shape)) / jnp.sqrt(jnp.where(size > 0, size, 1))
+            matrix = gradient.reshape(matrix_shape(gradient.shape)) / jnp.sqrt(
+                jnp.where(size > 0, size, 1)
+            )
             matrix = jnp.pad(matrix, ((0, 1), (0, 1)))
             found[index] = _Factors(*map(_second_moment, (matrix.T, matrix), before[index]))
         return found
@@ -169,19 +192,24 @@ class Kronecker:
         return Solution(tree.select(sound, step, tree.zeros_like(step)), _stats(sound)), carry
 
 
-def root_sample(hessian: Callable[[Outputs], Outputs], like: Outputs, key: jax.Array, steps: int = 4) -> Outputs:
+def root_sample(
+    hessian: Callable[[Outputs], Outputs], like: Outputs, key: jax.Array, steps: int = 4
+) -> Outputs:
     r"""One sample of :math:`H^{1/2}\varepsilon`, ε of independent signs, in at least float32.
 
     Its covariance is H, to the accuracy of so many steps.
 
     Lanczos' method: with ``steps`` products :math:`H Q = Q T` on the Krylov space of ε, and
-    :math:`H^{1/2}\varepsilon \approx \|\varepsilon\|\, Q\, T^{1/2} e_1`. Negative eigenvalues of T count as 0.
+    :math:`H^{1/2}\varepsilon \approx \|\varepsilon\|\, Q\, T^{1/2} e_1`. Negative eigenvalues of T
+    count as 0.
 
     Reference: Golub & Van Loan, Matrix Computations, 4th edition, section 10.2.
     """
     dtype = tree.accumulation_dtype(like)
     size = tree.size(like) ** 0.5
-    vector = tree.unflatten(_signs(key, tree.size(like), dtype) / size, tree.zeros_like(like, dtype))
+    vector = tree.unflatten(
+        _signs(key, tree.size(like), dtype) / size, tree.zeros_like(like, dtype)
+    )
 
     def turn(now, _):
         before, vector, beta = now
@@ -231,7 +259,9 @@ def _inverse(
     layer_of = {layer.weight: layer for layer in layers}
     biases = {layer.bias for layer in layers}
     blocks, solves = [], []
-    for index in (index for index, leaf in enumerate(leaves) if leaf.ndim >= 2 and index not in biases):
+    for index in (
+        index for index, leaf in enumerate(leaves) if leaf.ndim >= 2 and index not in biases
+    ):
         layer = layer_of.get(index)
         block = _Block(index, layer and layer.bias, int(layer.transposed) if layer else 0)
         lengths = list(matrix_shape(leaves[index].shape))
@@ -267,7 +297,9 @@ def _leading(moments: jax.Array, length: int) -> jax.Array:
     return moments[:length, :length] if moments.ndim == 2 else moments[:length]
 
 
-def _damped_solves(moments: Sequence[jax.Array], damping: jax.Array) -> list[Callable[[jax.Array], jax.Array]]:
+def _damped_solves(
+    moments: Sequence[jax.Array], damping: jax.Array
+) -> list[Callable[[jax.Array], jax.Array]]:
     """``[V ↦ (A + π√λ I)⁻¹V, V ↦ (S + √λ/π I)⁻¹V]``."""
     means = [jnp.mean(jnp.diagonal(each) if each.ndim == 2 else each) for each in moments]
     known = (means[0] > 0) & (means[1] > 0)
@@ -276,13 +308,17 @@ def _damped_solves(moments: Sequence[jax.Array], damping: jax.Array) -> list[Cal
     return [_solve_with(*each) for each in zip(moments, shares, means, strict=True)]
 
 
-def _solve_with(moments: jax.Array, share: jax.Array, mean: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def _solve_with(
+    moments: jax.Array, share: jax.Array, mean: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
     # Cholesky's factorisation of a matrix that is singular to working precision would fail.
     floor = 10 * len(moments) * float(jnp.finfo(moments.dtype).eps) * mean
     share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))
     if moments.ndim == 1:
         return lambda matrix: matrix / (moments + share)[:, None]
-    factor = jax.scipy.linalg.cho_factor(moments + share * jnp.eye(len(moments), dtype=moments.dtype))
+    factor = jax.scipy.linalg.cho_factor(
+        moments + share * jnp.eye(len(moments), dtype=moments.dtype)
+    )
     return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)
 
 

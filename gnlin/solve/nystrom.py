@@ -12,7 +12,8 @@ from gnlin.checks import check_integer
 from gnlin.solve.system import System
 from gnlin.tree import Params
 
-# U must stay orthonormal and M⁻¹ definite: products in TF32 or bfloat16, accelerators' default, are too coarse.
+# U must stay orthonormal and M⁻¹ definite: products in TF32 or bfloat16, accelerators' default, are
+# too coarse.
 _EXACTLY = jax.lax.Precision.HIGHEST
 
 
@@ -24,37 +25,42 @@ class NystromState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Nystrom:
-    r"""Randomised Nyström preconditioner of the damped Gauss-Newton system, ``CG(preconditioner=Nystrom())``.
+    r"""Randomised Nyström preconditioner of the damped Gauss-Newton system,
+    ``CG(preconditioner=Nystrom())``.
 
     From a sketch :math:`Y = G\Omega`, Ω (P × rank) with orthonormal columns,
 
     .. math:: U \Lambda U^\top = Y (\Omega^\top Y)^{-1} Y^\top, \qquad
               M^{-1} = (\lambda_r + \lambda)\, U (\Lambda + \lambda I)^{-1} U^\top + (I - U U^\top),
 
-    where :math:`\lambda_r` is the least of Λ. What remains is a system with the condition number of G + λI without its
-    rank largest eigenvalues, more or less. A sketch costs `rank` products, as many as CG would spend on `rank`
-    steps. So it pays where CG is to go on for several times that, and not for a solve of ten steps.
+    where :math:`\lambda_r` is the least of Λ. What remains is a system with the condition number of
+    G + λI without its rank largest eigenvalues, more or less. A sketch costs `rank` products, as
+    many as CG would spend on `rank` steps. So it pays where CG is to go on for several times that,
+    and not for a solve of ten steps.
 
-    Ω spans the last U plus as much of normal noise: from sketch to sketch that is a block power method, which finds
-    what twice the rank would without it. A sketch may also serve `refresh_every` systems in a row. That is
-    cheap where steps are small; where they are not, an outdated U takes more iterations than none.
+    Ω spans the last U plus as much of normal noise: from sketch to sketch that is a block power
+    method, which finds what twice the rank would without it. A sketch may also serve
+    `refresh_every` systems in a row. That is cheap where steps are small; where they are not, an
+    outdated U takes more iterations than none.
 
-    With a scaling D of the system, G is :math:`D^{-1/2} G D^{-1/2}` above, and M⁻¹ has :math:`D^{-1/2}` on both sides.
-    M is positive definite: λ counts as 100 ε λ₁ at least, ε being the resolution of float32 (or float64), and D as 1
-    where it is 0. State: P · rank numbers.
+    With a scaling D of the system, G is :math:`D^{-1/2} G D^{-1/2}` above, and M⁻¹ has
+    :math:`D^{-1/2}` on both sides. M is positive definite: λ counts as 100 ε λ₁ at least, ε being
+    the resolution of float32 (or float64), and D as 1 where it is 0. State: P · rank numbers.
 
     Args:
         rank: columns of the sketch; at most P, the number of parameters, are used.
         refresh_every: systems that one sketch serves. 1 sketches every one.
-        batch_size: products that are taken together, each of which holds one copy of the network's activations. On CPUs
-            one by one is no slower; an accelerator that a single product does not fill is faster with more.
+        batch_size: products that are taken together, each of which holds one copy of the network's
+            activations. On CPUs one by one is no slower; an accelerator that a single product does
+            not fill is faster with more.
         seed: of the noise, which is drawn afresh for each sketch.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    References: Frangella, Tropp & Udell, Randomized Nyström preconditioning, arXiv 2110.02820, algorithm 2.1;
-    Halko, Martinsson & Tropp, Finding structure with randomness, arXiv 0909.4061, section 4.5 (power iteration).
+    References: Frangella, Tropp & Udell, Randomized Nyström preconditioning, arXiv 2110.02820,
+    algorithm 2.1; Halko, Martinsson & Tropp, Finding structure with randomness, arXiv 0909.4061,
+    section 4.5 (power iteration).
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -80,7 +86,9 @@ class Nystrom:
     def init_state(self, params: Params) -> NystromState:
         dtype, size = tree.accumulation_dtype(params), tree.size(params)
         rank = min(self.rank, size)
-        return NystromState(jnp.zeros([], jnp.int32), jnp.zeros([size, rank], dtype), jnp.zeros([rank], dtype))
+        return NystromState(
+            jnp.zeros([], jnp.int32), jnp.zeros([size, rank], dtype), jnp.zeros([rank], dtype)
+        )
 
     def prepare(
         self, system: System, params: Params, state: NystromState
@@ -90,15 +98,21 @@ class Nystrom:
 
         def refreshed():
             key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-            return _approximate(*self._sketch(system, params, root, key, state.vectors), _resolution(params))
+            return _approximate(
+                *self._sketch(system, params, root, key, state.vectors), _resolution(params)
+            )
 
         def kept():
             return state.vectors, state.eigenvalues
 
         due = state.count % self.refresh_every == 0
-        vectors, eigenvalues = refreshed() if self.refresh_every == 1 else jax.lax.cond(due, refreshed, kept)
+        vectors, eigenvalues = (
+            refreshed() if self.refresh_every == 1 else jax.lax.cond(due, refreshed, kept)
+        )
         next_state = NystromState(state.count + 1, vectors, eigenvalues)
-        return _inverse(vectors, eigenvalues, jnp.asarray(system.damping, root.dtype), root), next_state
+        return _inverse(
+            vectors, eigenvalues, jnp.asarray(system.damping, root.dtype), root
+        ), next_state
 
     def _sketch(self, system, params, root, key, last) -> tuple[jax.Array, jax.Array]:
         """``(Ω, Y)``, both (P, rank)."""
@@ -110,7 +124,9 @@ class Nystrom:
             image = system.vjp(system.output_hessian(system.jvp(vector)))
             return tree.flatten(vector, dtype) * root, tree.flatten(image, dtype) / root
 
-        noise = jax.random.normal(key, last.shape, dtype) / jnp.sqrt(jnp.asarray(max(len(last), 1), dtype))
+        noise = jax.random.normal(key, last.shape, dtype) / jnp.sqrt(
+            jnp.asarray(max(len(last), 1), dtype)
+        )
         columns = jnp.linalg.qr(last + noise)[0].T
         together = min(self.batch_size, len(columns))
         test, images = jax.lax.map(product, columns, batch_size=together if together > 1 else None)
@@ -131,18 +147,24 @@ def _resolution(params: Params) -> float:
     return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params)), default=0.0)
 
 
-def _approximate(test: jax.Array, images: jax.Array, resolution: float) -> tuple[jax.Array, jax.Array]:
+def _approximate(
+    test: jax.Array, images: jax.Array, resolution: float
+) -> tuple[jax.Array, jax.Array]:
     """``(U, Λ)`` with UΛUᵀ = Y (ΩᵀY)⁻¹ Yᵀ, computed of G + νI and shifted back."""
-    # Rounding leaves ΩᵀY with eigenvalues below zero, of the order of ν. Where Cholesky's factorisation would still
-    # fail, the square root of the eigenvalues does not.
+    # Rounding leaves ΩᵀY with eigenvalues below zero, of the order of ν. Where Cholesky's
+    # factorisation would still fail, the square root of the eigenvalues does not.
     shift = resolution * jnp.linalg.norm(images)
     shifted = images + shift * test
     core = jnp.matmul(test.T, shifted, precision=_EXACTLY)
     eigenvalues, vectors = jnp.linalg.eigh((core + core.T) / 2)
-    inverse_root = vectors / jnp.sqrt(jnp.maximum(eigenvalues, jnp.where(shift > 0, shift, 1)))[None, :]
+    inverse_root = (
+        vectors / jnp.sqrt(jnp.maximum(eigenvalues, jnp.where(shift > 0, shift, 1)))[None, :]
+    )
     q, r = jnp.linalg.qr(jnp.matmul(shifted, inverse_root, precision=_EXACTLY))
     left, singular_values, _ = jnp.linalg.svd(r)
-    return jnp.matmul(q, left, precision=_EXACTLY), jnp.maximum(jnp.square(singular_values) - shift, 0)
+    return jnp.matmul(q, left, precision=_EXACTLY), jnp.maximum(
+        jnp.square(singular_values) - shift, 0
+    )
 
 
 def _inverse(vectors, eigenvalues, damping, root) -> Callable[[Params], Params]:

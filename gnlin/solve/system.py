@@ -39,7 +39,9 @@ class System:
         """The product Dv."""
         if self.scaling is None:
             return vector
-        return jax.tree.map(lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector)
+        return jax.tree.map(
+            lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Solution:
 
     Attributes:
         step: x, in the dtypes of the right-hand side; always finite.
-        stats: flat dictionary of scalars, its keys prefixed by the solver's name (``cg/steps``, ...).
+        stats: flat dictionary of scalars, its keys prefixed by the solver's name (``cg/steps``,
+            ...).
     """
 
     step: Params
@@ -58,8 +61,8 @@ class Solution:
 class Solver(Protocol):
     """A frozen record that solves a `System`.
 
-    ``init`` returns what is carried from one solve to the next (fixed shapes and dtypes, ``()`` where nothing
-    is) and statistics of the same form as those of ``solve``.
+    ``init`` returns what is carried from one solve to the next (fixed shapes and dtypes, ``()``
+    where nothing is) and statistics of the same form as those of ``solve``.
     """
 
     def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]: ...
@@ -73,22 +76,27 @@ PreconditionerFunction = Callable[[System], Callable[[Params], Params]]
 
 @runtime_checkable
 class Preconditioner(Protocol):
-    """A frozen record that approximates the inverse of a system by a symmetric positive definite M⁻¹.
+    """A frozen record that approximates the inverse of a system by a symmetric positive definite
+    M⁻¹.
 
-    ``init_state`` returns what is kept from one system to the next, in fixed shapes and dtypes; ``prepare`` the action
-    v ↦ M⁻¹v, on trees in the dtypes of `params`, and the next state.
+    ``init_state`` returns what is kept from one system to the next, in fixed shapes and dtypes;
+    ``prepare`` the action v ↦ M⁻¹v, on trees in the dtypes of `params`, and the next state.
     """
 
     def init_state(self, params: Params) -> Any: ...
 
-    def prepare(self, system: System, params: Params, state: Any) -> tuple[Callable[[Params], Params], Any]: ...
+    def prepare(
+        self, system: System, params: Params, state: Any
+    ) -> tuple[Callable[[Params], Params], Any]: ...
 
 
 @runtime_checkable
 class RadiusSolver(Solver, Protocol):
-    """A `Solver` that can also find the least λ at which the step stays within a radius, ‖D^½ x‖ ≤ Δ.
+    """A `Solver` that can also find the least λ at which the step stays within a radius, ‖D^½ x‖ ≤
+    Δ.
 
-    ``solve_within`` returns that λ beside what ``solve`` does; the damping of the system is not looked at.
+    ``solve_within`` returns that λ beside what ``solve`` does; the damping of the system is not
+    looked at.
     """
 
     def solve_within(
@@ -99,8 +107,14 @@ class RadiusSolver(Solver, Protocol):
 def check_solver(name: str, solver: Any) -> None:
     """Raise unless `solver`, the argument called `name`, is a record that solves systems."""
     if isinstance(solver, type):
-        raise TypeError(f"`{name}` must be a solver record, not its class; write {solver.__name__}(...)")
+        raise TypeError(
+            f"`{name}` must be a solver record, not its class; write {solver.__name__}(...)"
+        )
     if isinstance(solver, Preconditioner) and not hasattr(solver, "solve"):
-        raise TypeError(f"`{name}` must solve systems; a preconditioner is for gnlin.CG(preconditioner={solver!r})")
+        raise TypeError(
+            f"`{name}` must solve systems; a preconditioner is for gnlin.CG(preconditioner={solver!r})"
+        )
     if not (hasattr(solver, "init") and hasattr(solver, "solve")):
-        raise TypeError(f"`{name}` must be a solver record such as gnlin.CG() or gnlin.Dense(); got {solver!r}")
+        raise TypeError(
+            f"`{name}` must be a solver record such as gnlin.CG() or gnlin.Dense(); got {solver!r}"
+        )

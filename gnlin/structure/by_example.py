@@ -1,14 +1,15 @@
 """A linear function of a batch, followed example by example.
 
-A pull-back u ↦ Jᵀu takes a cotangent (N, ...) of the outputs of N examples to cotangents inside the network and to
-sums over examples, the gradients. Where slice n of an array depends on slice n of u alone, one run with a cotangent for
-every example does the work of N runs. Shapes cannot tell (batch normalisation and attention over the batch have the
-same), so the function's equations are followed, and of each array that depends on u one of these is known:
+A pull-back u ↦ Jᵀu takes a cotangent (N, ...) of the outputs of N examples to cotangents inside the
+network and to sums over examples, the gradients. Where slice n of an array depends on slice n of u
+alone, one run with a cotangent for every example does the work of N runs. Shapes cannot tell (batch
+normalisation and attention over the batch have the same), so the function's equations are followed,
+and of each array that depends on u one of these is known:
 
 * `ByExample`: along one axis, slice n comes from u_n alone;
 * `Summed`: it is a sum over examples, held as its N addends;
-* `MIXED`: neither, because examples were brought together other than in a final sum, or by an operation that is not
-  understood. Whatever depends on it is mixed, too.
+* `MIXED`: neither, because examples were brought together other than in a final sum, or by an
+  operation that is not understood. Whatever depends on it is mixed, too.
 
 A sum over examples stays open to the end because all that follows is linear in it.
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gnlin.structure.layers import apply_equation, run_jaxpr
+from gnlin.jaxprs import apply_equation, run_jaxpr
 
 MIXED = object()
 
@@ -39,14 +40,18 @@ class Summed(NamedTuple):
 
 
 def run_by_example(function: Any, arguments: Sequence[jax.Array], examples: int) -> list[Any]:
-    """Outputs of a closed jaxpr that is linear in its arguments, each of these with N examples along its first axis.
+    """Outputs of a closed jaxpr that is linear in its arguments, each of these with N examples
+    along its first axis.
 
-    Each output is a `ByExample`, a `Summed`, `MIXED`, or an array, which does not depend on the arguments.
+    Each output is a `ByExample`, a `Summed`, `MIXED`, or an array, which does not depend on the
+    arguments.
     """
 
     def follow(path, equation, values):
         del path
-        known = [value is not MIXED and not isinstance(value, ByExample | Summed) for value in values]
+        known = [
+            value is not MIXED and not isinstance(value, ByExample | Summed) for value in values
+        ]
         if all(known):
             return None
         kinds = {type(value) for value, is_known in zip(values, known, strict=True) if not is_known}
@@ -57,7 +62,9 @@ def run_by_example(function: Any, arguments: Sequence[jax.Array], examples: int)
             outputs = rule(equation, values, examples)
         return [MIXED] * len(equation.outvars) if outputs is None else outputs
 
-    return run_jaxpr(function.jaxpr, function.consts, [ByExample(leaf, 0) for leaf in arguments], follow)
+    return run_jaxpr(
+        function.jaxpr, function.consts, [ByExample(leaf, 0) for leaf in arguments], follow
+    )
 
 
 def _linear_in_addends(equation: Any, values: list[Any]) -> list[Any]:
@@ -65,13 +72,19 @@ def _linear_in_addends(equation: Any, values: list[Any]) -> list[Any]:
 
     def apply(*addends):
         given = dict(zip(places, addends, strict=True))
-        return list(apply_equation(equation, [given.get(place, value) for place, value in enumerate(values)]))
+        return list(
+            apply_equation(
+                equation, [given.get(place, value) for place, value in enumerate(values)]
+            )
+        )
 
-    return [Summed(output) for output in jax.vmap(apply)(*(values[place].addends for place in places))]
+    return [
+        Summed(output) for output in jax.vmap(apply)(*(values[place].addends for place in places))
+    ]
 
 
-# Rules: (equation, inputs, N) ↦ outputs, or `None` where examples would be mixed. All inputs that depend on the
-# arguments are `ByExample`; the others are arrays.
+# Rules: (equation, inputs, N) ↦ outputs, or `None` where examples would be mixed. All inputs that
+# depend on the arguments are `ByExample`; the others are arrays.
 
 Rule = Callable[[Any, list[Any], int], list[Any] | None]
 
@@ -98,8 +111,12 @@ def elementwise(equation, values, examples):
     for value in values:
         own = jnp.shape(value.array if isinstance(value, ByExample) else value)
         # Newer versions of JAX stretch axes of length 1; one that holds examples must not be.
-        stretches = len(own) == len(shape) and all(a in (b, 1) for a, b in zip(own, shape, strict=True))
-        if not (own == () or stretches) or (isinstance(value, ByExample) and own[axis] != shape[axis]):
+        stretches = len(own) == len(shape) and all(
+            a in (b, 1) for a, b in zip(own, shape, strict=True)
+        )
+        if not (own == () or stretches) or (
+            isinstance(value, ByExample) and own[axis] != shape[axis]
+        ):
             return None
     return computed(equation, values, axis)
 
@@ -124,7 +141,13 @@ def reduce_sum(equation, values, examples):
     (value,), axes = values, equation.params["axes"]
     if value.axis not in axes:
         return computed(equation, values, value.axis - sum(axis < value.axis for axis in axes))
-    return [Summed(jnp.sum(_split(value.array, value.axis, examples), axis=tuple(axis + 1 for axis in axes)))]
+    return [
+        Summed(
+            jnp.sum(
+                _split(value.array, value.axis, examples), axis=tuple(axis + 1 for axis in axes)
+            )
+        )
+    ]
 
 
 def _transpose(equation, values, examples):
@@ -138,7 +161,8 @@ def _reshape(equation, values, examples):
         return None
     before = math.prod(value.array.shape[: value.axis])
     for axis, length in enumerate(shape):
-        # Blocks of consecutive entries stay what they are where as many come before, and the axis holds N of them.
+        # Blocks of consecutive entries stay what they are where as many come before, and the axis
+        # holds N of them.
         if math.prod(shape[:axis]) == before and length % examples == 0 and length:
             return computed(equation, values, axis)
     return None
@@ -156,7 +180,11 @@ def _slice(equation, values, examples):
     (value,), params = values, equation.params
     strides = params["strides"] or (1,) * value.array.ndim
     length = value.array.shape[value.axis]
-    whole = (params["start_indices"][value.axis], params["limit_indices"][value.axis], strides[value.axis])
+    whole = (
+        params["start_indices"][value.axis],
+        params["limit_indices"][value.axis],
+        strides[value.axis],
+    )
     return computed(equation, values, value.axis) if whole == (0, length, 1) else None
 
 
@@ -195,7 +223,9 @@ def _dot_general(equation, values, examples):
     if value.axis in own_batch:
         return computed(equation, values, own_batch.index(value.axis))
     if value.axis not in own_contracting:
-        free = [axis for axis in range(value.array.ndim) if axis not in (*own_contracting, *own_batch)]
+        free = [
+            axis for axis in range(value.array.ndim) if axis not in (*own_contracting, *own_batch)
+        ]
         position = len(own_batch) + free.index(value.axis)
         if place == 1:
             position += other.ndim - len(contracting[0]) - len(batch[0])
@@ -235,7 +265,10 @@ def pooling(equation, values, examples):
     axes = {value.axis for value in values if isinstance(value, ByExample)}
     axis, params = axes.pop(), equation.params
     alone = params["window_dimensions"][axis] == 1 and params["window_strides"][axis] == 1
-    dilated = any(params.get(name, (1,) * (axis + 1))[axis] != 1 for name in ("base_dilation", "window_dilation"))
+    dilated = any(
+        params.get(name, (1,) * (axis + 1))[axis] != 1
+        for name in ("base_dilation", "window_dilation")
+    )
     if axes or not alone or dilated or params["padding"][axis] != (0, 0):
         return None
     return computed(equation, values, axis)
@@ -243,7 +276,18 @@ def pooling(equation, values, examples):
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("convert_element_type", "reduce_precision", "copy", "neg", "add", "add_any", "sub", "mul", "div", "select_n"),
+        (
+            "convert_element_type",
+            "reduce_precision",
+            "copy",
+            "neg",
+            "add",
+            "add_any",
+            "sub",
+            "mul",
+            "div",
+            "select_n",
+        ),
         elementwise,
     ),
     "rev": apart_from_axes("dimensions"),

@@ -1,8 +1,9 @@
 """Dense layers, read from a model's linearisation.
 
-In the push-forward dθ ↦ J dθ a dense layer y = x W + b appears as ``dot_general`` of a known array, x, with the tangent
-of a parameter. So the inputs of every such layer can be had without registration and whatever library the network was
-written in, and so can the cotangents of its outputs: y is cut out, and made an argument of the linear function.
+In the push-forward dθ ↦ J dθ a dense layer y = x W + b appears as ``dot_general`` of a known array,
+x, with the tangent of a parameter. So the inputs of every such layer can be had without
+registration and whatever library the network was written in, and so can the cotangents of its
+outputs: y is cut out, and made an argument of the linear function.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gnlin.jaxprs import run_jaxpr
 from gnlin.tree import Outputs, Params
 
 
@@ -27,8 +29,9 @@ class Layer(NamedTuple):
 class Reading(NamedTuple):
     """What a linearisation says of its layers.
 
-    ``pull_back(u)`` takes a cotangent of the model's outputs to ``(cotangents, others)``: of the layers' outputs y,
-    each (R, fan-out), and Jᵀu at the leaves that are in no layer, as a dictionary from their positions.
+    ``pull_back(u)`` takes a cotangent of the model's outputs to ``(cotangents, others)``: of the
+    layers' outputs y, each (R, fan-out), and Jᵀu at the leaves that are in no layer, as a
+    dictionary from their positions.
     """
 
     layers: tuple[Layer, ...]
@@ -36,11 +39,12 @@ class Reading(NamedTuple):
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of a leaf seen as a matrix: its axes split where the sides are most alike, the later of two ties.
+    """(rows, columns) of a leaf seen as a matrix: its axes split where the sides are most alike,
+    the later of two ties.
 
-    Attention's (features, heads, width) becomes (features, heads·width). From four axes on, as in the kernels of
-    convolutions, (H, W, in, out) or (out, in, H, W), all but the first or all but the last stay together. Vectors and
-    scalars are columns.
+    Attention's (features, heads, width) becomes (features, heads·width). From four axes on, as in
+    the kernels of convolutions, (H, W, in, out) or (out, in, H, W), all but the first or all but
+    the last stay together. Vectors and scalars are columns.
     """
     if len(shape) < 2:
         return math.prod(shape), 1
@@ -52,8 +56,8 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
     """Find the dense layers in ``jvp``, the push-forward of a linearisation at `params`.
 
-    A leaf that is used more than once (shared weights), inside a loop, or in any other way than a product with all its
-    inputs and a sum, is in no layer.
+    A leaf that is used more than once (shared weights), inside a loop, or in any other way than a
+    product with all its inputs and a sum, is in no layer.
     """
     leaves, structure = jax.tree.flatten(params)
     shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
@@ -61,7 +65,10 @@ def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
     outputs = jax.tree.structure(jax.eval_shape(jvp, jax.tree.unflatten(structure, shapes)))
 
     inspector = _Inspector([leaf.shape for leaf in shapes])
-    tangents = [_View(index, tuple((axis,) for axis in range(leaf.ndim))) for index, leaf in enumerate(shapes)]
+    tangents = [
+        _View(index, tuple((axis,) for axis in range(leaf.ndim)))
+        for index, leaf in enumerate(shapes)
+    ]
     sites = inspector.sites_that_hold(run_jaxpr(closed.jaxpr, closed.consts, tangents, inspector))
     read = {index for site in sites.values() for index in (site.weight, site.bias)}
     others = [index for index in range(len(leaves)) if index not in read]
@@ -72,7 +79,11 @@ def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
                 return [layer_outputs[path]]
             if path in biases:  # b moves y as x W does: the cotangent of x W serves both
                 return [next(value for value in values if value is not _ABSENT)]
-            return [_ABSENT] * len(equation.outvars) if any(value is _ABSENT for value in values) else None
+            return (
+                [_ABSENT] * len(equation.outvars)
+                if any(value is _ABSENT for value in values)
+                else None
+            )
 
         given = [tangents.get(index, _ABSENT) for index in range(len(leaves))]
         return jax.tree.unflatten(outputs, run_jaxpr(closed.jaxpr, closed.consts, given, replace))
@@ -81,75 +92,20 @@ def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
 
     def pull_back(cotangent: Outputs) -> tuple[list[jax.Array], dict[int, jax.Array]]:
         transpose = jax.linear_transpose(
-            cut, {index: shapes[index] for index in others}, {path: site.output for path, site in sites.items()}
+            cut,
+            {index: shapes[index] for index in others},
+            {path: site.output for path, site in sites.items()},
         )
         of_others, of_layers = transpose(cotangent)
         return [site.rows_of(of_layers[path]) for path, site in sites.items()], of_others
 
-    layers = tuple(Layer(site.weight, site.bias, site.inputs, site.transposed) for site in sites.values())
+    layers = tuple(
+        Layer(site.weight, site.bias, site.inputs, site.transposed) for site in sites.values()
+    )
     return Reading(layers, pull_back)
 
 
-# Walking through a jaxpr. Primitives that do nothing but call another ↦ the parameter that holds it; versions differ.
-CALLS = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-
 _ABSENT = object()  # the tangent of a parameter that only enters through layers that were cut out
-
-# (path of an equation, the equation, its inputs) ↦ its outputs, or `None` to compute them.
-Replace = Callable[[tuple[int, ...], Any, list[Any]], list[Any] | None]
-
-
-def run_jaxpr(
-    jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], replace: Replace, path: tuple[int, ...] = ()
-) -> list[Any]:
-    """Outputs of a jaxpr, into whose calls of other jaxprs it goes; `replace` may give the outputs of an equation."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
-
-    def read(variable):
-        return variable.val if hasattr(variable, "val") else values[variable]  # a literal or a variable
-
-    for place, equation in enumerate(jaxpr.eqns):
-        here, inputs = (*path, place), [read(variable) for variable in equation.invars]
-        name = equation.primitive.name
-        if name in CALLS:
-            called = equation.params[CALLS[name]]
-            outputs = run_jaxpr(getattr(called, "jaxpr", called), getattr(called, "consts", ()), inputs, replace, here)
-        else:
-            outputs = replace(here, equation, inputs)
-        if outputs is None:
-            outputs = apply_equation(equation, inputs)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
-
-
-def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Outputs of one equation of a jaxpr."""
-    bound = equation.primitive.get_bind_params(equation.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # from JAX 0.9 the parameters alone
-    outputs = equation.primitive.bind(*functions, *inputs, **params)
-    return outputs if equation.primitive.multiple_results else [outputs]
-
-
-class ScanSplit(NamedTuple):
-    """Which inputs of a scan are its constants, its carry, and what it goes over; the carry is first of its outputs."""
-
-    constants: range
-    carried: range
-    scanned: range
-
-
-def split_scan(equation: Any) -> ScanSplit:
-    """Read off the ranks, for not all versions of JAX say it: what is scanned or stacked has an axis more outside."""
-    body = equation.params["jaxpr"]
-    scanned = sum(v.aval.ndim > aval.ndim for v, aval in zip(equation.invars, body.in_avals, strict=True))
-    stacked = sum(v.aval.ndim > aval.ndim for v, aval in zip(equation.outvars, body.out_avals, strict=True))
-    carried, kept = len(body.out_avals) - stacked, len(body.in_avals) - scanned
-    return ScanSplit(range(kept - carried), range(kept - carried, kept), range(kept, kept + scanned))
-
 
 # What an input of an equation can be, beside a known array.
 
@@ -216,11 +172,17 @@ class _Inspector:
                 return [self._sum_of([_Addend(path, tuple(range(site.output.ndim)), ())])]
         elif name in ("add", "add_any"):
             return [self._sum(path, values)]
-        elif isinstance(first, _View) and (view := self._rearranged(name, equation, first)) is not None:
+        elif (
+            isinstance(first, _View)
+            and (view := self._rearranged(name, equation, first)) is not None
+        ):
             return [view]
         elif isinstance(first, _Tangent) and name == "transpose":
             order = equation.params["permutation"]
-            moved = [each._replace(order=tuple(each.order[axis] for axis in order)) for each in first.addends]
+            moved = [
+                each._replace(order=tuple(each.order[axis] for axis in order))
+                for each in first.addends
+            ]
             return [self._sum_of(moved)]
         self.spoil(values)
         return [self._sum_of([]) for _ in equation.outvars]
@@ -242,7 +204,11 @@ class _Inspector:
         }
 
     def _has_bias(self, site: _Site) -> bool:
-        return site.bias is not None and self.uses[site.bias] == 1 and all(self.readers[n] == 1 for n in site.trail)
+        return (
+            site.bias is not None
+            and self.uses[site.bias] == 1
+            and all(self.readers[n] == 1 for n in site.trail)
+        )
 
     def _read(self, values: Sequence[Any]) -> None:
         for value in values:
@@ -252,7 +218,9 @@ class _Inspector:
     def _sum_of(self, addends: Sequence[_Addend]) -> _Tangent:
         self.readers.append(0)
         number = len(self.readers) - 1
-        return _Tangent(number, tuple(each._replace(trail=(*each.trail, number)) for each in addends))
+        return _Tangent(
+            number, tuple(each._replace(trail=(*each.trail, number)) for each in addends)
+        )
 
     # Views of a leaf.
 
@@ -260,13 +228,19 @@ class _Inspector:
         if name == "convert_element_type":
             return view
         if name == "transpose":
-            return view._replace(axes=tuple(view.axes[axis] for axis in equation.params["permutation"]))
+            return view._replace(
+                axes=tuple(view.axes[axis] for axis in equation.params["permutation"])
+            )
         shape = equation.outvars[0].aval.shape
         if name == "broadcast_in_dim":
             axes: list[tuple[int, ...]] = [()] * len(shape)
-            for place, group in zip(equation.params["broadcast_dimensions"], view.axes, strict=True):
+            for place, group in zip(
+                equation.params["broadcast_dimensions"], view.axes, strict=True
+            ):
                 axes[place] = group
-            return _View(view.leaf, tuple(axes)) if self._lengths(view.leaf, axes) == shape else None
+            return (
+                _View(view.leaf, tuple(axes)) if self._lengths(view.leaf, axes) == shape else None
+            )
         if name in ("reshape", "squeeze", "expand_dims"):
             return self._regrouped(view, shape)
         return None
@@ -281,7 +255,11 @@ class _Inspector:
                 group += (remaining.pop(0),)
             axes.append(group)
         axes[-1:] = [(*group, *remaining) for group in axes[-1:]]  # axes of length 1
-        return _View(view.leaf, tuple(axes)) if axes and self._lengths(view.leaf, axes) == shape else None
+        return (
+            _View(view.leaf, tuple(axes))
+            if axes and self._lengths(view.leaf, axes) == shape
+            else None
+        )
 
     def _length(self, leaf: int, axes: Sequence[int]) -> int:
         return math.prod(self.shapes[leaf][axis] for axis in axes)
@@ -300,15 +278,24 @@ class _Inspector:
         of_weight, of_known = contracting if weight_first else contracting[::-1]
         pairs = sorted((view.axes[w], x) for w, x in zip(of_weight, of_known, strict=True))
         fan_in = [axis for group, _ in pairs for axis in group]
-        fan_out = [axis for place, group in enumerate(view.axes) if place not in of_weight for axis in group]
+        fan_out = [
+            axis
+            for place, group in enumerate(view.axes)
+            if place not in of_weight
+            for axis in group
+        ]
         transposed = self._orientation(view.leaf, fan_in, fan_out)
         if transposed is None:
             return None
         free = [axis for axis in range(jnp.ndim(known)) if axis not in of_known]
-        inputs = jnp.transpose(known, [*free, *(x for _, x in pairs)]).reshape(-1, self._length(view.leaf, fan_in))
+        inputs = jnp.transpose(known, [*free, *(x for _, x in pairs)]).reshape(
+            -1, self._length(view.leaf, fan_in)
+        )
         places = tuple(range(equation.outvars[0].aval.ndim))
         split = len(places) - len(free) if weight_first else len(free)
-        ends = (places[split:], places[:split]) if weight_first else (places[:split], places[split:])
+        ends = (
+            (places[split:], places[:split]) if weight_first else (places[:split], places[split:])
+        )
         return _Site(view.leaf, inputs, transposed, _shape_of(equation), *ends)
 
     def _convolution(self, equation: Any, known: Any, view: Any) -> _Site | None:
@@ -329,12 +316,17 @@ class _Inspector:
             params["lhs_dilation"],
             params["rhs_dilation"],
         )
-        # (N, in · window, positions), and of W the same axes in the order in which the leaf has them.
-        patches = jnp.moveaxis(patches, 1, -1).reshape(-1, *self._lengths(view.leaf, [[axis] for axis in fan_in]))
+        # (N, in · window, positions), and of W the same axes in the order in which the leaf has
+        # them.
+        patches = jnp.moveaxis(patches, 1, -1).reshape(
+            -1, *self._lengths(view.leaf, [[axis] for axis in fan_in])
+        )
         order = [1 + fan_in.index(axis) for axis in sorted(fan_in)]
         inputs = patches.transpose(0, *order).reshape(len(patches), -1)
         images, channels, *positions = numbers.out_spec
-        return _Site(view.leaf, inputs, transposed, _shape_of(equation), (images, *positions), (channels,))
+        return _Site(
+            view.leaf, inputs, transposed, _shape_of(equation), (images, *positions), (channels,)
+        )
 
     def _orientation(self, leaf: int, fan_in: list[int], fan_out: list[int]) -> bool | None:
         """Whether W is (fan-out, fan-in) where it is seen as a matrix; `None` where it is that in neither order."""
@@ -344,10 +336,16 @@ class _Inspector:
             return None
         if fan_in + fan_out == axes and sides == matrix_shape(self.shapes[leaf]):
             return False
-        return True if fan_out + fan_in == axes and sides[::-1] == matrix_shape(self.shapes[leaf]) else None
+        return (
+            True
+            if fan_out + fan_in == axes and sides[::-1] == matrix_shape(self.shapes[leaf])
+            else None
+        )
 
     def _sum(self, path: tuple[int, ...], values: list[Any]) -> _Tangent:
-        addends = [addend for value in values if isinstance(value, _Tangent) for addend in value.addends]
+        addends = [
+            addend for value in values if isinstance(value, _Tangent) for addend in value.addends
+        ]
         views = [value for value in values if isinstance(value, _View)]
         found = self._addend_with(views[0], addends) if len(views) == 1 else None
         if found is None:
@@ -355,13 +353,17 @@ class _Inspector:
         else:
             self.uses[views[0].leaf] += 1
             site = self.sites[found.product]
-            self.sites[found.product] = site._replace(bias=views[0].leaf, bias_path=path, trail=found.trail)
+            self.sites[found.product] = site._replace(
+                bias=views[0].leaf, bias_path=path, trail=found.trail
+            )
         return self._sum_of(addends)
 
     def _addend_with(self, bias: _View, addends: Sequence[_Addend]) -> _Addend | None:
         """The product that `bias` is added to in every row."""
         own = [place for place, group in enumerate(bias.axes) if group]
-        in_order = [axis for group in bias.axes for axis in group] == list(range(len(self.shapes[bias.leaf])))
+        in_order = [axis for group in bias.axes for axis in group] == list(
+            range(len(self.shapes[bias.leaf]))
+        )
         for addend in addends:
             site = self.sites[addend.product]
             lengths = [site.output.shape[axis] for axis in site.fan_out]

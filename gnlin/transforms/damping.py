@@ -35,16 +35,18 @@ class Trial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GainRatio:
-    r"""Damping that follows how well a model, quadratic or linearised, predicts the loss (Nielsen's rule).
+    r"""Damping that follows how well a model, quadratic or linearised, predicts the loss (Nielsen's
+    rule).
 
     With the gain ratio ρ = actual decrease / predicted decrease,
 
     .. math:: \lambda \leftarrow \begin{cases}
-                \lambda \max\!\big(\tfrac13,\; 1 - (2\rho - 1)^3\big),\ \nu \leftarrow 2 & \rho > \text{accept} \\
-                \lambda\,\nu,\ \nu \leftarrow 2\nu & \text{otherwise (NaN included)}\end{cases}
+                \lambda \max\!\big(\tfrac13,\; 1 - (2\rho - 1)^3\big),\ \nu \leftarrow 2 & \rho >
+                \text{accept} \\ \lambda\,\nu,\ \nu \leftarrow 2\nu & \text{otherwise (NaN
+                included)}\end{cases}
 
-    a continuous version of Marquardt's up and down factors: λ barely moves while ρ is near ½, and repeated
-    failures raise it faster and faster.
+    a continuous version of Marquardt's up and down factors: λ barely moves while ρ is near ½, and
+    repeated failures raise it faster and faster.
 
     Args:
         initial: first λ.
@@ -72,7 +74,9 @@ class GainRatio:
         for name in ("initial", "minimum", "maximum"):
             check_positive(name, getattr(self, name))
         check_acceptance(self.accept)
-        known = not any(isinstance(limit, Tracer) for limit in (self.minimum, self.initial, self.maximum))
+        known = not any(
+            isinstance(limit, Tracer) for limit in (self.minimum, self.initial, self.maximum)
+        )
         if known and not self.minimum <= self.initial <= self.maximum:
             raise ValueError(
                 f"`initial` must lie between `minimum` and `maximum`; got {self.initial!r}, {self.minimum!r} and "
@@ -105,23 +109,25 @@ def _representable(limit: chex.Numeric, dtype) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class TrustRegion:
-    r"""Damping that keeps each step within a radius, and a radius that follows the gain ratio (Moré's rule).
+    r"""Damping that keeps each step within a radius, and a radius that follows the gain ratio
+    (Moré's rule).
 
     λ is the least value at which the step obeys
 
     .. math:: \|D^{1/2}\delta(\lambda)\| \le \Delta, \qquad (G + \lambda D)\,\delta = -\nabla\ell,
 
     Where the curvature changes by orders of magnitude from one point to the next, as it does in
-    curve fits from poor starting values, a length stays meaningful and the last λ does not. With the gain
-    ratio ρ and the decrease d of the loss,
+    curve fits from poor starting values, a length stays meaningful and the last λ does not. With
+    the gain ratio ρ and the decrease d of the loss,
 
     .. math:: \Delta \leftarrow \begin{cases}
-                \max\!\big(\tfrac1{10},\; \tfrac12 s / (s + \min(d, 0))\big)\,
-                  \min(\Delta,\, 10\,\|D^{1/2}\delta\|) & \rho \le \tfrac14,\quad s = \nabla\ell^\top\delta \\
+                \max\!\big(\tfrac1{10},\; \tfrac12 s / (s + \min(d, 0))\big)\, \min(\Delta,\,
+                  10\,\|D^{1/2}\delta\|) & \rho \le \tfrac14,\quad s = \nabla\ell^\top\delta \\
                 2\,\|D^{1/2}\delta\| & \rho \ge \tfrac34 \text{ or the step ended inside} \\
                 \Delta & \text{otherwise.}\end{cases}
 
-    After a step uphill the factor is where the parabola through both losses and the slope s has its minimum.
+    After a step uphill the factor is where the parabola through both losses and the slope s has its
+    minimum.
 
     Args:
         radius: first Δ, in units of :math:`\|D^{1/2}\theta\|` (or absolute, where θ is zero).
@@ -158,7 +164,8 @@ class TrustRegion:
         uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
         factor = jnp.maximum(0.5 * trial.slope / (trial.slope + uphill), 0.1)
         factor = jnp.where(jnp.isfinite(factor), factor, 0.1)
-        # Without this a first radius far beyond the reach of the model would take many rejections to come down.
+        # Without this a first radius far beyond the reach of the model would take many rejections
+        # to come down.
         radius = jnp.where(state.radius > 0, trial.radius, jnp.minimum(trial.radius, trial.length))
         smaller = factor * jnp.minimum(radius, 10 * trial.length)
         inside = trial.length < 0.99 * trial.radius
@@ -172,7 +179,9 @@ Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]
 
 def check_damping(damping: Any) -> None:
     if isinstance(damping, type):
-        raise TypeError(f"`damping` must be a number, a schedule or a record, not a class; got {damping!r}")
+        raise TypeError(
+            f"`damping` must be a number, a schedule or a record, not a class; got {damping!r}"
+        )
     if not callable(damping):
         check_number("damping", damping)
 
@@ -192,12 +201,16 @@ def resolution(value: jax.Array) -> jax.Array:
     return 8 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
 
 
-def gain_ratio(value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params) -> jax.Array:
-    """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was predicted.
+def gain_ratio(
+    value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params
+) -> jax.Array:
+    """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was
+    predicted.
 
-    Near a minimum both decreases drop below the resolution of the loss itself, and their quotient is noise. The loss
-    then cannot speak against the step and the gradient, which is still accurate, speaks for it: ρ is 1. No step
-    although there was a right-hand side, a solve that failed, is no such case.
+    Near a minimum both decreases drop below the resolution of the loss itself, and their quotient
+    is noise. The loss then cannot speak against the step and the gradient, which is still accurate,
+    speaks for it: ρ is 1. No step although there was a right-hand side, a solve that failed, is no
+    such case.
 
     Args:
         value: loss before the step.
@@ -208,7 +221,9 @@ def gain_ratio(value: jax.Array, new_value: jax.Array, change: jax.Array, step: 
     """
     dtype = tree.accumulation_dtype(value)
     finest = resolution(value).astype(dtype)
-    value, new_value, predicted = (jnp.asarray(x).astype(dtype) for x in (value, new_value, -change))
+    value, new_value, predicted = (
+        jnp.asarray(x).astype(dtype) for x in (value, new_value, -change)
+    )
     actual = value - new_value
     indistinguishable = (jnp.abs(actual) <= finest) & (jnp.abs(predicted) <= finest)
     indistinguishable &= (tree.max_abs(step) > 0) | (tree.max_abs(rhs) == 0)

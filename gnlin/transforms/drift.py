@@ -1,7 +1,8 @@
 """How far the kernel of the model that is trained has moved: how many features it has learnt.
 
-While the features J are fixed the kernel J Jᵀ is constant. How much it has turned since the start (its alignment with
-what it was), and how much it has changed in all (its distance), is how much features were learnt.
+While the features J are fixed the kernel J Jᵀ is constant. How much it has turned since the start
+(its alignment with what it was), and how much it has changed in all (its distance), is how much
+features were learnt.
 """
 
 from typing import NamedTuple
@@ -43,35 +44,41 @@ def measure_kernel_drift(
     *,
     reference: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Around an optimiser: how far the kernel of the model it trains has moved, on the same examples every time.
+    r"""Around an optimiser: how far the kernel of the model it trains has moved, on the same
+    examples every time.
 
-    At the first update, and at every `every`-th after it, the trace kernel on the n examples of the probe is compared
-    with a reference. The kernel is that of the model *being trained*: at the anchor where `inner` holds one for this
-    update, so that linearised training has no drift, and at the parameters where it does not; with `LayerPeriods`, that
-    of the network at the anchor and the layers that are not linearised. Updates are those of `inner`.
+    At the first update, and at every `every`-th after it, the trace kernel on the n examples of the
+    probe is compared with a reference. The kernel is that of the model *being trained*: at the
+    anchor where `inner` holds one for this update, so that linearised training has no drift, and at
+    the parameters where it does not; with `LayerPeriods`, that of the network at the anchor and the
+    layers that are not linearised. Updates are those of `inner`.
 
-    Compile the step: an update that is not compiled traces the kernel each time, whether or not it is measured.
+    Compile the step: an update that is not compiled traces the kernel each time, whether or not it
+    is measured.
 
-    A measurement costs a forward pass, C pull-backs and the products of `empirical_ntk` on the probe, divided by
-    `every`; n² numbers are kept. The probe is a constant of the compiled step.
+    A measurement costs a forward pass, C pull-backs and the products of `empirical_ntk` on the
+    probe, divided by `every`; n² numbers are kept. The probe is a constant of the compiled step.
 
-    Metrics: ``kernel/alignment`` and ``kernel/centred_alignment`` (`kernel_alignment` without and with centring),
-    ``kernel/distance`` (`kernel_distance`), ``kernel/age`` (updates since they were measured).
+    Metrics: ``kernel/alignment`` and ``kernel/centred_alignment`` (`kernel_alignment` without and
+    with centring), ``kernel/distance`` (`kernel_distance`), ``kernel/age`` (updates since they were
+    measured).
 
     Args:
         inner: the optimiser.
         objective: the problem.
         probe: a batch.
         every: updates from one measurement to the next.
-        reference: (n, n), as ``empirical_ntk(objective, params, probe, outputs="trace")`` gives it; `None` for the
-            kernel at the first update.
+        reference: (n, n), as ``empirical_ntk(objective, params, probe, outputs="trace")`` gives it;
+            `None` for the kernel at the first update.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; `update` takes what `inner` takes, and ``all_params``.
+        An `optax.GradientTransformationExtraArgs`; `update` takes what `inner` takes, and
+        ``all_params``.
 
     Raises:
-        ValueError, TypeError: `every` is no integer of at least 1; `probe` is missing, or the model cannot be evaluated
-            on it; `reference` is not (n, n), or is needed since parameters are masked; at update: `params` is missing.
+        ValueError, TypeError: `every` is no integer of at least 1; `probe` is missing, or the model
+            cannot be evaluated on it; `reference` is not (n, n), or is needed since parameters are
+            masked; at update: `params` is missing.
 
     References: Fort et al., arXiv 2010.15110; Lee et al., arXiv 1902.06720.
 
@@ -98,15 +105,23 @@ def measure_kernel_drift(
     def init_fn(params):
         check_params(params, allow_holes=True)
         if jax.tree.leaves(params) and not tree.has_holes(params):
-            examples = number_of_examples(jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params))
+            examples = number_of_examples(
+                jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params)
+            )
         elif reference is None:
-            examples = _length(without_binding(objective, probe)[1])  # it takes all parameters to have the outputs
+            examples = _length(
+                without_binding(objective, probe)[1]
+            )  # it takes all parameters to have the outputs
         else:
             examples = jnp.shape(reference)[0] if jnp.ndim(reference) else 0
         if reference is not None:
             _check_shape(reference, examples)
         dtype = tree.accumulation_dtype(params)
-        first = jnp.zeros([examples, examples], dtype) if reference is None else jnp.array(reference, dtype)
+        first = (
+            jnp.zeros([examples, examples], dtype)
+            if reference is None
+            else jnp.array(reference, dtype)
+        )
         kinds = "alignment", "centred_alignment", "distance"
         metrics = {f"kernel/{kind}": jnp.asarray(0.0, float) for kind in kinds}
         metrics["kernel/age"] = jnp.zeros([], jnp.int32)
@@ -115,14 +130,20 @@ def measure_kernel_drift(
     def update_fn(updates, state, params: Params = None, *, all_params=None, **extra_args):
         problem = visible_objective(objective, params, all_params)
         problem.check_params(params)
-        updates, inner_state = inner.update(updates, state.inner, params, all_params=all_params, **extra_args)
+        updates, inner_state = inner.update(
+            updates, state.inner, params, all_params=all_params, **extra_args
+        )
         found = linearised_state(inner_state)
         trained = params if found is None else tree.fill_holes(found.anchor, params)
 
         def measured(trained):
             kernel = empirical_ntk(problem, trained, probe, outputs="trace")
             _check_shape(state.reference, kernel.shape[0])
-            first = jnp.where(state.count == 0, kernel, state.reference) if reference is None else state.reference
+            first = (
+                jnp.where(state.count == 0, kernel, state.reference)
+                if reference is None
+                else state.reference
+            )
             values = {
                 "kernel/alignment": kernel_alignment(kernel, first, centred=False),
                 "kernel/centred_alignment": kernel_alignment(kernel, first),
@@ -134,7 +155,9 @@ def measure_kernel_drift(
             return state.reference, {**state.metrics, "kernel/age": state.metrics["kernel/age"] + 1}
 
         first, metrics = jax.lax.cond(state.count % every == 0, measured, kept, trained)
-        return updates, KernelDriftState(inner_state, optax.safe_increment(state.count), first, metrics)
+        return updates, KernelDriftState(
+            inner_state, optax.safe_increment(state.count), first, metrics
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

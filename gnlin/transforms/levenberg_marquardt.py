@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
+from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import QuadraticModel, quadratic_model
-from gnlin.problem.linearisation import primitive_names
 from gnlin.problem.objective import Objective, check_objective, check_params, visible_objective
 from gnlin.solve import CG, RadiusSolver, Solver, System
 from gnlin.solve.system import check_solver
@@ -29,7 +29,9 @@ from gnlin.tree import Batch, Params
 class LevenbergMarquardtState(NamedTuple):
     count: jax.typing.ArrayLike
     damping: DampingState | RadiusState
-    scaling: Any  # largest diagonal of G seen so far, shaped like the parameters; () for the identity
+    scaling: (
+        Any  # largest diagonal of G seen so far, shaped like the parameters; () for the identity
+    )
     solver: Any
     metrics: dict[str, jax.Array]
 
@@ -44,39 +46,45 @@ def levenberg_marquardt(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton with real acceptance.
 
-    Each update solves :math:`(G + \lambda D)\,\delta = -\nabla\ell(\theta)` at the current parameters and compares the
-    loss at θ + δ with what the quadratic model promised. A step whose gain ratio is too small is rejected inside
-    the update: the updates returned are exact zeros, and the next step is shorter. Otherwise δ is returned. λ follows
-    the gain ratio, by itself (`GainRatio`) or through a radius for the step (`TrustRegion`). The incoming updates are
-    ignored, and the transform must stand last in a chain: scaling its step afterwards would undo the comparison.
-    Under `jit` the ignored gradient is never computed.
+    Each update solves :math:`(G + \lambda D)\,\delta = -\nabla\ell(\theta)` at the current
+    parameters and compares the loss at θ + δ with what the quadratic model promised. A step whose
+    gain ratio is too small is rejected inside the update: the updates returned are exact zeros, and
+    the next step is shorter. Otherwise δ is returned. λ follows the gain ratio, by itself
+    (`GainRatio`) or through a radius for the step (`TrustRegion`). The incoming updates are
+    ignored, and the transform must stand last in a chain: scaling its step afterwards would undo
+    the comparison. Under `jit` the ignored gradient is never computed.
 
     The batch of an update decides its acceptance, so use the full batch or a large one.
 
-    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used), ``rejections``
-    (since the last accepted step), those of the solver, with a `TrustRegion` ``radius`` and with acceleration
-    ``acceleration`` (its size relative to the step's). Rejections say nothing about convergence; the gradient does.
+    Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used),
+    ``rejections`` (since the last accepted step), those of the solver, with a `TrustRegion`
+    ``radius`` and with acceleration ``acceleration`` (its size relative to the step's). Rejections
+    say nothing about convergence; the gradient does.
 
     Args:
         objective: the problem.
-        initial_damping: first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a policy:
-            `GainRatio`, which a number stands for, or `TrustRegion`, which needs `Dense` and copes with poor starting
-            values. `None` is ``TrustRegion()`` with `Dense` and ``GainRatio(1e-3)`` with other solvers.
-        scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G seen so far, which makes the iterates
-            independent of the units of the parameters (Moré 1978). The diagonal costs one push-forward for each
-            parameter, so it is for small problems.
+        initial_damping: first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a
+            policy: `GainRatio`, which a number stands for, or `TrustRegion`, which needs `Dense`
+            and copes with poor starting values. `None` is ``TrustRegion()`` with `Dense` and
+            ``GainRatio(1e-3)`` with other solvers.
+        scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G seen so far, which
+            makes the iterates independent of the units of the parameters (Moré 1978). The diagonal
+            costs one push-forward for each parameter, so it is for small problems.
         solver: a record from `gnlin.solve`; `Dense` for small classical problems.
-        geodesic_acceleration: largest size, relative to the step, of a second-order correction along the step,
-            0.75 being usual; `None` for none. It costs a second solve and needs a model with forward-mode derivatives.
+        geodesic_acceleration: largest size, relative to the step, of a second-order correction
+            along the step, 0.75 being usual; `None` for none. It costs a second solve and needs a
+            model with forward-mode derivatives.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
 
     Raises:
-        ValueError, TypeError: an argument is out of its range; at update: `params` or `batch` is missing.
+        ValueError, TypeError: an argument is out of its range; at update: `params` or `batch` is
+        missing.
 
-    References: Levenberg 1944; Marquardt 1963; Moré, The Levenberg-Marquardt algorithm: implementation and
-    theory, 1978; Nielsen 1999; Transtrum & Sethna, arXiv 1201.5885 (acceleration).
+    References: Levenberg 1944; Marquardt 1963; Moré, The Levenberg-Marquardt algorithm:
+    implementation and theory, 1978; Nielsen 1999; Transtrum & Sethna, arXiv 1201.5885
+    (acceleration).
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -110,10 +118,18 @@ def levenberg_marquardt(
             **stats,
         }
         metrics = tree.copy(metrics)
-        largest = tree.zeros_like(params, tree.accumulation_dtype(params)) if scaling == "marquardt" else ()
-        return LevenbergMarquardtState(jnp.zeros([], jnp.int32), policy.init(), largest, carry, metrics)
+        largest = (
+            tree.zeros_like(params, tree.accumulation_dtype(params))
+            if scaling == "marquardt"
+            else ()
+        )
+        return LevenbergMarquardtState(
+            jnp.zeros([], jnp.int32), policy.init(), largest, carry, metrics
+        )
 
-    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
+    def update_fn(
+        updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
+    ):
         del updates, extra_args
         problem = visible_objective(objective, params, all_params)
         model = quadratic_model(problem, params, batch)
@@ -135,7 +151,9 @@ def levenberg_marquardt(
             solution, carry = solve_damped(model, solver, strength, rhs, state.solver, diagonal)
         step = tree.scale(-1, solution.step)
         if geodesic_acceleration is not None:
-            correction, size = _acceleration(problem, model, batch, step, solver, strength, diagonal)
+            correction, size = _acceleration(
+                problem, model, batch, step, solver, strength, diagonal
+            )
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
             extra_metrics["acceleration"] = size.astype(float)
 
@@ -143,13 +161,18 @@ def levenberg_marquardt(
         ratio = gain_ratio(model.value, new_value, model.change(step), step, rhs)
         if isinstance(policy, TrustRegion):
             trial = Trial(
-                ratio, model.value - new_value, tree.inner(rhs, step), _length(solution.step, diagonal), radius
+                ratio,
+                model.value - new_value,
+                tree.inner(rhs, step),
+                _length(solution.step, diagonal),
+                radius,
             )
             adapted = policy.update(state.damping, trial)
         else:
             adapted = policy.update(state.damping, ratio)
         accepted = ratio > policy.accept
-        # A loss or gradient that is not finite here is the batch's fault, not the step's: the state stays as it is.
+        # A loss or gradient that is not finite here is the batch's fault, not the step's: the state
+        # stays as it is.
         sound = jnp.isfinite(model.value) & tree.all_finite(rhs)
         damping = tree.select(sound, adapted, state.damping)
         largest = tree.select(sound & tree.all_finite(largest), largest, state.scaling)
@@ -163,7 +186,9 @@ def levenberg_marquardt(
             **solution.stats,
         }
         step = tree.select(accepted, step, tree.zeros_like(step))
-        return step, LevenbergMarquardtState(optax.safe_increment(state.count), damping, largest, carry, metrics)
+        return step, LevenbergMarquardtState(
+            optax.safe_increment(state.count), damping, largest, carry, metrics
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -203,7 +228,13 @@ def _ggn_diagonal(model: QuadraticModel) -> Params:
 
 
 def _acceleration(
-    objective: Objective, model: QuadraticModel, batch: Batch, velocity: Params, solver: Solver, damping, scaling
+    objective: Objective,
+    model: QuadraticModel,
+    batch: Batch,
+    velocity: Params,
+    solver: Solver,
+    damping,
+    scaling,
 ) -> tuple[Params, jax.Array]:
     """``(½a, 2|a|/|v|)`` with (G + λD) a = −JᵀH ∂²f[v, v], the curvature of the model's path along v."""
     anchor = model.linear.anchor
@@ -211,7 +242,10 @@ def _acceleration(
     def outputs(params):
         return objective.outputs_and_aux(params, batch)[0]
 
-    if any(name.startswith("custom_vjp_call") for name in primitive_names(jax.make_jaxpr(outputs)(anchor).jaxpr)):
+    if any(
+        name.startswith("custom_vjp_call")
+        for name in primitive_names(jax.make_jaxpr(outputs)(anchor).jaxpr)
+    ):
         raise TypeError(
             "`geodesic_acceleration` needs forward-mode derivatives, and `model` has a custom_vjp; use None"
         )

@@ -1,6 +1,8 @@
-"""How long an anchor is kept: a number of updates, a schedule, or a rule that looks how well the linearisation holds.
+"""How long an anchor is kept: a number of updates, a schedule, or a rule that looks how well the
+linearisation holds.
 
-Each may be said of the whole network, and numbers and schedules of some layers, others moving at their own pace.
+Each may be said of the whole network, and numbers and schedules of some layers, others moving at
+their own pace.
 """
 
 import dataclasses
@@ -29,26 +31,30 @@ class GapState(NamedTuple):
 class RelativeGap:
     r"""Keep the anchor as long as the linearisation holds.
 
-    It holds on a batch where the network is off the linearised model by no more than a share of what that has moved,
+    It holds on a batch where the network is off the linearised model by no more than a share of
+    what that has moved,
 
     .. math:: \frac{\|f(\theta) - f_\mathrm{lin}(\theta)\|}{\|J(\phi)(\theta - \phi)\|} \le \text{limit}.
 
-    The anchor moves at the update after one that found the gap beyond the limit `patience` times in a row, so that one
-    odd batch does not move it, and in any case after `longest` updates. The gap is 0 at a new anchor, so that a second
-    limit, from which on it would count as small again, is not needed. A look costs a forward pass: an update with one
-    takes the work of 2 gradients, others that of 5/3. Near the anchor the gap is proportional to the distance: half the
-    limit is about half as long a cycle.
+    The anchor moves at the update after one that found the gap beyond the limit `patience` times in
+    a row, so that one odd batch does not move it, and in any case after `longest` updates. The gap
+    is 0 at a new anchor, so that a second limit, from which on it would count as small again, is
+    not needed. A look costs a forward pass: an update with one takes the work of 2 gradients,
+    others that of 5/3. Near the anchor the gap is proportional to the distance: half the limit is
+    about half as long a cycle.
 
     Args:
         limit: largest relative gap.
         patience: looks in a row that must exceed it.
         every: updates from one look to the next.
-        longest: most updates that an anchor serves, more than patience · every; `None` for no bound.
+        longest: most updates that an anchor serves, more than patience · every; `None` for no
+            bound.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
 
-    Reference: the fixed period of Goldwaser & Ge, arXiv 2211.12345, is what it takes the place of; the rule is ours.
+    Reference: the fixed period of Goldwaser & Ge, arXiv 2211.12345, is what it takes the place of;
+        the rule is ours.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -82,7 +88,12 @@ class RelativeGap:
         return GapState(jnp.zeros([], jnp.int32), jnp.asarray(0.0, float))
 
     def look(
-        self, state: GapState, age: jax.Array, moved: Outputs, outputs: Callable[[], Outputs], at_anchor: Outputs
+        self,
+        state: GapState,
+        age: jax.Array,
+        moved: Outputs,
+        outputs: Callable[[], Outputs],
+        at_anchor: Outputs,
     ) -> tuple[GapState, jax.Array]:
         """State after an update, and whether the anchor has to move at the next.
 
@@ -99,9 +110,13 @@ class RelativeGap:
 
         due = (age > 0) & (age % self.every == 0)
         gap = jax.lax.cond(due, found, lambda state: state.gap, state)
-        exceeded = jnp.where(due, jnp.where(gap > self.limit, state.exceeded + 1, 0), state.exceeded)
+        exceeded = jnp.where(
+            due, jnp.where(gap > self.limit, state.exceeded + 1, 0), state.exceeded
+        )
         stale = due & (exceeded >= self.patience)
-        return GapState(jnp.where(stale | (age == 0), 0, exceeded), jnp.where(age == 0, 0, gap)), stale
+        return GapState(
+            jnp.where(stale | (age == 0), 0, exceeded), jnp.where(age == 0, 0, gap)
+        ), stale
 
 
 def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.Array:
@@ -116,23 +131,26 @@ def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.
 class LayerPeriods:
     r"""A period for each group of layers: which layers learn features, and how often.
 
-    A group of period 1 is not linearised at all: with θ = (a, b), where a are the parameters that are linearised and b
-    those that are not,
+    A group of period 1 is not linearised at all: with θ = (a, b), where a are the parameters that
+    are linearised and b those that are not,
 
     .. math:: f_\mathrm{lin}(a, b) = f(\phi, b) + \frac{\partial f}{\partial a}(\phi, b)\,(a - \phi),
 
-    and both follow the gradient of :math:`\ell(f_\mathrm{lin}(a, b))`. For each group of a longer period φ moves to θ
-    by itself. An update costs between 5/3 and 1.9 gradients, and more where the first layers are exact than the last. A
-    group that is not to be trained at all is one for Optax: ``optax.partition({"train": inner, "freeze":
-    optax.set_to_zero()}, labels)`` after the linearised gradient.
+    and both follow the gradient of :math:`\ell(f_\mathrm{lin}(a, b))`. For each group of a longer
+    period φ moves to θ by itself. An update costs between 5/3 and 1.9 gradients, and more where the
+    first layers are exact than the last. A group that is not to be trained at all is one for Optax:
+    ``optax.partition({"train": inner, "freeze": optax.set_to_zero()}, labels)`` after the
+    linearised gradient.
 
     Args:
         periods: label ↦ K ≥ 1, `None` for never, or a schedule.
-        labels: the label of each leaf, as `optax.partition` has it: a tree like the parameters, or one of its upper
-            part, or a function from parameters to such a tree. A mask is a tree of the labels True and False.
+        labels: the label of each leaf, as `optax.partition` has it: a tree like the parameters, or
+            one of its upper part, or a function from parameters to such a tree. A mask is a tree of
+            the labels True and False.
 
     Raises:
-        ValueError, TypeError: there are no periods, or one is below 1; when used: a leaf has no label with a period.
+        ValueError, TypeError: there are no periods, or one is below 1; when used: a leaf has no
+        label with a period.
 
     Reference: after Goldwaser & Ge, arXiv 2211.12345, who linearise all layers at once.
 
@@ -176,14 +194,20 @@ class LayerPeriods:
                 "`labels` must be a tree like the parameters, or of their upper part; got "
                 f"{jax.tree.structure(labels)} for {jax.tree.structure(params)}"
             ) from error
-        known = {label: label for label in self.periods}  # of equal labels, such as 1 and True, those of `periods`
+        known = {
+            label: label for label in self.periods
+        }  # of equal labels, such as 1 and True, those of `periods`
         try:
             unknown = dict.fromkeys(label for label in found if label not in known)
         except TypeError as error:
-            raise TypeError(f"`labels` must be names, numbers or other constants: {error}") from error
+            raise TypeError(
+                f"`labels` must be names, numbers or other constants: {error}"
+            ) from error
         if unknown:
             lacking = ", ".join(map(repr, unknown))
-            raise ValueError(f"`labels` has {lacking}, which `periods` lacks: {dict(self.periods)!r}")
+            raise ValueError(
+                f"`labels` has {lacking}, which `periods` lacks: {dict(self.periods)!r}"
+            )
         return [known[label] for label in found]
 
 
@@ -203,17 +227,30 @@ def cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
 def check_period(period: Any) -> Any:
     """The period, with whole numbers as `int`."""
     if isinstance(period, type):
-        raise TypeError(f"`period` must be a record, not a class: RelativeGap(0.1), say; got {period!r}")
-    if period is None or callable(period) or isinstance(period, Tracer | RelativeGap | LayerPeriods):
+        raise TypeError(
+            f"`period` must be a record, not a class: RelativeGap(0.1), say; got {period!r}"
+        )
+    if (
+        period is None
+        or callable(period)
+        or isinstance(period, Tracer | RelativeGap | LayerPeriods)
+    ):
         return period
     whole = is_integer(period)
-    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is rounded anyway.
-    whole |= isinstance(period, jax.Array) and period.ndim == 0 and jnp.issubdtype(period.dtype, jnp.number)
+    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is
+    # rounded anyway.
+    whole |= (
+        isinstance(period, jax.Array)
+        and period.ndim == 0
+        and jnp.issubdtype(period.dtype, jnp.number)
+    )
     if not whole:
         raise TypeError(
             "`period` must be an integer of at least 1, None (never), a schedule, a RelativeGap or LayerPeriods; got "
             f"{period!r}"
         )
     if not period >= 1:  # true for NaN
-        raise ValueError(f"`period` must be at least 1; got {period!r}. Use None to never re-linearise.")
+        raise ValueError(
+            f"`period` must be at least 1; got {period!r}. Use None to never re-linearise."
+        )
     return int(period) if isinstance(period, (int, np.integer)) else period

@@ -27,22 +27,27 @@ class ProxLinearState(NamedTuple):
 
 
 def prox_linear(
-    inner: optax.GradientTransformation, objective: Objective, steps: int, *, loss_model: LossModel = "exact"
+    inner: optax.GradientTransformation,
+    objective: Objective,
+    steps: int,
+    *,
+    loss_model: LossModel = "exact",
 ) -> optax.GradientTransformationExtraArgs:
     r"""All inner steps inside one update, on one batch, with one linearisation.
 
-    Minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps` steps of `inner`, started
-    afresh, and returns θ − φ: full Gauss-Newton (``loss_model="quadratic"``) or prox-linear. Beside the one
-    linearisation a step costs 4/3 of a gradient. The same as `iterative_linearisation` with ``period=steps`` and
-    ``reset_inner=True``, fed one batch for a whole cycle. Follow it by a line search on the true loss to be safe:
+    Minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps` steps
+    of `inner`, started afresh, and returns θ − φ: full Gauss-Newton (``loss_model="quadratic"``) or
+    prox-linear. Beside the one linearisation a step costs 4/3 of a gradient. The same as
+    `iterative_linearisation` with ``period=steps`` and ``reset_inner=True``, fed one batch for a
+    whole cycle. Follow it by a line search on the true loss to be safe:
     ``optax.chain(prox_linear(...), optax.scale_by_backtracking_linesearch(...))``.
 
-    The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ) and ``prox/linearised_loss`` (Q before the last
-    step).
+    The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ) and ``prox/linearised_loss``
+    (Q before the last step).
 
     Args:
-        inner: optimiser of the linearised problem, its learning rate included; it receives ``value``, ``grad`` and
-            ``value_fn`` of Q.
+        inner: optimiser of the linearised problem, its learning rate included; it receives
+            ``value``, ``grad`` and ``value_fn`` of Q.
         objective: the problem.
         steps: inner steps, at least 1.
         loss_model: as in `linearise_gradients`.
@@ -51,11 +56,11 @@ def prox_linear(
         An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
 
     Raises:
-        ValueError, TypeError: `steps` is below 1 or no integer, `loss_model` is unknown; at update: `params` or
-            `batch` is missing.
+        ValueError, TypeError: `steps` is below 1 or no integer, `loss_model` is unknown; at update:
+            `params` or `batch` is missing.
 
-    References: Abreu et al., arXiv 2510.09378; Drusvyatskiy & Paquette, Efficiency of minimizing compositions of
-    convex functions and smooth maps, 2019 (prox-linear).
+    References: Abreu et al., arXiv 2510.09378; Drusvyatskiy & Paquette, Efficiency of minimizing
+    compositions of convex functions and smooth maps, 2019 (prox-linear).
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -77,9 +82,13 @@ def prox_linear(
     def init_fn(params):
         check_params(params, allow_holes=True)
         zero = jnp.asarray(0.0, float)
-        return ProxLinearState(jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)})
+        return ProxLinearState(
+            jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)}
+        )
 
-    def update_fn(updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args):
+    def update_fn(
+        updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
+    ):
         del updates
         extra_args = without_loss(extra_args)
         problem = visible_objective(objective, params, all_params)
@@ -107,7 +116,10 @@ def prox_linear(
         (offset, _), values = jax.lax.scan(inner_step, start, length=steps)
         # As with any solve, what is not finite is no step; the metrics tell.
         offset = tree.select(jnp.all(jnp.isfinite(values)), offset, tree.zeros_like(offset))
-        metrics = {"prox/loss": values[0].astype(float), "prox/linearised_loss": values[-1].astype(float)}
+        metrics = {
+            "prox/loss": values[0].astype(float),
+            "prox/linearised_loss": values[-1].astype(float),
+        }
         return offset, ProxLinearState(optax.safe_increment(state.count), metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

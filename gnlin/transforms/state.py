@@ -40,8 +40,8 @@ def anchor(opt_state: Any) -> Params:
         opt_state: any Optax state that contains one of this package, however nested.
 
     Returns:
-        The parameters at which the model was last linearised; with the holes of `optax.masked` where the transform
-        saw only part of the tree.
+        The parameters at which the model was last linearised; with the holes of `optax.masked`
+        where the transform saw only part of the tree.
 
     Raises:
         ValueError: there is no anchor in `opt_state`, or more than one.
@@ -55,16 +55,18 @@ def anchor(opt_state: Any) -> Params:
     """
     found = linearised_state(opt_state)
     if found is None:
-        raise ValueError("`opt_state` holds no anchor: no linearise_gradients or iterative_linearisation is in it")
+        raise ValueError(
+            "`opt_state` holds no anchor: no linearise_gradients or iterative_linearisation is in it"
+        )
     return found.anchor
 
 
 def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch = None) -> Outputs:
     r"""Outputs of the model *being trained*.
 
-    That is :math:`f(\phi) + J(\phi)(\theta - \phi)` where `opt_state` holds an anchor φ that the next update will still
-    use, and the true model f(θ) at the end of a cycle or where there is no anchor. Works under `jit`; costs at most
-    twice a forward pass and a little more.
+    That is :math:`f(\phi) + J(\phi)(\theta - \phi)` where `opt_state` holds an anchor φ that the
+    next update will still use, and the true model f(θ) at the end of a cycle or where there is no
+    anchor. Works under `jit`; costs at most twice a forward pass and a little more.
 
     Args:
         objective: the problem.
@@ -97,9 +99,10 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         opt_state: any Optax state, however nested; works under `jit`.
 
     Returns:
-        Dictionary of scalars, such as ``cg/steps``, ``cg/residual``, ``damping``, ``gain_ratio``, ``accepted``,
-        ``linearise/refreshes``; empty where no transform of this package is in it. Where several transforms report the
-        same name, the second is ``name/1``, and so on, in the order of the state.
+        Dictionary of scalars, such as ``cg/steps``, ``cg/residual``, ``damping``, ``gain_ratio``,
+        ``accepted``, ``linearise/refreshes``; empty where no transform of this package is in it.
+        Where several transforms report the same name, the second is ``name/1``, and so on, in the
+        order of the state.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax

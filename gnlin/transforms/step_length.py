@@ -31,13 +31,15 @@ class Subspace:
     .. math:: \ell\big(f(\theta) + J\delta\big) + (u - \nabla\ell)^\top \delta
               + \tfrac{\lambda}{2} \|\delta\|^2, \qquad \delta = -\alpha d + \beta p,
 
-    where u are the incoming updates: for a convex loss a convex problem in two unknowns, for one push-forward of d and
-    one of p (0.6 gradients each) and a few evaluations of the loss on known outputs. With ``loss_model="quadratic"``
-    the loss is its second-order expansion, and α and β are in closed form. The exact loss keeps confident predictions,
-    where the curvature of a softmax vanishes, from promising too much.
+    where u are the incoming updates: for a convex loss a convex problem in two unknowns, for one
+    push-forward of d and one of p (0.6 gradients each) and a few evaluations of the loss on known
+    outputs. With ``loss_model="quadratic"`` the loss is its second-order expansion, and α and β are
+    in closed form. The exact loss keeps confident predictions, where the curvature of a softmax
+    vanishes, from promising too much.
 
-    Metrics: ``subspace/length``, α, and ``subspace/momentum``, β. They are negative where the direction leads uphill
-    (that of another batch, for example), and as large as the direction is short.
+    Metrics: ``subspace/length``, α, and ``subspace/momentum``, β. They are negative where the
+    direction leads uphill (that of another batch, for example), and as large as the direction is
+    short.
 
     Args:
         momentum: whether p takes part; one vector is then kept in the state.
@@ -47,8 +49,8 @@ class Subspace:
     Raises:
         ValueError, TypeError: an argument is out of its range.
 
-    Reference: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
-    sections 6.4 and 7 (with the quadratic model).
+    Reference: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature, 2015, sections 6.4 and 7 (with the quadratic model).
 
     Example:
         >>> import gnlin
@@ -85,7 +87,8 @@ class Subspace:
         dtype = tree.accumulation_dtype(rhs)
         ahead = tree.scale(-1, direction)
         directions, units = zip(
-            *(_of_unit_size(each, dtype) for each in ([ahead, last] if self.momentum else [ahead])), strict=True
+            *(_of_unit_size(each, dtype) for each in ([ahead, last] if self.momentum else [ahead])),
+            strict=True,
         )
         moved = [model.linear.jvp(tree.cast_like(each, rhs)) for each in directions]
         value = jnp.asarray(model.value, dtype)
@@ -105,7 +108,9 @@ class Subspace:
 
         # The quadratic model's second evaluation only confirms the first.
         evaluations = 10 if self.loss_model == "exact" else 1
-        weights = _minimise(damped, len(directions), dtype, evaluations, resolution(model.value).astype(dtype))
+        weights = _minimise(
+            damped, len(directions), dtype, evaluations, resolution(model.value).astype(dtype)
+        )
         weights = weights * jnp.asarray(rate, dtype)
         if self.max_norm is not None:
             length = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0))
@@ -114,7 +119,9 @@ class Subspace:
         usable = jnp.all(jnp.isfinite(weights)) & tree.all_finite(step)
         step, weights = tree.select(usable, (step, weights), tree.zeros_like((step, weights)))
         change_of_loss, sound = jnp.where(usable, change(weights), 0), jnp.all(jnp.isfinite(slopes))
-        return Step(step, change_of_loss, sound, _stats(jnp.append(weights / jnp.stack(units), 0)[:2]))
+        return Step(
+            step, change_of_loss, sound, _stats(jnp.append(weights / jnp.stack(units), 0)[:2])
+        )
 
 
 def _of_unit_size(vector: Params, dtype) -> tuple[Params, jax.Array]:
@@ -126,14 +133,19 @@ def _of_unit_size(vector: Params, dtype) -> tuple[Params, jax.Array]:
 
 def _combined(weights: jax.Array, trees: Sequence[Any]) -> Any:
     """Σ wᵢ tᵢ, in the dtypes of the trees."""
-    return jax.tree.map(lambda *parts: sum(w.astype(p.dtype) * p for w, p in zip(weights, parts, strict=True)), *trees)
+    return jax.tree.map(
+        lambda *parts: sum(w.astype(p.dtype) * p for w, p in zip(weights, parts, strict=True)),
+        *trees,
+    )
 
 
-def _minimise(function, count: int, dtype, evaluations: int, resolution: chex.Numeric = 0.0) -> jax.Array:
+def _minimise(
+    function, count: int, dtype, evaluations: int, resolution: chex.Numeric = 0.0
+) -> jax.Array:
     """Newton's method from zero for a smooth convex function of one or two numbers that is 0 there.
 
-    A step that leads up by more than `resolution`, that of the function's values, is shortened. Below it the slope
-    decides, which is accurate for longer than the values are.
+    A step that leads up by more than `resolution`, that of the function's values, is shortened.
+    Below it the slope decides, which is accurate for longer than the values are.
     """
     eps = float(jnp.finfo(dtype).eps)
     units = jnp.eye(count, dtype=dtype)
@@ -141,10 +153,14 @@ def _minimise(function, count: int, dtype, evaluations: int, resolution: chex.Nu
     def newton(weights):
         (value, slope), pull_back = jax.vjp(jax.value_and_grad(function), weights)
         hessian = jax.vmap(lambda unit: pull_back((jnp.zeros_like(value), unit))[0])(units)
-        # Directions may differ in curvature by orders of magnitude, may be parallel, and may be zero.
+        # Directions may differ in curvature by orders of magnitude, may be parallel, and may be
+        # zero.
         size = jnp.abs(jnp.diagonal(hessian))
         scale = jnp.sqrt(jnp.where(size > jnp.finfo(dtype).tiny, size, 1))
-        step = -_solve_unit_diagonal(hessian / jnp.outer(scale, scale), slope / scale, 10 * eps) / scale
+        step = (
+            -_solve_unit_diagonal(hessian / jnp.outer(scale, scale), slope / scale, 10 * eps)
+            / scale
+        )
         return value, jnp.where(jnp.all(jnp.isfinite(step)), step, 0), -slope @ step
 
     def unfinished(now):
@@ -157,14 +173,23 @@ def _minimise(function, count: int, dtype, evaluations: int, resolution: chex.Nu
         new_value, new_step, new_decrement = newton(trial)
         new_value = jnp.where(count == 0, 0, new_value)
         good = new_value <= value + resolution  # false for NaN
-        kept = tree.select(good, (trial, new_value, new_step, new_decrement), (weights, value, step, decrement))
+        kept = tree.select(
+            good, (trial, new_value, new_step, new_decrement), (weights, value, step, decrement)
+        )
         return (*kept, jnp.where(good, 1, length / 4), count + 1)
 
     zero, nothing = jnp.zeros([count], dtype), jnp.zeros([], dtype)
     if evaluations == 1:
         return newton(zero)[1]
     # The first turn evaluates at zero: compiled once, and not once more before the loop.
-    first = (zero, nothing, zero, jnp.full_like(nothing, jnp.inf), jnp.ones([], dtype), jnp.zeros([], jnp.int32))
+    first = (
+        zero,
+        nothing,
+        zero,
+        jnp.full_like(nothing, jnp.inf),
+        jnp.ones([], dtype),
+        jnp.zeros([], jnp.int32),
+    )
     return jax.lax.while_loop(unfinished, turn, first)[0]
 
 

@@ -1,7 +1,8 @@
 """Which axes of a parameter are its inputs and which its outputs: leaves seen as matrices.
 
-A leaf is a map from its inputs to its outputs, features on both sides being of order one. How large it should be
-depends on how many of each there are, its fan-in and fan-out, and on nothing else here.
+A leaf is a map from its inputs to its outputs, features on both sides being of order one. How large
+it should be depends on how many of each there are, its fan-in and fan-out, and on nothing else
+here.
 """
 
 import dataclasses
@@ -38,16 +39,18 @@ class Fans:
     | experts, one of which acts on each token | (experts, in, out) | ``Fans(index_axis=0)`` |
     | PyTorch's matrix, y = x Wᵀ | (out, in) | ``Fans(1, 0)`` |
 
-    Axes that are not named are a receptive field, and count among the inputs: fan-in is in × field, as many numbers as
-    each output sees, and fan-out is out. (The initialisers of JAX multiply fan-out by the field as well.)
+    Axes that are not named are a receptive field, and count among the inputs: fan-in is in × field,
+    as many numbers as each output sees, and fan-out is out. (The initialisers of JAX multiply
+    fan-out by the field as well.)
 
     Args:
         in_axis: axes of the inputs; () where there is one input, of constant size, as for a bias.
-        out_axis: axes of the outputs; () where there is one. Along an axis that is among the inputs and the outputs
-            the map is diagonal: feature i acts on feature i alone.
+        out_axis: axes of the outputs; () where there is one. Along an axis that is among the inputs
+            and the outputs the map is diagonal: feature i acts on feature i alone.
         batch_axis: axes that number separate maps, such as layers.
-        index_axis: axes of which the input picks one entry, a one-hot input. Its norm is one whatever its length, so
-            the axis counts as one input, and the norm of the map is that of its largest entry.
+        index_axis: axes of which the input picks one entry, a one-hot input. Its norm is one
+            whatever its length, so the axis counts as one input, and the norm of the map is that of
+            its largest entry.
 
     Raises:
         TypeError: an axis is no integer.
@@ -57,7 +60,7 @@ class Fans:
 
     Example:
         >>> import gnlin
-        >>> gnlin.Fans(batch_axis=0)
+        >>> gnlin.width.Fans(batch_axis=0)
         Fans(in_axis=(-2,), out_axis=(-1,), batch_axis=(0,), index_axis=())
     """
 
@@ -70,8 +73,14 @@ class Fans:
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             axes = (given,) if is_integer(given) else given
-            if isinstance(axes, str) or not isinstance(axes, Sequence) or not all(map(is_integer, axes)):
-                raise TypeError(f"`{field.name}` must be an integer or a tuple of integers; got {given!r}")
+            if (
+                isinstance(axes, str)
+                or not isinstance(axes, Sequence)
+                or not all(map(is_integer, axes))
+            ):
+                raise TypeError(
+                    f"`{field.name}` must be an integer or a tuple of integers; got {given!r}"
+                )
             object.__setattr__(self, field.name, tuple(int(axis) for axis in axes))
         _check_distinct(self, *self._axes())
 
@@ -82,7 +91,9 @@ class Fans:
                 f"`fans` names axes that an array of shape {tuple(shape)} does not have: {self}. A tree of Fans says "
                 "it leaf by leaf"
             )
-        inputs, outputs, batch, index = (tuple(axis % len(shape) for axis in axes) for axes in self._axes())
+        inputs, outputs, batch, index = (
+            tuple(axis % len(shape) for axis in axes) for axes in self._axes()
+        )
         _check_distinct(self, inputs, outputs, batch, index)
         diagonal = tuple(axis for axis in inputs if axis in outputs)
         rows = tuple(axis for axis in range(len(shape)) if axis not in {*outputs, *batch, *index})
@@ -109,10 +120,11 @@ FansOf = Fans | Tree | Callable[[Params], Tree] | None
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A leaf as ``stack`` = (matrices, blocks, rows, columns); each matrix is block-diagonal and maps rows to columns.
+    """A leaf as ``stack`` = (matrices, blocks, rows, columns); each matrix is block-diagonal and
+    maps rows to columns.
 
-    The entries of an index, of which one acts at a time, are blocks as well: in both cases the norm of the matrix is
-    the largest among its blocks.
+    The entries of an index, of which one acts at a time, are blocks as well: in both cases the norm
+    of the matrix is the largest among its blocks.
     """
 
     shape: tuple[int, ...]
@@ -142,17 +154,21 @@ class Layout:
 
     def spread(self, numbers: jax.Array) -> jax.Array:
         """One number for each matrix, (matrices), with the leaf's axes, for broadcasting."""
-        return numbers.reshape([n if axis in self.batch_axes else 1 for axis, n in enumerate(self.shape)])
+        return numbers.reshape(
+            [n if axis in self.batch_axes else 1 for axis, n in enumerate(self.shape)]
+        )
 
 
 def layouts(fans: FansOf, params: Params) -> Tree:
     """A tree like `params` of `Layout`s.
 
     Raises:
-        TypeError, ValueError: `fans` is no tree of `Fans` for these parameters, or does not fit a leaf; a leaf of three
-            axes has none.
+        TypeError, ValueError: `fans` is no tree of `Fans` for these parameters, or does not fit a
+            leaf; a leaf of three axes has none.
     """
-    if not jax.tree.leaves(params):  # nothing to lay out, such as the placeholder of optax.tree_map_params
+    if not jax.tree.leaves(
+        params
+    ):  # nothing to lay out, such as the placeholder of optax.tree_map_params
         return params
     given = fans(params) if callable(fans) else fans
     spread: list[tuple[str, Any, tuple[int, ...]]] = []
@@ -162,10 +178,12 @@ def layouts(fans: FansOf, params: Params) -> Tree:
             spread.append((jax.tree_util.keystr((*path, *inner)), each, np.shape(leaf)))
 
     try:
-        jax.tree_util.tree_map_with_path(visit, given, params, is_leaf=lambda node: node is None or _is_fans(node))
+        jax.tree_util.tree_map_with_path(
+            visit, given, params, is_leaf=lambda node: node is None or _is_fans(node)
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"`fans` must be a gnlin.Fans, or a tree of them (None for the default) of the form of the parameters or a "
+            f"`fans` must be a gnlin.width.Fans, or a tree of them (None for the default) of the form of the parameters or a "
             f"prefix of it; got {given!r} for {jax.tree.structure(params)}"
         ) from error
     return jax.tree.unflatten(jax.tree.structure(params), [layout_of(*each) for each in spread])
@@ -176,13 +194,15 @@ def layout_of(name: str, fans: Fans | None, shape: tuple[int, ...]) -> Layout:
     if fans is None:
         if len(shape) == 3:
             raise ValueError(
-                f"`fans` must say what the three axes of {name} are, of shape {shape}: gnlin.Fans(batch_axis=0) for a "
+                f"`fans` must say what the three axes of {name} are, of shape {shape}: gnlin.width.Fans(batch_axis=0) for a "
                 "stack of matrices (in, out), Fans() for the kernel of a one-dimensional convolution, Fans(0, (1, 2)) "
                 "for attention's (in, heads, width), Fans((0, 1), 2) for its output's (heads, width, out)"
             )
         fans = (Fans((), ()), Fans((), -1))[len(shape)] if len(shape) < 2 else Fans()
     if not _is_fans(fans):
-        raise TypeError(f"`fans` must hold gnlin.Fans, or None for the default; got {fans!r} at {name}")
+        raise TypeError(
+            f"`fans` must hold gnlin.width.Fans, or None for the default; got {fans!r} at {name}"
+        )
     try:
         return fans.layout(shape)
     except ValueError as error:
@@ -199,4 +219,6 @@ def _check_distinct(fans: Fans, inputs, outputs, batch, index) -> None:
     if len({*both, *batch, *index}) < len(both) + len(batch) + len(index) or any(
         len(set(axes)) < len(axes) for axes in (inputs, outputs)
     ):
-        raise ValueError(f"`fans` names an axis twice: {fans}. Only an axis of a diagonal map is input and output.")
+        raise ValueError(
+            f"`fans` names an axis twice: {fans}. Only an axis of a diagonal map is input and output."
+        )

@@ -35,8 +35,8 @@ class Contestant:
     Attributes:
         name: what the command line and the records call it.
         summary: one line on what it is.
-        build: (task, options) ↦ method. The options hold the tuned number too, which may be a traced scalar, so that
-            one compilation serves the grid.
+        build: (task, options) ↦ method. The options hold the tuned number too, which may be a
+            traced scalar, so that one compilation serves the grid.
         tuned: name of the tuned number.
         grid: its values, one trial each; or options ↦ values, where they depend on them.
         options: what else can be set.
@@ -61,14 +61,18 @@ class Contestant:
 
 
 def optax_contestant(
-    name: str, make: Callable[[Any], optax.GradientTransformation], grid: tuple[float, ...], *, tuned="learning_rate"
+    name: str,
+    make: Callable[[Any], optax.GradientTransformation],
+    grid: tuple[float, ...],
+    *,
+    tuned="learning_rate",
 ) -> Contestant:
     """A contestant from any Optax transformation.
 
     Args:
         name: what to call it.
-        make: tuned number ↦ transformation; the number may be traced. For a transformation that needs the objective use
-            `Contestant` itself.
+        make: tuned number ↦ transformation; the number may be traced. For a transformation that
+            needs the objective use `Contestant` itself.
         grid: values of the tuned number, one trial each.
         tuned: what the number is.
 

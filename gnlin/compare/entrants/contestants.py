@@ -65,7 +65,11 @@ CONTESTANTS: dict[str, Contestant] = {
             options={"weight_decay": number(1e-2), "batch": batch()},
         ),
         Contestant(
-            "muon", "Muon: orthogonalised momentum (Optax).", optimisers.muon, grid=_RATES, options={"batch": batch()}
+            "muon",
+            "Muon: orthogonalised momentum (Optax).",
+            optimisers.muon,
+            grid=_RATES,
+            options={"batch": batch()},
         ),
         Contestant(
             "lbfgs",
@@ -199,7 +203,11 @@ CONTESTANTS: dict[str, Contestant] = {
             "Damped Gauss-Newton by a Cholesky factorisation over the outputs (somax).",
             peers.somax_egn,
             grid=_AROUND_ONE,
-            options={"damping": number(1.0), "control": one_of("constant", "trust-region"), "batch": batch()},
+            options={
+                "damping": number(1.0),
+                "control": one_of("constant", "trust-region"),
+                "batch": batch(),
+            },
             reason_absent=peers.somax_absent,
             reason_unfit=peers.somax_egn_unfit,
             family="peers",
@@ -261,4 +269,13 @@ CONTESTANTS: dict[str, Contestant] = {
 }
 
 # Who takes part where nobody is named.
-DEFAULT = ("sgd", "adam", "il:period=16", "il:period=256", "il:period=never", "gn", "sgd:batch=full", "lm")
+DEFAULT = (
+    "sgd",
+    "adam",
+    "il:period=16",
+    "il:period=256",
+    "il:period=never",
+    "gn",
+    "sgd:batch=full",
+    "lm",
+)

@@ -40,13 +40,16 @@ class Entry:
         return self.contestant.build(task, {**self.options, self.contestant.tuned: number})
 
 
-def entries_of(words: Sequence[str | Contestant | Entry], sweep: Sweep | None = None) -> list[Entry]:
-    """Entries from words, with every combination of the swept values for those that have the option.
+def entries_of(
+    words: Sequence[str | Contestant | Entry], sweep: Sweep | None = None
+) -> list[Entry]:
+    """Entries from words, with every combination of the swept values for those that have the
+    option.
 
     Args:
-        words: ``name`` or ``name:option=value,...`` or the name of a family (``gnlin``, ``optax``, ``peers``);
-            `Contestant` and `Entry` records stand for themselves. Nothing stands for `DEFAULT`, or, in a sweep, for
-            all members of gnlin that have a swept option.
+        words: ``name`` or ``name:option=value,...`` or the name of a family (``gnlin``, ``optax``,
+            ``peers``); `Contestant` and `Entry` records stand for themselves. Nothing stands for
+            `DEFAULT`, or, in a sweep, for all members of gnlin that have a swept option.
         sweep: option ↦ values.
 
     Raises:
@@ -59,7 +62,9 @@ def entries_of(words: Sequence[str | Contestant | Entry], sweep: Sweep | None = 
     for name in sweep:
         if not any(_has(_contestant(word), name) for word in expanded):
             known = sorted({option for word in expanded for option in _names(_contestant(word))})
-            raise UsageError(f"none of the contestants has an option {name!r} to sweep{_nearest(name, known)}")
+            raise UsageError(
+                f"none of the contestants has an option {name!r} to sweep{_nearest(name, known)}"
+            )
     unique: dict[str, Entry] = {}
     for entry in entries:
         other = unique.setdefault(entry.label, entry)
@@ -79,13 +84,19 @@ def _entry(contestant: Contestant, said: Mapping[str, str]) -> Entry:
     options = {option: form.default for option, form in contestant.options.items()}
     for option, text in said.items():
         if option == contestant.tuned:
-            options[option] = _value(not_negative, text, contestant, option, "a number of at least 0")
+            options[option] = _value(
+                not_negative, text, contestant, option, "a number of at least 0"
+            )
         elif option in contestant.options:
             form = contestant.options[option]
             options[option] = _value(form.parse, text, contestant, option, form.form)
         else:
-            raise UsageError(f"{contestant.name} has no option {option!r}{_nearest(option, _names(contestant))}")
-    grid = (options[contestant.tuned],) if contestant.tuned in options else contestant.values(options)
+            raise UsageError(
+                f"{contestant.name} has no option {option!r}{_nearest(option, _names(contestant))}"
+            )
+    grid = (
+        (options[contestant.tuned],) if contestant.tuned in options else contestant.values(options)
+    )
     return Entry(contestant, options, grid, _label(contestant, options))
 
 
@@ -132,7 +143,9 @@ def _members(word: str | Contestant | Entry) -> list[str | Contestant | Entry]:
 
 def _default_of_sweep(sweep: Sweep) -> list[str]:
     return [
-        name for name, member in CONTESTANTS.items() if member.family == "gnlin" and any(_has(member, n) for n in sweep)
+        name
+        for name, member in CONTESTANTS.items()
+        if member.family == "gnlin" and any(_has(member, n) for n in sweep)
     ]
 
 
@@ -146,7 +159,9 @@ def _known(name: str) -> Contestant:
     if name not in CONTESTANTS:
         families = sorted({contestant.family for contestant in CONTESTANTS.values()})
         if name in families:
-            raise UsageError(f"{name!r} is a family, which takes no options; give them to its members")
+            raise UsageError(
+                f"{name!r} is a family, which takes no options; give them to its members"
+            )
         raise UsageError(f"unknown contestant {name!r}{_nearest(name, [*CONTESTANTS, *families])}")
     return CONTESTANTS[name]
 
@@ -164,7 +179,9 @@ def _pairs(text: str, contestant: Contestant) -> dict[str, str]:
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
         if not equals or not value:
-            raise UsageError(f"{contestant.name}:{text}: write option=value, separated by commas; got {item!r}")
+            raise UsageError(
+                f"{contestant.name}:{text}: write option=value, separated by commas; got {item!r}"
+            )
         pairs[name.strip()] = value.strip()
     return pairs
 

@@ -20,7 +20,8 @@ def predict_with_network(objective: Objective, params: Params, state: Any, batch
 def predict_linearised(objective: Objective, params: Params, state: Any, batch: Batch) -> Outputs:
     """Outputs of the model that the last step trained, linearised where `state` holds an anchor.
 
-    `gnlin.predict` goes over to the next model at the end of a cycle; a comparison judges what was trained.
+    `gnlin.predict` goes over to the next model at the end of a cycle; a comparison judges what was
+    trained.
     """
     try:
         anchor = gnlin.anchor(state)
@@ -37,8 +38,8 @@ class Method(NamedTuple):
         step: (params, state, batch, key) ↦ (params, state).
         predict: (objective, params, state, batch) ↦ outputs of the model being trained.
         cycle: a run ends after a multiple of so many steps, where the budget allows for one.
-        traced: whether `init` and `step` may be traced by `jax.jit`; their work is then counted. Otherwise they are
-            called from Python.
+        traced: whether `init` and `step` may be traced by `jax.jit`; their work is then counted.
+            Otherwise they are called from Python.
         flops: FLOPs of a step that is not traced.
     """
 

@@ -23,7 +23,9 @@ _DENSE_AT_MOST, _FACTORISED_AT_MOST = 1000, 2000
 
 
 def sgd(task: Task, options: Options) -> Method:
-    return from_optax(task.objective, optax.sgd(options["learning_rate"], momentum=options["momentum"]))
+    return from_optax(
+        task.objective, optax.sgd(options["learning_rate"], momentum=options["momentum"])
+    )
 
 
 def adam(task: Task, options: Options) -> Method:
@@ -31,7 +33,9 @@ def adam(task: Task, options: Options) -> Method:
 
 
 def adamw(task: Task, options: Options) -> Method:
-    return from_optax(task.objective, optax.adamw(options["learning_rate"], weight_decay=options["weight_decay"]))
+    return from_optax(
+        task.objective, optax.adamw(options["learning_rate"], weight_decay=options["weight_decay"])
+    )
 
 
 def muon(task: Task, options: Options) -> Method:
@@ -65,7 +69,9 @@ def lbfgs(task: Task, options: Options) -> Method:
 
 _INNER: Mapping[str, Callable[[Options], optax.GradientTransformation]] = {
     "adam": lambda options: optax.adam(options["learning_rate"]),
-    "sgd": lambda options: optax.sgd(options["learning_rate"], momentum=options["momentum"] or None),
+    "sgd": lambda options: optax.sgd(
+        options["learning_rate"], momentum=options["momentum"] or None
+    ),
     "adamw": lambda options: optax.adamw(options["learning_rate"]),
     "muon": lambda options: optax.contrib.muon(options["learning_rate"]),
 }
@@ -87,15 +93,20 @@ def iterative_linearisation(task: Task, options: Options) -> Method:
 
 
 def linearised_while_it_holds(task: Task, options: Options) -> Method:
-    rule = gnlin.RelativeGap(options["gap"], options["patience"], options["every"], options["longest"])
+    rule = gnlin.RelativeGap(
+        options["gap"], options["patience"], options["every"], options["longest"]
+    )
     return from_optax(
-        task.objective, gnlin.iterative_linearisation(_INNER[options["inner"]](options), task.objective, rule)
+        task.objective,
+        gnlin.iterative_linearisation(_INNER[options["inner"]](options), task.objective, rule),
     )
 
 
 def prox_linear(task: Task, options: Options) -> Method:
     inner = _INNER[options["inner"]](options)
-    tx = gnlin.prox_linear(inner, task.objective, options["steps"], loss_model=options["loss_model"])
+    tx = gnlin.prox_linear(
+        inner, task.objective, options["steps"], loss_model=options["loss_model"]
+    )
     return from_optax(task.objective, tx)
 
 
@@ -103,14 +114,18 @@ def _solver(task: Task, options: Options) -> Any:
     small = tree.size(params_shapes(task)) <= _DENSE_AT_MOST
     if options["solver"] == "dense" or (options["solver"] == "auto" and small):
         return gnlin.Dense()
-    return gnlin.CG(max_steps=options["max_steps"], rtol=options["rtol"], warm_start=options["warm_start"])
+    return gnlin.CG(
+        max_steps=options["max_steps"], rtol=options["rtol"], warm_start=options["warm_start"]
+    )
 
 
 def gauss_newton(task: Task, options: Options) -> Method:
     """What `gnlin.gauss_newton` does by itself; the tuned number is the floor of its damping."""
     least, steps = options["damping"], options["max_steps"]
     first: Any = jnp.maximum(least, 1e-2)
-    solver = {"kronecker": gnlin.Kronecker(), "cg": gnlin.CG(steps), "dense": gnlin.Dense()}[options["solver"]]
+    solver = {"kronecker": gnlin.Kronecker(), "cg": gnlin.CG(steps), "dense": gnlin.Dense()}[
+        options["solver"]
+    ]
     tx = gnlin.gauss_newton(
         options["learning_rate"],
         task.objective,
@@ -124,9 +139,14 @@ def gauss_newton(task: Task, options: Options) -> Method:
 def damped_gauss_newton(task: Task, options: Options) -> Method:
     """Full steps; with ``control=decay`` λ falls from 1, since a small λ diverges while the outputs still move far."""
     tuned = options["damping"]
-    schedule = {"decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned), "constant": tuned}
+    schedule = {
+        "decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned),
+        "constant": tuned,
+    }
     damping: Any = schedule[options["control"]]
-    tx = gnlin.gauss_newton(options["learning_rate"], task.objective, damping, solver=_solver(task, options))
+    tx = gnlin.gauss_newton(
+        options["learning_rate"], task.objective, damping, solver=_solver(task, options)
+    )
     return from_optax(task.objective, tx)
 
 
@@ -154,4 +174,6 @@ def too_large_to_factorise(task: Task) -> str | None:
     size = tree.size(params_shapes(task))
     if size <= _FACTORISED_AT_MOST:
         return None
-    return f"it factorises a matrix of {size} columns, one for each parameter, at every step; take lm"
+    return (
+        f"it factorises a matrix of {size} columns, one for each parameter, at every step; take lm"
+    )

@@ -1,7 +1,7 @@
 """Optimisers of other libraries, as they ship, driven through `Method`.
 
-No library is imported before it is asked for. Every step can be traced, so that one compilation serves a grid and work
-is counted from what was compiled and from how its loops turned.
+No library is imported before it is asked for. Every step can be traced, so that one compilation
+serves a grid and work is counted from what was compiled and from how its loops turned.
 """
 
 import functools
@@ -37,7 +37,9 @@ def somax_absent() -> str | None:
 def kfac_absent() -> str | None:
     """Release 0.0.8 runs on JAX up to 0.9.0; its source on GitHub does on later ones, with the same number."""
     source = '"kfac-jax @ git+https://github.com/google-deepmind/kfac-jax"'
-    return _absent("kfac-jax", "kfac_jax", source, f"--force-reinstall --no-deps {source}", _trace_kfac_step)
+    return _absent(
+        "kfac-jax", "kfac_jax", source, f"--force-reinstall --no-deps {source}", _trace_kfac_step
+    )
 
 
 def optimistix_absent() -> str | None:
@@ -56,7 +58,11 @@ def _installed(distribution: str) -> str | None:
 
 
 def _absent(
-    name: str, module: str, source: str = "", upgrade: str = "", attempt: Callable[[], Any] | None = None
+    name: str,
+    module: str,
+    source: str = "",
+    upgrade: str = "",
+    attempt: Callable[[], Any] | None = None,
 ) -> str | None:
     version = _installed(name)
     if version is None:
@@ -84,14 +90,19 @@ def _error(module: str, attempt: Callable[[], Any] | None) -> str | None:
 
 
 def least_squares_unfit(task: Task) -> str | None:
-    return None if task.residuals is not None else f"task {task.name!r} is not least squares: it has no `residuals`"
+    return (
+        None
+        if task.residuals is not None
+        else f"task {task.name!r} is not least squares: it has no `residuals`"
+    )
 
 
 def jaxopt_unfit(task: Task) -> str | None:
-    """Both solvers are unbounded in effect: ten turns for each parameter where single precision does not converge.
+    """Both solvers are unbounded in effect: ten turns for each parameter where single precision
+    does not converge.
 
-    That is hours in one step on a wide network. The first λ, relative to diag JᵀJ, takes the products with all unit
-    vectors at once, and with them the memory.
+    That is hours in one step on a wide network. The first λ, relative to diag JᵀJ, takes the
+    products with all unit vectors at once, and with them the memory.
     """
     if reason := least_squares_unfit(task):
         return reason
@@ -124,8 +135,15 @@ def _softmax_unfit(task: Task) -> str | None:
     """The loss itself is tried."""
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), task.train)
     outputs, labels = _output_shapes(task), batch.get("y") if isinstance(batch, Mapping) else None
-    if getattr(outputs, "ndim", 0) == 2 and labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu":
-        logits = jax.random.normal(jax.random.key(0), (len(labels), outputs.shape[1]), outputs.dtype)
+    if (
+        getattr(outputs, "ndim", 0) == 2
+        and labels is not None
+        and labels.ndim == 1
+        and labels.dtype.kind in "iu"
+    ):
+        logits = jax.random.normal(
+            jax.random.key(0), (len(labels), outputs.shape[1]), outputs.dtype
+        )
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         if jnp.allclose(task.objective.loss_of(logits, batch), expected, rtol=1e-4):
             return None
@@ -138,7 +156,9 @@ def _examples(task: Task) -> int:
 
 def _output_shapes(task: Task) -> Any:
     """Of the residuals, where there are any."""
-    model = task.residuals or (lambda params, batch: task.objective.outputs_and_aux(params, batch)[0])
+    model = task.residuals or (
+        lambda params, batch: task.objective.outputs_and_aux(params, batch)[0]
+    )
     return jax.eval_shape(model, params_shapes(task), batch_shapes(task, _examples(task)))
 
 
@@ -158,8 +178,8 @@ def somax_sgn(task: Task, options: Options) -> Method:
 def somax_egn(task: Task, options: Options) -> Method:
     """Damped Gauss-Newton by a Cholesky factorisation with a row for each output of the batch.
 
-    On softmax, version 1.0.1 does not solve the Gauss-Newton system: of the factors LLᵀ of the curvature of the loss it
-    puts LᵀL in its place. Its steps on squared loss are exact.
+    On softmax, version 1.0.1 does not solve the Gauss-Newton system: of the factors LLᵀ of the
+    curvature of the loss it puts LᵀL in its place. Its steps on squared loss are exact.
     """
     return _somax("egn", task, options)
 
@@ -167,7 +187,10 @@ def somax_egn(task: Task, options: Options) -> Method:
 def _somax(name: str, task: Task, options: Options, **solver: Any) -> Method:
     """All residuals r, M of them, become one regression of √M r on zero, whose loss is ½ mean over M: ½ Σ r²."""
     somax = importlib.import_module("somax")
-    squared, adapts = task.residuals is not None, options.get("control", "constant") == "trust-region"
+    squared, adapts = (
+        task.residuals is not None,
+        options.get("control", "constant") == "trust-region",
+    )
 
     def predict(params, batch):
         if not task.residuals:
@@ -201,10 +224,11 @@ _DAMPING_PERIOD = 5  # its default
 
 
 def kfac(task: Task, options: Options) -> Method:
-    """K-FAC that adapts damping, momentum and learning rate as in its README, without burn-in; tuned: first damping.
+    """K-FAC that adapts damping, momentum and learning rate as in its README, without burn-in;
+    tuned: first damping.
 
-    Of the count of steps, which it wants in Python, it uses only whether damping is due: a conditional between two
-    staged steps can be traced.
+    Of the count of steps, which it wants in Python, it uses only whether damping is due: a
+    conditional between two staged steps can be traced.
     """
     kfac_jax = importlib.import_module("kfac_jax")
 
@@ -226,13 +250,17 @@ def kfac(task: Task, options: Options) -> Method:
         return state
 
     def step(params, state, batch, key):
-        jax.eval_shape(optimizer.init, params, key, batch)  # finds the layers, for an instance whose `init` is not used
+        jax.eval_shape(
+            optimizer.init, params, key, batch
+        )  # finds the layers, for an instance whose `init` is not used
 
         def staged(count, params, state):
             return optimizer.step(params, state, key, batch=batch, global_step_int=count)[:2]
 
         due = (state.step_counter + 1) % _DAMPING_PERIOD == 0
-        branches = [functools.partial(staged, count) for count in (_DAMPING_PERIOD - 1, _DAMPING_PERIOD)]
+        branches = [
+            functools.partial(staged, count) for count in (_DAMPING_PERIOD - 1, _DAMPING_PERIOD)
+        ]
         return jax.lax.cond(due, *branches, params, state)
 
     return Method(init, step)
@@ -260,7 +288,9 @@ def _trace_kfac_step() -> None:
 
     def first_step(params, batch, key):
         optimizer = _kfac_optimizer(loss)
-        return optimizer.step(params, optimizer.init(params, key, batch), key, batch=batch, global_step_int=0)[0]
+        return optimizer.step(
+            params, optimizer.init(params, key, batch), key, batch=batch, global_step_int=0
+        )[0]
 
     jax.eval_shape(first_step, jnp.zeros((2, 1)), jnp.zeros((3, 2)), jax.random.key(0))
 
@@ -291,7 +321,9 @@ def optimistix_lm(task: Task, options: Options) -> Method:
 
     def start(state):
         return equinox.tree_at(
-            lambda state: state.search_state.step_size, state, jnp.asarray(1 / options["damping"], float)
+            lambda state: state.search_state.step_size,
+            state,
+            jnp.asarray(1 / options["damping"], float),
         )
 
     return _optimistix(task, solver, start)
@@ -304,10 +336,18 @@ def _is_dense(options: Options, small: bool) -> bool:
 def _linear_solver(options: Options, dense: bool) -> Any:
     """QR, or conjugate gradients on the normal equations, or on JJᵀ where residuals are fewer than unknowns."""
     lineax = importlib.import_module("lineax")
-    limits = {"rtol": options.get("rtol", 1e-3), "atol": 1e-8, "max_steps": options.get("max_steps", 100)}
+    limits = {
+        "rtol": options.get("rtol", 1e-3),
+        "atol": 1e-8,
+        "max_steps": options.get("max_steps", 100),
+    }
     if dense:
         return lineax.QR()
-    return lineax.Normal(lineax.CG(**limits)) if hasattr(lineax, "Normal") else lineax.NormalCG(**limits)
+    return (
+        lineax.Normal(lineax.CG(**limits))
+        if hasattr(lineax, "Normal")
+        else lineax.NormalCG(**limits)
+    )
 
 
 def _optimistix(
@@ -331,7 +371,8 @@ def _optimistix(
         return equinox.filter(begin(params, batch), equinox.is_array)
 
     def step(params, state, batch, key):
-        # Functions in its state do not pass through a compiled loop; those of any first state are the same.
+        # Functions in its state do not pass through a compiled loop; those of any first state are
+        # the same.
         shapes = equinox.filter_eval_shape(begin, params, batch)
         functions = equinox.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
         state = equinox.combine(state, functions)
@@ -356,7 +397,9 @@ def jaxopt_lm(task: Task, options: Options) -> Method:
 
 def _jaxopt(name: str, task: Task, options: Options, **settings: Any) -> Method:
     """It wants parameters and residuals as vectors."""
-    unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params_shapes(task)))[1]
+    unravel = ravel_pytree(
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params_shapes(task))
+    )[1]
     residuals: Any = task.residuals
 
     def flat_residuals(flat, batch):
@@ -367,7 +410,9 @@ def _jaxopt(name: str, task: Task, options: Options, **settings: Any) -> Method:
     def init(params, batch, key):
         flat = ravel_pytree(params)[0]
         state = solver.init_state(flat, batch)
-        later = jax.eval_shape(solver.update, flat, state, batch).state  # its first state has other dtypes
+        later = jax.eval_shape(
+            solver.update, flat, state, batch
+        ).state  # its first state has other dtypes
         return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), state, later)
 
     def step(params, state, batch, key):

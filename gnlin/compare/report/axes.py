@@ -11,11 +11,14 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from gnlin.compare.report.summary import Row, TaskFacts
 
 
-def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float], rows: Sequence[Row]) -> None:
+def value_axis(
+    axes: Axes, name: str, facts: TaskFacts, values: Sequence[float], rows: Sequence[Row]
+) -> None:
     """Scale and limits for `values`, and a line at the target or at what counts as solved.
 
-    What should be low has a logarithmic axis, and so, in what is missing to 100, has a percentage that reaches 90.
-    Values far worse than where training began do not stretch the axis: they are drawn at its edge.
+    What should be low has a logarithmic axis, and so, in what is missing to 100, has a percentage
+    that reaches 90. Values far worse than where training began do not stretch the axis: they are
+    drawn at its edge.
     """
     word, reference = ("target", facts.target) if name == "loss" else ("solved", facts.solved)
     known = np.asarray([reference, *filter(math.isfinite, values)])
@@ -31,7 +34,10 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
     elif not low_is_good and facts.quality_name.endswith("%") and 90 <= high <= 100:
         axes.set_yscale("function", functions=(_shortfall, _per_cent))
         margin = 0.06 * (_shortfall(high) - _shortfall(low)) + 0.02
-        low, high = _per_cent(_shortfall(low) - margin), min(100.0, _per_cent(_shortfall(high) + margin))
+        low, high = (
+            _per_cent(_shortfall(low) - margin),
+            min(100.0, _per_cent(_shortfall(high) + margin)),
+        )
         axes.set_ylim(low, high)
         axes.set_yticks(ticks := _ticks(low, high), [f"{tick:g}" for tick in ticks])
     else:
@@ -41,8 +47,14 @@ def value_axis(axes: Axes, name: str, facts: TaskFacts, values: Sequence[float],
         axes.set_ylim(low - margin, high + margin)
     axes.axhline(reference, color="black", linewidth=0.8, linestyle=(0, (1, 1.5)))
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
-    place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 2.5), "textcoords": "offset points"}
-    axes.annotate(f"{word} {reference:g}", (0.01, reference), **place, fontsize=6.5, bbox=box, zorder=1)
+    place = {
+        "xycoords": axes.get_yaxis_transform(),
+        "xytext": (0, 2.5),
+        "textcoords": "offset points",
+    }
+    axes.annotate(
+        f"{word} {reference:g}", (0.01, reference), **place, fontsize=6.5, bbox=box, zorder=1
+    )
     axes.set_ylabel(plain("training loss" if name == "loss" else f"held-out {facts.quality_name}"))
 
 
@@ -72,8 +84,31 @@ def _ticks(low: float, high: float) -> list[float]:
     """Round percentages, the roundest first, as many as `_shortfall` has room for."""
     apart = 0.07 * (_shortfall(high) - _shortfall(low))
     ticks: list[float] = []
-    for tick in (100, 0, 90, 99, 50, 98, 95, 99.5, 80, 97, 70, 96, 60, 40, 20, 92, 85, 99.8, 98.5, 97.5):
-        if low <= tick <= high and all(abs(_shortfall(tick) - _shortfall(other)) >= apart for other in ticks):
+    for tick in (
+        100,
+        0,
+        90,
+        99,
+        50,
+        98,
+        95,
+        99.5,
+        80,
+        97,
+        70,
+        96,
+        60,
+        40,
+        20,
+        92,
+        85,
+        99.8,
+        98.5,
+        97.5,
+    ):
+        if low <= tick <= high and all(
+            abs(_shortfall(tick) - _shortfall(other)) >= apart for other in ticks
+        ):
             ticks.append(tick)
     between = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     return sorted(ticks) if len(ticks) > 1 else between

@@ -88,9 +88,15 @@ def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> 
     for row in rows:
         absent = "-" if row.failed == len(row.records) else "not\nreached"
         compiling = f"\n+ {row.compile_seconds:.1f}" if math.isfinite(row.compile_seconds) else ""
-        begun = f"\n{_count(len(row.records), 'seed')} so far" if len(row.records) < seeds and not row.failed else ""
+        begun = (
+            f"\n{_count(len(row.records), 'seed')} so far"
+            if len(row.records) < seeds and not row.failed
+            else ""
+        )
         view.add_row(
-            Text(f"{breakable(row.label)}\n{describe(row.chosen)}{' *' if row.at_edge else ''}{begun}"),
+            Text(
+                f"{breakable(row.label)}\n{describe(row.chosen)}{' *' if row.at_edge else ''}{begun}"
+            ),
             _cell(row.loss, small, "failed" if row.failed else "diverged"),
             _cell(row.quality, like(row.quality.mean), "-"),
             _cell(row.network_quality, like(row.quality.mean), "-"),
@@ -106,12 +112,18 @@ def terminal(rows: Sequence[Row], task: TaskFacts, seeds: int | None = None) -> 
 
 def describe(setting: Mapping[str, float]) -> str:
     """``lr 0.01``."""
-    return ", ".join(f"{'lr' if name == 'learning_rate' else words(name)} {v:g}" for name, v in setting.items())
+    return ", ".join(
+        f"{'lr' if name == 'learning_rate' else words(name)} {v:g}" for name, v in setting.items()
+    )
 
 
 def trouble(row: Row) -> str:
     """How many runs of a row diverged and failed, and why the first did."""
-    parts = [f"{count} {verb}" for count, verb in ((row.diverged, "diverged"), (row.failed, "failed")) if count]
+    parts = [
+        f"{count} {verb}"
+        for count, verb in ((row.diverged, "diverged"), (row.failed, "failed"))
+        if count
+    ]
     counts = f"of {_count(len(row.records), 'run')} {' and '.join(parts)}"
     return f"{counts}: {row.reason}" if row.reason else counts
 
@@ -149,15 +161,21 @@ def _count(number: int, what: str) -> str:
 # Files.
 
 
-def save_csv(directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFacts]) -> list[Path]:
-    """``rows.csv``, a line for each row of the tables; ``runs.csv``, for each run; ``curves.csv``, for each evaluation.
+def save_csv(
+    directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFacts]
+) -> list[Path]:
+    """``rows.csv``, a line for each row of the tables; ``runs.csv``, for each run; ``curves.csv``,
+    for each evaluation.
 
     ``run`` numbers the runs of the last two. What there is no number for is an empty field.
     """
     rows = summarise(records, tasks)
     chosen = {id(record) for row in rows for record in row.records}
     table = [_row_line(row) for row in rows]
-    runs = [_run_line(number, r, tasks[r["task"]].target, id(r) in chosen) for number, r in enumerate(records)]
+    runs = [
+        _run_line(number, r, tasks[r["task"]].target, id(r) in chosen)
+        for number, r in enumerate(records)
+    ]
     curves = (
         {"run": number, **_identity(record), **dict(zip(CURVES, values, strict=True))}
         for number, record in enumerate(records)
@@ -173,13 +191,21 @@ def _save(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
         for number, line in enumerate(lines):
             if number == 0:
                 writer.writerow(line)
-            writer.writerow(["" if isinstance(v, float) and not math.isfinite(v) else v for v in line.values()])
+            writer.writerow(
+                ["" if isinstance(v, float) and not math.isfinite(v) else v for v in line.values()]
+            )
     return path
 
 
 def _identity(record: Record) -> dict[str, Any]:
     name, value = tuned(record)
-    values = [*(record[key] for key in _RUN[:3]), json.dumps(record["options"]), name, value, record["seed"]]
+    values = [
+        *(record[key] for key in _RUN[:3]),
+        json.dumps(record["options"]),
+        name,
+        value,
+        record["seed"],
+    ]
     return dict(zip(_RUN, values, strict=True))
 
 
@@ -194,7 +220,12 @@ def _row_line(row: Row) -> dict[str, Any]:
         )
         for part in ("mean", "deviation", "count")
     }
-    counts = {"runs": len(row.records), "solved": row.solved, "diverged": row.diverged, "failed": row.failed}
+    counts = {
+        "runs": len(row.records),
+        "solved": row.solved,
+        "diverged": row.diverged,
+        "failed": row.failed,
+    }
     rest = {"compile_seconds": row.compile_seconds, "reason": row.reason}
     return {**identity, "at_edge": row.at_edge, **counts, **spreads, **rest}
 
@@ -205,7 +236,10 @@ def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[
         "run": number,
         **_identity(record),
         "chosen": chosen,
-        **{key: record[key] for key in ("status", "reason", "work", "steps", "seconds", "compile_seconds")},
+        **{
+            key: record[key]
+            for key in ("status", "reason", "work", "steps", "seconds", "compile_seconds")
+        },
         "cost_per_step": record["cost_per_step"],
         "spent": curve["cost"][-1] if curve["cost"] else math.nan,
         **{f"final_{name}": final(record, name) for name in _ENDS},
@@ -220,7 +254,8 @@ def _run_line(number: int, record: Record, target: float, chosen: bool) -> dict[
 
 
 def write(directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFacts]) -> Path:
-    """DIR/report.html, one page that needs nothing else, and beside it DIR/figures and the CSV files.
+    """DIR/report.html, one page that needs nothing else, and beside it DIR/figures and the CSV
+    files.
 
     Args:
         directory: where they go; made if need be.
@@ -238,7 +273,9 @@ def write(directory: Path, records: Sequence[Record], tasks: Mapping[str, TaskFa
         {
             "task": tasks[name],
             "rows": (own := [row for row in rows if row.task == name]),
-            "pictures": [_embed(picture, directory, name) for picture in pictures(own, tasks[name])],
+            "pictures": [
+                _embed(picture, directory, name) for picture in pictures(own, tasks[name])
+            ],
             "incomplete": [group for group in undone if group.task == name],
             "trouble": _troubles([record for record in records if record["task"] == name]),
         }
@@ -272,11 +309,16 @@ def _embed(picture: Picture, directory: Path, task: str) -> dict[str, Any]:
     """Save a figure as PNG and SVG; the SVG as a data URI."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{task}-{picture.name}")
     drawn = io.BytesIO()
-    # The same records give the same files: no date, and identifiers that depend on the contents alone.
+    # The same records give the same files: no date, and identifiers that depend on the contents
+    # alone.
     with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "path"}):
         looks = {"bbox_inches": "tight", "pad_inches": 0.05}
-        picture.figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None}, **looks)
-        picture.figure.savefig(directory / "figures" / f"{stem}.png", dpi=150, metadata={"Software": None}, **looks)
+        picture.figure.savefig(
+            drawn, format="svg", metadata={"Date": None, "Creator": None}, **looks
+        )
+        picture.figure.savefig(
+            directory / "figures" / f"{stem}.png", dpi=150, metadata={"Software": None}, **looks
+        )
     (directory / "figures" / f"{stem}.svg").write_bytes(drawn.getvalue())
     source = f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
     return {"picture": picture, "source": source, "files": f"figures/{stem}"}
@@ -297,8 +339,13 @@ def _troubles(records: Iterable[Record]) -> list[dict[str, Any]]:
     for record in records:
         if not finished(record):
             key = (record["label"], record["status"], record["reason"])
-            found.setdefault(key, []).append(f"{describe(record['setting'])}, seed {record['seed']}".lstrip(", "))
-    return [{"label": key[0], "status": key[1], "reason": key[2], "runs": runs} for key, runs in found.items()]
+            found.setdefault(key, []).append(
+                f"{describe(record['setting'])}, seed {record['seed']}".lstrip(", ")
+            )
+    return [
+        {"label": key[0], "status": key[1], "reason": key[2], "runs": runs}
+        for key, runs in found.items()
+    ]
 
 
 def _with_breaks(label: str) -> Markup:
@@ -318,5 +365,8 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 def _differing(environments: Sequence[Mapping[str, Any]]) -> list[str]:
     """``jax 0.10.2, 0.12.0`` for what is not the same in all of them."""
     names = dict.fromkeys(name for environment in environments for name in environment)
-    values = {name: _distinct(str(environment.get(name, "unknown")) for environment in environments) for name in names}
+    values = {
+        name: _distinct(str(environment.get(name, "unknown")) for environment in environments)
+        for name in names
+    }
     return [f"{name} {', '.join(known)}" for name, known in values.items() if len(known) > 1]

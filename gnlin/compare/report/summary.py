@@ -57,10 +57,11 @@ def tuned(record: Record) -> tuple[str, float]:
 
 
 def reached(record: Record, target: float) -> int | None:
-    """Index in the curve from which the loss stays at or below `target` until the run ends; `None` where it does not.
+    """Index in the curve from which the loss stays at or below `target` until the run ends; `None`
+    where it does not.
 
-    A first touch would do for full-batch descent. It says little of a loss that jumps up again, as it does when an
-    anchor moves. A run that diverges or fails has reached nothing.
+    A first touch would do for full-batch descent. It says little of a loss that jumps up again, as
+    it does when an anchor moves. A run that diverges or fails has reached nothing.
     """
     losses = record["curve"]["loss"] if finished(record) else []
     index = len(losses)
@@ -72,9 +73,9 @@ def reached(record: Record, target: float) -> int | None:
 def choose(trials: Sequence[Record], target: float) -> Record:
     """The best of `trials`, one for each setting, all on one seed.
 
-    The fewest gradient-equivalents to reach the target (for good, see `reached`); where no setting reaches it, the
-    lowest final training loss, which also breaks ties. Runs that diverged or failed come last. One rule for every
-    contestant; held-out data takes no part.
+    The fewest gradient-equivalents to reach the target (for good, see `reached`); where no setting
+    reaches it, the lowest final training loss, which also breaks ties. Runs that diverged or failed
+    come last. One rule for every contestant; held-out data takes no part.
     """
 
     def badness(record: Record) -> tuple[float, float, bool]:
@@ -133,7 +134,11 @@ class Row:
     @property
     def chosen(self) -> Mapping[str, float]:
         """What was tuned; nothing where the number was said, or where no run could be made."""
-        return {} if self.failed == len(self.records) or self.options.keys() >= self.setting.keys() else self.setting
+        return (
+            {}
+            if self.failed == len(self.records) or self.options.keys() >= self.setting.keys()
+            else self.setting
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +153,14 @@ class Incomplete:
 
 
 def summarise(records: Sequence[Record], tasks: Mapping[str, TaskFacts]) -> list[Row]:
-    """One row for each group (task, contestant, options) whose trials are complete, in order of appearance.
+    """One row for each group (task, contestant, options) whose trials are complete, in order of
+    appearance.
 
     Seeds that are not there yet are left out. Of a run that was done twice the later record counts.
     """
-    return [_row(group, tasks[group[0]["task"]]) for group in _groups(records) if not _missing(group)]
+    return [
+        _row(group, tasks[group[0]["task"]]) for group in _groups(records) if not _missing(group)
+    ]
 
 
 def incomplete(records: Sequence[Record]) -> list[Incomplete]:
@@ -167,7 +175,9 @@ def incomplete(records: Sequence[Record]) -> list[Incomplete]:
 def _groups(records: Sequence[Record]) -> list[list[Record]]:
     groups: dict[tuple, dict[tuple, Record]] = {}
     for record in records:
-        group = groups.setdefault((record["task"], record["contestant"], _key(record["options"])), {})
+        group = groups.setdefault(
+            (record["task"], record["contestant"], _key(record["options"])), {}
+        )
         group[_key(record["setting"]), record["seed"]] = record
     return [list(group.values()) for group in groups.values()]
 
@@ -175,7 +185,10 @@ def _groups(records: Sequence[Record]) -> list[list[Record]]:
 def _key(options: Mapping[str, Any]) -> tuple:
     """Equal for equal options, whatever their order; 1 and 1.0 are equal."""
     hashable = (int, float, str, type(None))
-    return tuple((name, v if isinstance(v := options[name], hashable) else repr(v)) for name in sorted(options))
+    return tuple(
+        (name, v if isinstance(v := options[name], hashable) else repr(v))
+        for name in sorted(options)
+    )
 
 
 def _missing(group: Sequence[Record]) -> tuple[float, ...]:
@@ -190,7 +203,9 @@ def _row(group: Sequence[Record], task: TaskFacts) -> Row:
     trials = [r for r in group if r["seed"] == 0 and (tuned(r)[1] in newest or not newest)]
     trials.sort(key=lambda record: tuned(record)[1])
     chosen = choose(trials, task.target)
-    records = sorted((r for r in group if r["setting"] == chosen["setting"]), key=lambda record: record["seed"])
+    records = sorted(
+        (r for r in group if r["setting"] == chosen["setting"]), key=lambda record: record["seed"]
+    )
     unfinished = [record for record in records if not finished(record)]
 
     def over(name: str) -> Spread:
@@ -199,7 +214,9 @@ def _row(group: Sequence[Record], task: TaskFacts) -> Row:
     def at_target(name: str) -> Spread:
         indices = [reached(record, task.target) for record in records]
         pairs = zip(records, indices, strict=True)
-        return Spread.over([None if index is None else record["curve"][name][index] for record, index in pairs])
+        return Spread.over(
+            [None if index is None else record["curve"][name][index] for record, index in pairs]
+        )
 
     return Row(
         task=task.name,
@@ -218,7 +235,9 @@ def _row(group: Sequence[Record], task: TaskFacts) -> Row:
         seconds=at_target("seconds"),
         solved=sum(task.is_solved(final(record, "quality")) for record in records),
         # Runs of a group may share one compilation, which the first of them then pays for.
-        compile_seconds=max((s for r in group if math.isfinite(s := r["compile_seconds"])), default=math.nan),
+        compile_seconds=max(
+            (s for r in group if math.isfinite(s := r["compile_seconds"])), default=math.nan
+        ),
         diverged=sum(record["status"] == "diverged" for record in records),
         failed=sum(record["status"] == "failed" for record in records),
         reason=next((record["reason"] for record in unfinished if record["reason"]), ""),
@@ -246,15 +265,20 @@ class Band:
     high: np.ndarray
 
 
-def band(records: Sequence[Record], against: str, name: str, worst: float, points: int) -> Band | None:
-    """Median and range of the curves `name` of several runs, each interpolated linearly to the same places.
+def band(
+    records: Sequence[Record], against: str, name: str, worst: float, points: int
+) -> Band | None:
+    """Median and range of the curves `name` of several runs, each interpolated linearly to the same
+    places.
 
-    The places are evaluations of the run with the median end, at most `points` of them, evenly on a logarithmic axis.
-    After a run has diverged or failed it counts as `worst`; one that has finished keeps its last value. `None` where
-    nothing was recorded.
+    The places are evaluations of the run with the median end, at most `points` of them, evenly on a
+    logarithmic axis. After a run has diverged or failed it counts as `worst`; one that has finished
+    keeps its last value. `None` where nothing was recorded.
     """
     curves = [record["curve"] for record in records]
-    ends = sorted((curve[against][-1], number) for number, curve in enumerate(curves) if curve["step"])
+    ends = sorted(
+        (curve[against][-1], number) for number, curve in enumerate(curves) if curve["step"]
+    )
     if not ends:
         return None
     across = np.asarray(curves[ends[len(ends) // 2][1]][against], float)
@@ -301,38 +325,66 @@ class Line:
 
 
 def sweeps(rows: Sequence[Row], option: str, least: int = 3) -> list[Line]:
-    """One line for each contestant, and each choice of its other options, that has `least` values of `option` or more.
+    """One line for each contestant, and each choice of its other options, that has `least` values
+    of `option` or more.
 
     A ``period`` of `None` is ``math.inf``; other values that are no numbers are left out.
     """
     families: dict[tuple, list[tuple[float, Row]]] = {}
     for row in rows:
-        value = math.inf if option == "period" and row.options.get(option, 0) is None else row.options.get(option)
+        value = (
+            math.inf
+            if option == "period" and row.options.get(option, 0) is None
+            else row.options.get(option)
+        )
         if isinstance(value, int | float) and not isinstance(value, bool):
-            families.setdefault((row.contestant, _key(_without(row.options, option))), []).append((float(value), row))
+            families.setdefault((row.contestant, _key(_without(row.options, option))), []).append(
+                (float(value), row)
+            )
     lines = []
     for family in families.values():
         if len(family) >= least:
             first = family[0][1]
-            points = sorted((Point(v, row.setting, row.records) for v, row in family), key=lambda point: point.value)
-            lines.append(Line(_label_without(first.label, option), _without(first.options, option), tuple(points)))
+            points = sorted(
+                (Point(v, row.setting, row.records) for v, row in family),
+                key=lambda point: point.value,
+            )
+            lines.append(
+                Line(
+                    _label_without(first.label, option),
+                    _without(first.options, option),
+                    tuple(points),
+                )
+            )
     return lines
 
 
 def swept(rows: Sequence[Row]) -> list[str]:
     """Options of which some contestant has enough values for a line."""
-    return [option for option in dict.fromkeys(name for row in rows for name in row.options) if sweeps(rows, option)]
+    return [
+        option
+        for option in dict.fromkeys(name for row in rows for name in row.options)
+        if sweeps(rows, option)
+    ]
 
 
 def moving_metrics(lines: Sequence[Line]) -> list[str]:
     """Metrics of the last state that are not the same all along each of the lines; ages but say when the run ended."""
-    ways = [[record for point in line.points for record in point.records if finished(record)] for line in lines]
-    names = dict.fromkeys(name for records in ways for record in records for name in record.get("metrics", {}))
+    ways = [
+        [record for point in line.points for record in point.records if finished(record)]
+        for line in lines
+    ]
+    names = dict.fromkeys(
+        name for records in ways for record in records for name in record.get("metrics", {})
+    )
     return [
         name
         for name in names
         if not name.endswith("/age")
-        and any(len({value for r in records if math.isfinite(value := final(r, name))}) > 1 for records in ways)
+        and any(
+            len({value for r in records if math.isfinite(value := final(r, name))}) > 1
+            for records in ways
+        )
     ]
 
 
@@ -343,33 +395,41 @@ def tuning_line(row: Row) -> Line:
 
 
 def damping_lines(rows: Sequence[Row]) -> list[Line]:
-    """Lines along a λ that is constant: sweeps of an option ``damping``, and the trials of contestants that tune it.
+    """Lines along a λ that is constant: sweeps of an option ``damping``, and the trials of
+    contestants that tune it.
 
     A λ that is only the first or the last of a run has no place among them.
     """
     rows = [row for row in rows if row.options.get("control") == "constant"]
-    by_trials = [tuning_line(row) for row in rows if "damping" in row.setting and len(row.trials) >= 3]
+    by_trials = [
+        tuning_line(row) for row in rows if "damping" in row.setting and len(row.trials) >= 3
+    ]
     return sweeps(rows, "damping") + by_trials
 
 
 def as_damping(line: Line) -> Line | None:
-    """A line along K put at λ = 1/(ηK), in the order of K; η is the learning rate chosen at that K, over 1 − momentum.
+    """A line along K put at λ = 1/(ηK), in the order of K; η is the learning rate chosen at that K,
+    over 1 − momentum.
 
-    `None` for inner optimisers other than gradient descent, whose steps have no such λ. Never (K = ∞, λ = 0) is left
-    out, for an axis of λ is logarithmic.
+    `None` for inner optimisers other than gradient descent, whose steps have no such λ. Never (K =
+    ∞, λ = 0) is left out, for an axis of λ is logarithmic.
     """
     if line.options.get("inner") != "sgd":
         return None
     points = []
     for point in line.points:
-        rate, rest = {**line.options, **point.setting}.get("learning_rate", 0), 1 - (line.options.get("momentum") or 0)
+        rate, rest = (
+            {**line.options, **point.setting}.get("learning_rate", 0),
+            1 - (line.options.get("momentum") or 0),
+        )
         if point.value < math.inf and rate > 0 and rest > 0:
             points.append(dataclasses.replace(point, value=rest / (rate * point.value)))
     return dataclasses.replace(line, points=tuple(points)) if points else None
 
 
 def thinned(rows: Sequence[Row], target: float, most: int) -> list[Row]:
-    """At most `most` rows: where there are more, of each sweep the default, the best on seed 0, and the ends.
+    """At most `most` rows: where there are more, of each sweep the default, the best on seed 0, and
+    the ends.
 
     The ends go too where that is not enough.
     """
@@ -378,8 +438,16 @@ def thinned(rows: Sequence[Row], target: float, most: int) -> list[Row]:
         for option in swept(rows):
             for line in sweeps(kept, option) if len(kept) > most else ():
                 best = choose([point.records[0] for point in line.points], target)
-                inner = [id(p.records) for p in line.points[spared : -spared or None] if p.records[0] is not best]
-                kept = [row for row in kept if row.label == row.contestant or id(row.records) not in inner]
+                inner = [
+                    id(p.records)
+                    for p in line.points[spared : -spared or None]
+                    if p.records[0] is not best
+                ]
+                kept = [
+                    row
+                    for row in kept
+                    if row.label == row.contestant or id(row.records) not in inner
+                ]
     return kept[:most]
 
 

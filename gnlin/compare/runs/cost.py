@@ -1,13 +1,15 @@
-"""Work, in FLOPs of compiled programs; the comparison's unit is one gradient on one mini-batch of the task.
+"""Work, in FLOPs of compiled programs; the comparison's unit is one gradient on one mini-batch of
+the task.
 
-Clocks are noisy and differ between machines; the count does not. Two kinds of work are missing from what XLA counts,
-and are added here:
+Clocks are noisy and differ between machines; the count does not. Two kinds of work are missing from
+what XLA counts, and are added here:
 
-* of a loop it counts the body once. Loops of a known length (`jax.lax.scan`, and `fori_loop` between constants) are
-  found in the jaxpr and their other turns added;
+* of a loop it counts the body once. Loops of a known length (`jax.lax.scan`, and `fori_loop`
+  between constants) are found in the jaxpr and their other turns added;
 * of factorisations, which LAPACK does, it counts nothing. The textbook's leading terms are added.
 
-Of a branch it counts the dearest. What loops and branches do that depend on the data is for `meter`.
+Of a branch it counts the dearest. What loops and branches do that depend on the data is for
+`meter`.
 """
 
 import math
@@ -41,7 +43,9 @@ def compiled_flops(closed: Any) -> float:
         analysis = jax.jit(jaxpr_as_fun(closed)).lower(*shapes).compile().cost_analysis()
         # Older versions of JAX return one dictionary for each computation.
         analysis = analysis[0] if isinstance(analysis, list) else analysis
-        _COUNTED[text] = max((analysis or {}).get("flops", 0.0), 0.0)  # below zero: not known, of a lone LAPACK call
+        _COUNTED[text] = max(
+            (analysis or {}).get("flops", 0.0), 0.0
+        )  # below zero: not known, of a lone LAPACK call
     return _COUNTED[text]
 
 
@@ -58,7 +62,9 @@ def params_shapes(task: Task) -> Params:
 def batch_shapes(task: Task, examples: int) -> Batch:
     if task.batch_size is None:  # all of it, and its leaves may be of different lengths
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), task.train)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((examples, *leaf.shape[1:]), leaf.dtype), task.train)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((examples, *leaf.shape[1:]), leaf.dtype), task.train
+    )
 
 
 # What XLA does not see.
@@ -90,7 +96,9 @@ def live_equations(jaxpr: Any) -> list[Any]:
     found = []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or not wanted.isdisjoint(equation.outvars):
-            wanted.update(variable for variable in equation.invars if not isinstance(variable, Literal))
+            wanted.update(
+                variable for variable in equation.invars if not isinstance(variable, Literal)
+            )
             found.append(equation)
     return found[::-1]
 
@@ -129,7 +137,8 @@ def _triangular_solve(equation: Any) -> float:
     return count * n * math.prod(equation.invars[1].aval.shape[-2:])
 
 
-# Leading terms as Golub and Van Loan give them (Matrix Computations, 4th edition). `qr` makes the factor Q as well.
+# Leading terms as Golub and Van Loan give them (Matrix Computations, 4th edition). `qr` makes the
+# factor Q as well.
 _LAPACK: dict[str, Callable[[Any], float]] = {
     "geqrf": _householder,
     "geqp3": _householder,

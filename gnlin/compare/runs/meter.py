@@ -1,9 +1,9 @@
 """Work that depends on the data, counted while it is done.
 
-`cost` counts a function as if each loop turned once and each branch were the dearest. A metered function computes the
-same as before and says how many FLOPs to add: for a loop that turned t times t − 1 times its body and t times its
-condition, for a branch taken what it costs less than the dearest. So no optimiser has to tell how its conjugate
-gradients or line searches went.
+`cost` counts a function as if each loop turned once and each branch were the dearest. A metered
+function computes the same as before and says how many FLOPs to add: for a loop that turned t times
+t − 1 times its body and t times its condition, for a branch taken what it costs less than the
+dearest. So no optimiser has to tell how its conjugate gradients or line searches went.
 """
 
 import functools
@@ -14,8 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from gnlin.compare.runs.cost import compiled_flops, inner_jaxprs, jaxpr_flops, live_equations, unseen_flops
-from gnlin.structure.layers import CALLS, apply_equation, split_scan
+from gnlin.compare.runs.cost import (
+    compiled_flops,
+    inner_jaxprs,
+    jaxpr_flops,
+    live_equations,
+    unseen_flops,
+)
+from gnlin.jaxprs import CALLS, apply_equation, split_scan
 
 
 class Metered(NamedTuple):
@@ -24,7 +30,8 @@ class Metered(NamedTuple):
     Attributes:
         flops: of a call whose loops turn once and whose branches are the dearest.
         varies: whether calls may need more or less than that.
-        call: the function; returns its outputs, and the FLOPs to add to `flops`, below zero where it needed less.
+        call: the function; returns its outputs, and the FLOPs to add to `flops`, below zero where
+            it needed less.
     """
 
     flops: float
@@ -37,7 +44,9 @@ def metered(function: Callable[..., Any], *shapes: Any) -> Metered:
     plain, outputs = jax.make_jaxpr(function, return_shape=True)(*shapes)
     varies, with_meter = _varies(plain.jaxpr), plain
     if varies:
-        with_meter = jax.make_jaxpr(lambda *leaves: _evaluate(plain, leaves))(*jax.tree.leaves(shapes))
+        with_meter = jax.make_jaxpr(lambda *leaves: _evaluate(plain, leaves))(
+            *jax.tree.leaves(shapes)
+        )
 
     def call(*arguments: Any) -> tuple[Any, jax.Array]:
         leaves = jaxpr_as_fun(with_meter)(*jax.tree.leaves(arguments))
@@ -49,7 +58,8 @@ def metered(function: Callable[..., Any], *shapes: Any) -> Metered:
 
 def _varies(jaxpr: Any) -> bool:
     return any(
-        equation.primitive.name in ("while", "cond", "linear_solve") or any(map(_varies, inner_jaxprs(equation)))
+        equation.primitive.name in ("while", "cond", "linear_solve")
+        or any(map(_varies, inner_jaxprs(equation)))
         for equation in live_equations(jaxpr)
     )
 
@@ -77,7 +87,9 @@ def _apply(equation: Any, inputs: list[Any]) -> tuple[Sequence[Any], jax.Array |
     if name == "cond":
         return _branch(params["branches"], inputs)
     if name == "linear_solve":  # lineax's
-        return _evaluate(jax.make_jaxpr(functools.partial(equation.primitive.impl, **params))(*inputs), inputs)
+        return _evaluate(
+            jax.make_jaxpr(functools.partial(equation.primitive.impl, **params))(*inputs), inputs
+        )
     if any(map(_varies, inner_jaxprs(equation))):
         if name == "scan":
             return _scan(equation, inputs)
@@ -88,7 +100,9 @@ def _apply(equation: Any, inputs: list[Any]) -> tuple[Sequence[Any], jax.Array |
             return _evaluate(params["jaxprs"].solve, own)
         if name in CALLS:
             return _evaluate(params[CALLS[name]], inputs)
-        raise NotImplementedError(f"the work of loops or branches within {name!r} cannot be counted")
+        raise NotImplementedError(
+            f"the work of loops or branches within {name!r} cannot be counted"
+        )
     return apply_equation(equation, inputs), None
 
 
@@ -110,8 +124,13 @@ def _while(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax
 
 
 def _scan(equation: Any, inputs: list[Any]) -> tuple[list[Any], jax.Array]:
-    body, how = equation.params["jaxpr"], {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-    constants, start, rows = ([inputs[place] for place in places] for places in split_scan(equation))
+    body, how = (
+        equation.params["jaxpr"],
+        {name: equation.params[name] for name in ("length", "reverse", "unroll")},
+    )
+    constants, start, rows = (
+        [inputs[place] for place in places] for places in split_scan(equation)
+    )
     carried = len(start)
 
     def turn(carry, row):
@@ -124,7 +143,10 @@ def _scan(equation: Any, inputs: list[Any]) -> tuple[list[Any], jax.Array]:
 
 def _branch(branches: Sequence[Any], inputs: list[Any]) -> tuple[Sequence[Any], jax.Array]:
     """The dearest is counted by XLA and by `cost` separately."""
-    seen, unseen = [compiled_flops(each) for each in branches], [unseen_flops(each.jaxpr) for each in branches]
+    seen, unseen = (
+        [compiled_flops(each) for each in branches],
+        [unseen_flops(each.jaxpr) for each in branches],
+    )
 
     def taken(branch: Any, less: float, *inputs: Any) -> tuple[list[Any], jax.Array]:
         outputs, more = _evaluate(branch, inputs)

@@ -37,12 +37,14 @@ class Records:
         directory: where they are kept, made if need be; `None` to keep them in memory.
 
     Attributes:
-        runs: all of them. Of runs of the same entry, setting and seed the last, so that a failed one can be repeated.
-        cut_short: whether the last line was incomplete, as after a crash; it is removed, and its run is to be done
-            again.
+        runs: all of them. Of runs of the same entry, setting and seed the last, so that a failed
+            one can be repeated.
+        cut_short: whether the last line was incomplete, as after a crash; it is removed, and its
+            run is to be done again.
 
     Raises:
-        RecordsError: the directory is in use, cannot be written to, or holds what is no record of this version.
+        RecordsError: the directory is in use, cannot be written to, or holds what is no record of
+            this version.
     """
 
     def __init__(self, directory: Path | None = None):
@@ -61,7 +63,9 @@ class Records:
                 f"{directory} is in use by another comparison; wait for it or take another --out"
             ) from None
         except OSError as error:
-            raise RecordsError(f"cannot write to {directory}: {error.strerror}; take another --out") from None
+            raise RecordsError(
+                f"cannot write to {directory}: {error.strerror}; take another --out"
+            ) from None
         try:
             self.cut_short = self._cut()
             self._runs = {_key(record): record for record in read(directory)}
@@ -120,7 +124,9 @@ def read(directory: Path) -> list[Record]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise RecordsError(f"no {RECORDS} in {directory}; `gnlin compare TASK --out {directory}` makes one") from None
+        raise RecordsError(
+            f"no {RECORDS} in {directory}; `gnlin compare TASK --out {directory}` makes one"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecordsError(f"cannot read {path}: {error}") from None
     runs = {}
@@ -152,22 +158,30 @@ def write_facts(directory: Path, facts: TaskFacts) -> None:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         temporary.replace(directory / FACTS)
     except OSError as error:
-        raise RecordsError(f"cannot write to {directory}: {error.strerror}; make room or take another --out") from None
+        raise RecordsError(
+            f"cannot write to {directory}: {error.strerror}; make room or take another --out"
+        ) from None
 
 
 def read_facts(directory: Path) -> dict[str, TaskFacts]:
     path = directory / FACTS
     try:
-        known = {name: TaskFacts(**fact) for name, fact in json.loads(path.read_text(encoding="utf-8")).items()}
+        known = {
+            name: TaskFacts(**fact)
+            for name, fact in json.loads(path.read_text(encoding="utf-8")).items()
+        }
         if not all(
-            isinstance(fact.target, (int, float)) and isinstance(fact.solved, (int, float)) for fact in known.values()
+            isinstance(fact.target, (int, float)) and isinstance(fact.solved, (int, float))
+            for fact in known.values()
         ):
             raise ValueError("target and solved are numbers")
         return known
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RecordsError(f"cannot read {path}: {error}; delete it and run the comparison's command again") from None
+        raise RecordsError(
+            f"cannot read {path}: {error}; delete it and run the comparison's command again"
+        ) from None
 
 
 def _began(tail: str) -> bool:
@@ -193,14 +207,23 @@ def _record(path: Path, number: int, line: str) -> Record:
     wrong = sorted(name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind))
     curve = record["curve"] if "curve" in record and "curve" not in wrong else {}
     wrong += [name for name in CURVES if not isinstance(curve.get(name), list)]
-    if not wrong and (len(set(map(len, curve.values()))) > 1 or (record["status"] != "failed" and not curve["step"])):
+    if not wrong and (
+        len(set(map(len, curve.values()))) > 1
+        or (record["status"] != "failed" and not curve["step"])
+    ):
         wrong = ["values in its curve"]
     if not isinstance(record.get("metrics", {}), dict):  # records of older versions have none
         wrong.append("metrics")
     if wrong:
-        raise RecordsError(f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again")
-    record["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
-    record["metrics"] = {name: math.nan if v is None else v for name, v in record.get("metrics", {}).items()}
+        raise RecordsError(
+            f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again"
+        )
+    record["curve"] = {
+        name: [math.nan if v is None else v for v in values] for name, values in curve.items()
+    }
+    record["metrics"] = {
+        name: math.nan if v is None else v for name, v in record.get("metrics", {}).items()
+    }
     return record
 
 

@@ -1,9 +1,10 @@
 """Which runs a comparison consists of, in what order, and by whom they are made.
 
-Each entry is tuned on seed 0, and the chosen setting then runs on the other seeds: a plan that asks for jobs, is handed
-their records and asks for more. One process carries out the plans one after another; an executor has the jobs of all
-plans at once. Any `concurrent.futures.Executor` will do, of local processes or of a cluster, that shares memory or
-pickles as cloudpickle does: options hold functions.
+Each entry is tuned on seed 0, and the chosen setting then runs on the other seeds: a plan that asks
+for jobs, is handed their records and asks for more. One process carries out the plans one after
+another; an executor has the jobs of all plans at once. Any `concurrent.futures.Executor` will do,
+of local processes or of a cluster, that shares memory or pickles as cloudpickle does: options hold
+functions.
 """
 
 import concurrent.futures
@@ -78,7 +79,8 @@ class Job:
         }
 
 
-# Told as runs go on and end: the job, and the fraction of it that is done; `None` of one that was there already.
+# Told as runs go on and end: the job, and the fraction of it that is done; `None` of one that was
+# there already.
 Listener = Callable[[Job, float | None], None]
 
 
@@ -103,8 +105,12 @@ class Study:
     work: float
     command: str = ""
     by_name: bool = False
-    _token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, init=False, repr=False)
-    _not_needed: int = dataclasses.field(default=0, init=False, repr=False)  # other seeds of what failed
+    _token: str = dataclasses.field(
+        default_factory=lambda: uuid.uuid4().hex, init=False, repr=False
+    )
+    _not_needed: int = dataclasses.field(
+        default=0, init=False, repr=False
+    )  # other seeds of what failed
 
     @property
     def total(self) -> int:
@@ -114,16 +120,20 @@ class Study:
     @functools.cached_property
     def _planned(self) -> int:
         return sum(
-            1 if _reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1 for entry in self.entries
+            1 if _reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1
+            for entry in self.entries
         )
 
     def carry_out(
-        self, listener: Listener = lambda job, done: None, executor: concurrent.futures.Executor | None = None
+        self,
+        listener: Listener = lambda job, done: None,
+        executor: concurrent.futures.Executor | None = None,
     ) -> Iterator[tuple[Entry, list[Record]]]:
-        """Make all runs that are missing; yields each entry, and its runs at the chosen setting, when it is complete.
+        """Make all runs that are missing; yields each entry, and its runs at the chosen setting,
+        when it is complete.
 
-        A run that fails is a record with its reason and not an exception. With an `executor` its workers make the
-        runs, and the records are still written here.
+        A run that fails is a record with its reason and not an exception. With an `executor` its
+        workers make the runs, and the records are still written here.
         """
         self._check_budget()
         if executor is None:
@@ -141,7 +151,9 @@ class Study:
         if unfit := _reason_not_to(entry, self.task):
             entry = dataclasses.replace(entry, grid=entry.grid[:1])  # one record tells the reason
         task = self.task.name if self.by_name else self.task
-        job = functools.partial(Job, task, entry, work=self.work, command=self.command, study=self._token)
+        job = functools.partial(
+            Job, task, entry, work=self.work, command=self.command, study=self._token
+        )
         trials = yield [job(number=number, seed=0) for number in entry.grid]
         best = choose(trials, self.task.target)
         if best["status"] == "failed":
@@ -205,7 +217,9 @@ class Study:
                 if (records := advance(plan)) is not None:
                     yield plan[1], records
             while waiting:
-                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                done, _ = concurrent.futures.wait(
+                    waiting, return_when=concurrent.futures.FIRST_COMPLETED
+                )
                 for future in done:
                     plan, job, place = waiting[future]
                     record = _result(future, job)
@@ -217,14 +231,18 @@ class Study:
                         yield plan[1], records
         finally:  # also of what breaks off: what has ended is kept, and what has not begun is not
             ended = [future for future in waiting if future.done() and not _broken(future)]
-            if not isinstance(executor, loky.ProcessPoolExecutor):  # that one trips over what is cancelled
+            if not isinstance(
+                executor, loky.ProcessPoolExecutor
+            ):  # that one trips over what is cancelled
                 for future in waiting:
                     future.cancel()
             for future in ended:
                 self.records.add(_result(future, waiting[future][1]))
 
     def _check_budget(self) -> None:
-        other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {self.work}
+        other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {
+            self.work
+        }
         if other:
             raise RecordsError(
                 f"{self.records.path} holds runs of {self.task.name} with --work {other.pop() / self.task.work:g}, "
@@ -258,7 +276,8 @@ def _reason_not_to(entry: Entry, task: Task) -> str | None:
 
 
 def check_entries(task: Task, entries: Sequence[Entry]) -> None:
-    """Build every optimiser once, so that options which its library refuses are told before anything runs.
+    """Build every optimiser once, so that options which its library refuses are told before
+    anything runs.
 
     Raises:
         UsageError: with the label of the entry, and what the library says.
@@ -281,14 +300,28 @@ def facts(task: Task) -> TaskFacts:
     quality = task.quality
     known = task.name in TASKS
     summary, data = (describe(task.name), "") if known else ("", _fingerprint(task))
-    return TaskFacts(task.name, summary, task.target, quality.name, quality.higher_is_better, quality.solved, data)
+    return TaskFacts(
+        task.name,
+        summary,
+        task.target,
+        quality.name,
+        quality.higher_is_better,
+        quality.solved,
+        data,
+    )
 
 
 def _fingerprint(task: Task) -> str:
     """Of the data and the shapes: other ones are another task, whatever its name."""
     with task.precision():
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((task.train, task.held_out))]
-        shapes = str((jax.eval_shape(task.init, jax.random.key(0)), [leaf.shape for leaf in leaves], task.batch_size))
+        shapes = str(
+            (
+                jax.eval_shape(task.init, jax.random.key(0)),
+                [leaf.shape for leaf in leaves],
+                task.batch_size,
+            )
+        )
     return f"{zlib.crc32(b''.join([shapes.encode(), *(leaf.tobytes() for leaf in leaves)])):08x}"
 
 
@@ -308,7 +341,17 @@ def environment() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     """Of what computes, and of the peers that are installed."""
     installed = {}
-    for name in ("jax", "jaxlib", "numpy", "optax", "jaxopt", "optimistix", "lineax", "python-somax", "kfac-jax"):
+    for name in (
+        "jax",
+        "jaxlib",
+        "numpy",
+        "optax",
+        "jaxopt",
+        "optimistix",
+        "lineax",
+        "python-somax",
+        "kfac-jax",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
     return installed
@@ -331,7 +374,9 @@ def _key(job: Job, task: Task) -> _Compiled:
     known = CONTESTANTS.get(contestant.name)
     return _Compiled(
         task_name=job.task if isinstance(job.task, str) else f"{job.study} {task.name}",
-        contestant=contestant.name if known and known.build is contestant.build else f"{job.study} {contestant.name}",
+        contestant=contestant.name
+        if known and known.build is contestant.build
+        else f"{job.study} {contestant.name}",
         options=repr(sorted(job.entry.options.items())),
         work=job.work,
         task=task,
@@ -373,7 +418,9 @@ def _result(future: concurrent.futures.Future, job: Job) -> Record:
 def _one_line(error: Exception) -> str:
     """What went wrong; also where, in code that is neither this package's nor an installed one."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    outside = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_outside(frame.filename)]
+    outside = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if _is_outside(frame.filename)
+    ]
     return f"{text} ({outside[-1].filename}, line {outside[-1].lineno})" if outside else text
 
 

@@ -28,12 +28,22 @@ def metered_step(task: Task, entry: Entry) -> Metered:
     key, setting = jax.eval_shape(lambda: (jax.random.key(0), jnp.asarray(entry.grid[0], float)))
     size = task.examples(entry.options.get("batch", "full")) or task.train_size
     params, batch = params_shapes(task), batch_shapes(task, size)
-    state = jax.eval_shape(lambda setting, *rest: entry.method(task, setting).init(*rest), setting, params, batch, key)
-    return metered(lambda setting, *rest: entry.method(task, setting).step(*rest), setting, params, state, batch, key)
+    state = jax.eval_shape(
+        lambda setting, *rest: entry.method(task, setting).init(*rest), setting, params, batch, key
+    )
+    return metered(
+        lambda setting, *rest: entry.method(task, setting).step(*rest),
+        setting,
+        params,
+        state,
+        batch,
+        key,
+    )
 
 
 class Program:
-    """An entry compiled for a task, once for all settings and seeds. Use it within ``task.precision()``.
+    """An entry compiled for a task, once for all settings and seeds. Use it within
+    ``task.precision()``.
 
     Args:
         task: the problem.
@@ -43,7 +53,8 @@ class Program:
 
     Attributes:
         start_cost: gradient-equivalents of the first state.
-        step_cost: gradient-equivalents of a step whose loops turn once and whose branches are the dearest.
+        step_cost: gradient-equivalents of a step whose loops turn once and whose branches are the
+            dearest.
         varies: whether steps may cost more or less than that.
         compile_seconds: what compiling took.
     """
@@ -53,7 +64,11 @@ class Program:
         self.train = jax.tree.map(jnp.asarray, task.train)
         self.held_out = jax.tree.map(jnp.asarray, task.held_out)
         self.batch_size = task.examples(entry.options.get("batch", "full"))
-        params, key, setting = task.init(jax.random.key(0)), jax.random.key(0), self._number(entry.grid[0])
+        params, key, setting = (
+            task.init(jax.random.key(0)),
+            jax.random.key(0),
+            self._number(entry.grid[0]),
+        )
         method = entry.method(task, entry.grid[0])
         self.traced, self.predict, self.cycle = method.traced, method.predict, method.cycle
         batch = self._batch_of(np.zeros(self.batch_size or 0, np.int32))
@@ -79,19 +94,30 @@ class Program:
             self._init = jax.jit(self._initialised).lower(setting, params, batch, key).compile()
             carry = params, self._init(setting, params, batch, key)
             indices = np.zeros((self._longest, self.batch_size or 0), np.int32)
-            self._advance = jax.jit(self._trained).lower(setting, carry, indices, 1, self.train, key, 0).compile()
-            jax.block_until_ready(self._advance(setting, carry, indices, 1, self.train, key, 0))  # the first is slow
-        self._measure = jax.jit(self._measured).lower((params, shapes), self.train, self.held_out).compile()
+            self._advance = (
+                jax.jit(self._trained)
+                .lower(setting, carry, indices, 1, self.train, key, 0)
+                .compile()
+            )
+            jax.block_until_ready(
+                self._advance(setting, carry, indices, 1, self.train, key, 0)
+            )  # the first is slow
+        self._measure = (
+            jax.jit(self._measured).lower((params, shapes), self.train, self.held_out).compile()
+        )
         self.compile_seconds = time.perf_counter() - began
 
-    def run(self, number: float, seed: int, on_progress: Callable[[float], None] = lambda fraction: None) -> Record:
+    def run(
+        self, number: float, seed: int, on_progress: Callable[[float], None] = lambda fraction: None
+    ) -> Record:
         """Train until the work left does not pay for another step, and return what came of it.
 
-        The ``curve`` has, at each evaluation, ``step``, ``cost`` (gradient-equivalents so far), ``seconds`` (of steps
-        so far; neither counts evaluations), ``loss`` on all training data and ``quality`` on the held-out data, both of
-        the model being trained, which is the linearised one while an anchor is kept, and the same of the network
-        itself. A run ends, ``diverged``, at a loss that is not finite. One that moves its anchor ends with its last
-        whole cycle, since a loss says little of an optimiser whose anchor has just been moved.
+        The ``curve`` has, at each evaluation, ``step``, ``cost`` (gradient-equivalents so far),
+        ``seconds`` (of steps so far; neither counts evaluations), ``loss`` on all training data and
+        ``quality`` on the held-out data, both of the model being trained, which is the linearised
+        one while an anchor is kept, and the same of the network itself. A run ends, ``diverged``,
+        at a loss that is not finite. One that moves its anchor ends with its last whole cycle,
+        since a loss says little of an optimiser whose anchor has just been moved.
         """
         if self.start_cost >= self.work:
             reason = f"its first state alone costs {self.start_cost:.0f} gradient-equivalents of {self.work:g}"
@@ -105,14 +131,20 @@ class Program:
         while (left := self._steps_left(steps, cost, price)) > 0:
             on_progress(min(cost / self.work, 0.99))
             count = min(int(self._pause(cost) / price), self._longest, left)
-            count = max(1, min(count, steps) if self.varies else count)  # a first step tells what steps cost
+            count = max(
+                1, min(count, steps) if self.varies else count
+            )  # a first step tells what steps cost
             if steps + count > len(batches):  # they cost less than they look
                 batches = self._batches(seed, 2 * (steps + count))
             began = time.perf_counter()
-            carry, more = jax.block_until_ready(advance(carry, batches[steps : steps + count], steps))
+            carry, more = jax.block_until_ready(
+                advance(carry, batches[steps : steps + count], steps)
+            )
             seconds += time.perf_counter() - began
             steps += count
-            spent = max(count * self.step_cost + float(more) / self._unit, 0.01 * count)  # none is free: runs end
+            spent = max(
+                count * self.step_cost + float(more) / self._unit, 0.01 * count
+            )  # none is free: runs end
             cost += spent
             mean = (cost - self.start_cost) / steps
             price = max(mean, spent / count)
@@ -132,7 +164,8 @@ class Program:
         }
 
     def _steps_left(self, steps: int, cost: float, price: float) -> int:
-        """As many as the work left pays for; where a run has room for a cycle, until its last one ends.
+        """As many as the work left pays for; where a run has room for a cycle, until its last one
+        ends.
 
         It begins with one step at least.
         """
@@ -146,7 +179,11 @@ class Program:
         return jnp.asarray(value, float)
 
     def _batch_of(self, indices: np.ndarray) -> Any:
-        return self.train if self.batch_size is None else jax.tree.map(lambda leaf: leaf[indices], self.train)
+        return (
+            self.train
+            if self.batch_size is None
+            else jax.tree.map(lambda leaf: leaf[indices], self.train)
+        )
 
     def _begin(self, number: float, seed: int, first: np.ndarray):
         """``(advance, carry, seconds)``: ``advance(carry, indices, step)`` makes steps, on what it took to compile."""
@@ -157,7 +194,9 @@ class Program:
 
             def advance(carry, indices, step):
                 count = len(indices)
-                indices = np.concatenate([indices, np.zeros((self._longest - count, indices.shape[1]), np.int32)])
+                indices = np.concatenate(
+                    [indices, np.zeros((self._longest - count, indices.shape[1]), np.int32)]
+                )
                 return self._advance(setting, carry, indices, count, self.train, key, step)
 
             return advance, (params, self._init(setting, params, batch, key)), 0.0
@@ -171,7 +210,9 @@ class Program:
         def advance_untraced(carry, indices, step):
             params, state = carry
             for number, chosen in enumerate(indices, start=step):
-                params, state = method.step(params, state, self._batch_of(chosen), jax.random.fold_in(key, number))
+                params, state = method.step(
+                    params, state, self._batch_of(chosen), jax.random.fold_in(key, number)
+                )
             return (params, state), 0.0
 
         return advance_untraced, (params, method.init(params, batch, key)), compile_seconds
@@ -188,7 +229,9 @@ class Program:
 
     def _evaluate(self, carry, spent: tuple[int, float, float], curve: dict[str, list]) -> None:
         values = [float(value) for value in self._measure(carry, self.train, self.held_out)]
-        for name, value in zip(("step", "cost", "seconds", *_MEASURES), (*spent, *values), strict=True):
+        for name, value in zip(
+            ("step", "cost", "seconds", *_MEASURES), (*spent, *values), strict=True
+        ):
             curve[name].append(value)
 
     # What is compiled.
@@ -201,7 +244,11 @@ class Program:
 
         def one(number, carry):
             params, state, total = carry
-            batch = train if self.batch_size is None else jax.tree.map(lambda leaf: leaf[indices[number]], train)
+            batch = (
+                train
+                if self.batch_size is None
+                else jax.tree.map(lambda leaf: leaf[indices[number]], train)
+            )
             key_now = jax.random.fold_in(key, first + number)
             (params, state), more = self._metered.call(setting, params, state, batch, key_now)
             return params, state, total + more
@@ -218,7 +265,9 @@ class Program:
             return jnp.stack([trained, objective.value(params, data)])
 
         loss, network_loss = self._mean(lambda data: judged(self.task.objective, data), train)
-        quality, network_quality = self._mean(lambda data: judged(self.task.quality.objective, data), held_out)
+        quality, network_quality = self._mean(
+            lambda data: judged(self.task.quality.objective, data), held_out
+        )
         return loss, quality, network_loss, network_quality
 
     def _mean(self, function: Callable[[Any], jax.Array], data: Any) -> jax.Array:

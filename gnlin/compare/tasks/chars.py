@@ -20,21 +20,55 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 WIDTH, HEADS, BLOCKS = 32, 2, 2
 
 MODULES = (  # each is one file from Python 3.11 to 3.13
-    *("argparse", "ast", "bdb", "bisect", "calendar", "configparser", "contextlib", "copy", "csv", "dataclasses"),
-    *("enum", "fileinput", "fractions", "functools", "inspect", "ipaddress", "locale", "mailbox", "numbers"),
-    *("optparse", "os", "pdb", "pickle", "platform", "random", "sched", "selectors", "shelve", "shutil"),
+    *(
+        "argparse",
+        "ast",
+        "bdb",
+        "bisect",
+        "calendar",
+        "configparser",
+        "contextlib",
+        "copy",
+        "csv",
+        "dataclasses",
+    ),
+    *(
+        "enum",
+        "fileinput",
+        "fractions",
+        "functools",
+        "inspect",
+        "ipaddress",
+        "locale",
+        "mailbox",
+        "numbers",
+    ),
+    *(
+        "optparse",
+        "os",
+        "pdb",
+        "pickle",
+        "platform",
+        "random",
+        "sched",
+        "selectors",
+        "shelve",
+        "shutil",
+    ),
 )
 
 
 def chars() -> Task:
-    """Next character of the standard library's documentation, causal transformer of two blocks, width 32.
+    """Next character of the standard library's documentation, causal transformer of two blocks,
+    width 32.
 
-    Data: the documentation strings of `MODULES`, from the sources of the running Python. Other versions of Python have
-    slightly different texts, so compare results within one. The alphabet is the newline and the 95 printable ASCII
-    characters; anything else reads ``?``. The text is cut into 4608 windows of 32 characters, each predicted from those
-    before it in the window. Every ninth window is held out and judged by bits per character; the other 4096 train.
-    Network: learned positions, two pre-norm blocks of causal attention with two heads and a GELU layer of width 128,
-    without dropout; weights are normal / √fan-in, embeddings normal / 10.
+    Data: the documentation strings of `MODULES`, from the sources of the running Python. Other
+    versions of Python have slightly different texts, so compare results within one. The alphabet is
+    the newline and the 95 printable ASCII characters; anything else reads ``?``. The text is cut
+    into 4608 windows of 32 characters, each predicted from those before it in the window. Every
+    ninth window is held out and judged by bits per character; the other 4096 train.
+    Network: learned positions, two pre-norm blocks of causal attention with two heads and a GELU
+    layer of width 128, without dropout; weights are normal / √fan-in, embeddings normal / 10.
     Budget: 1500 mini-batches of 64 windows, 64 to an epoch; target is a training loss of 1.8 nats.
     """
     text = windows(documentation(MODULES), WINDOWS)
@@ -46,7 +80,10 @@ def chars() -> Task:
         train={name: part[~held_out] for name, part in text.items()},
         held_out={name: part[held_out] for name, part in text.items()},
         quality=Quality(
-            "bits per character", Objective(transformer, bits_per_character), solved=2.6, higher_is_better=False
+            "bits per character",
+            Objective(transformer, bits_per_character),
+            solved=2.6,
+            higher_is_better=False,
         ),
         batch_size=64,
         work=1500,
@@ -68,16 +105,22 @@ def documentation(modules: Sequence[str], folder: Path | None = None) -> str:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read; the task 'chars' needs a Python with its sources") from error
+            raise DataError(
+                f"{path} cannot be read; the task 'chars' needs a Python with its sources"
+            ) from error
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found += [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+        found += [
+            ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)
+        ]
     return "\n\n".join(filter(None, found))
 
 
 def windows(text: str, count: int) -> dict[str, np.ndarray]:
     """The first `count` windows of the text: characters ``x`` and the ones after each, ``y``, both (count, 31)."""
     if len(text) < count * CONTEXT:
-        raise DataError(f"the task 'chars' needs {count * CONTEXT} characters of text and found {len(text)}")
+        raise DataError(
+            f"the task 'chars' needs {count * CONTEXT} characters of text and found {len(text)}"
+        )
     number = {character: i for i, character in enumerate(CHARACTERS)}
     codes = [number.get(character, number["?"]) for character in text[: count * CONTEXT]]
     cut = np.array(codes, np.int32).reshape(count, CONTEXT)
@@ -102,12 +145,16 @@ def init(key: jax.Array) -> dict[str, Any]:
 def transformer(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     """Logits (N, T, C) of the character after each of ``batch["x"]`` (N, T)."""
     x = batch["x"]
-    # A product with one-hot vectors: its gradient is a product, too, where that of indexing is a slow scatter.
+    # A product with one-hot vectors: its gradient is a product, too, where that of indexing is a
+    # slow scatter.
     chosen = jax.nn.one_hot(x, len(CHARACTERS), dtype=params["embedding"].dtype)
     hidden = jnp.dot(chosen, params["embedding"]) + params["positions"][None, : x.shape[1]]
     for block in params["blocks"]:
         hidden = hidden + _attention(block, _normalised(hidden, block["norm_attention"]))
-        inner = jnp.dot(_normalised(hidden, block["norm_dense"]), block["in"]) + block["bias"][None, None]
+        inner = (
+            jnp.dot(_normalised(hidden, block["norm_dense"]), block["in"])
+            + block["bias"][None, None]
+        )
         hidden = hidden + jnp.dot(jax.nn.gelu(inner), block["out"])
     return jnp.dot(_normalised(hidden, params["norm"]), params["output"])
 
@@ -131,10 +178,17 @@ def _init_block(key: jax.Array) -> dict[str, jax.Array]:
     }
     weights = {
         name: _weights(each, shape)
-        for each, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True)
+        for each, (name, shape) in zip(
+            jax.random.split(key, len(shapes)), shapes.items(), strict=True
+        )
     }
     ones = jnp.ones(WIDTH, jnp.float32)
-    return {**weights, "bias": jnp.zeros(4 * WIDTH, jnp.float32), "norm_attention": ones, "norm_dense": ones}
+    return {
+        **weights,
+        "bias": jnp.zeros(4 * WIDTH, jnp.float32),
+        "norm_attention": ones,
+        "norm_dense": ones,
+    }
 
 
 def _weights(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -150,7 +204,9 @@ def _normalised(hidden: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _attention(block: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     count, length, _ = hidden.shape
-    mixed = jnp.dot(hidden, block["query_key_value"]).reshape(count, length, 3, HEADS, WIDTH // HEADS)
+    mixed = jnp.dot(hidden, block["query_key_value"]).reshape(
+        count, length, 3, HEADS, WIDTH // HEADS
+    )
     query, key, value = (mixed[:, :, i] for i in range(3))
     scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(WIDTH // HEADS)
     past = np.tri(length, dtype=bool)[None, None]

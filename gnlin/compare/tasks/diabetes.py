@@ -14,15 +14,18 @@ from gnlin.compare.tasks.task import Quality, Task
 def diabetes() -> Task:
     """Disease progression of 442 diabetes patients, MLP 10-64-64-1, least squares, full batch.
 
-    Data: scikit-learn's diabetes, each of the ten inputs and the target standardised over all patients. The first 353
-    of ``numpy.random.default_rng(0).permutation`` train, the other 89 are held out. The loss is half the mean squared
-    error. Held-out patients are judged by R², the share of their variance that is explained; solved is about
-    what ridge regression reaches there (0.35, penalty chosen by cross-validation). A network passes that level early
-    and then overfits: reaching the target costs held-out quality.
+    Data: scikit-learn's diabetes, each of the ten inputs and the target standardised over all
+    patients. The first 353 of ``numpy.random.default_rng(0).permutation`` train, the other 89 are
+    held out. The loss is half the mean squared error. Held-out patients are judged by R², the share
+    of their variance that is explained; solved is about what ridge regression reaches there (0.35,
+    penalty chosen by cross-validation). A network passes that level early and then overfits:
+    reaching the target costs held-out quality.
     Network: tanh hidden layers, linear output; weights are normal / √fan-in, biases zero.
     Budget: 1000 gradients of the full batch; target is a training loss of 0.1.
     """
-    from sklearn.datasets import load_diabetes  # takes two seconds, which the other commands need not wait for
+    from sklearn.datasets import (
+        load_diabetes,  # takes two seconds, which the other commands need not wait for
+    )
 
     inputs, progression = map(np.asarray, load_diabetes(return_X_y=True))
     inputs = (inputs - inputs.mean(axis=0)) / inputs.std(axis=0)
@@ -30,7 +33,10 @@ def diabetes() -> Task:
     order = np.random.default_rng(0).permutation(len(inputs))
 
     def part(chosen: np.ndarray) -> dict[str, np.ndarray]:
-        return {"x": inputs[chosen].astype(np.float32), "y": progression[chosen, None].astype(np.float32)}
+        return {
+            "x": inputs[chosen].astype(np.float32),
+            "y": progression[chosen, None].astype(np.float32),
+        }
 
     return Task(
         name="diabetes",

@@ -23,8 +23,9 @@ _TRAIN = 1437
 def digits() -> Task:
     """Handwritten digits (1797 images of 8 × 8), MLP 64-128-64-10, softmax.
 
-    Data: scikit-learn's digits, pixels divided by 16 and standardised by their global mean and deviation. The first
-    1437 of ``numpy.random.default_rng(0).permutation`` train, the other 360 are held out.
+    Data: scikit-learn's digits, pixels divided by 16 and standardised by their global mean and
+    deviation. The first 1437 of ``numpy.random.default_rng(0).permutation`` train, the other 360
+    are held out.
     Network: tanh hidden layers; weights are normal / √fan-in, biases zero.
     Budget: 3400 mini-batches of 128 examples, 11 to an epoch; target is a training loss of 0.001.
     """
@@ -46,8 +47,8 @@ def digits_cnn() -> Task:
     """Handwritten digits (1797 images of 8 × 8), two 3 × 3 convolutions and a dense layer, softmax.
 
     Data: those of `digits`, as images (8, 8, 1).
-    Network: convolutions of 16 and 32 channels with stride 2 and tanh, then 128-10; 6090 parameters, weights
-    normal / √fan-in, biases zero.
+    Network: convolutions of 16 and 32 channels with stride 2 and tanh, then 128-10; 6090
+    parameters, weights normal / √fan-in, biases zero.
     Budget: 3400 mini-batches of 128 examples, 11 to an epoch; target is a training loss of 0.001.
     """
     train, held_out = _classification((8, 8, 1))
@@ -65,11 +66,13 @@ def digits_cnn() -> Task:
 
 
 def digits_autoencoder() -> Task:
-    """Handwritten digits (1797 images of 8 × 8), autoencoder 64-128-64-16-64-128-64, least squares, full batch.
+    """Handwritten digits (1797 images of 8 × 8), autoencoder 64-128-64-16-64-128-64, least squares,
+    full batch.
 
-    Data: scikit-learn's digits, pixels divided by 16; the split of `digits`. The loss is half the squared error of an
-    image, summed over its pixels, mean over images; held-out images are judged by the same number, and solved is what
-    the first 16 principal components of the training images reach there (0.37).
+    Data: scikit-learn's digits, pixels divided by 16; the split of `digits`. The loss is half the
+    squared error of an image, summed over its pixels, mean over images; held-out images are judged
+    by the same number, and solved is what the first 16 principal components of the training images
+    reach there (0.37).
     Network: tanh hidden layers, linear output; weights are normal / √fan-in, biases zero.
     Budget: 1000 gradients of the full batch; target is a training loss of 0.4.
     """
@@ -91,7 +94,9 @@ def digits_autoencoder() -> Task:
 
 def _in_order() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 64) with pixels from 0 to 1, and labels (1797,); those that train come first."""
-    from sklearn.datasets import load_digits  # takes two seconds, which the other commands need not wait for
+    from sklearn.datasets import (
+        load_digits,  # takes two seconds, which the other commands need not wait for
+    )
 
     images, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(images))

@@ -37,12 +37,14 @@ _CIFAR_MEAN, _CIFAR_DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.261
 
 
 def mnist() -> Task:
-    """Handwritten digits of MNIST (70000 images of 28 × 28, your copy), MLP 784-256-128-10, softmax.
+    """Handwritten digits of MNIST (70000 images of 28 × 28, your copy), MLP 784-256-128-10,
+    softmax.
 
-    Data: the files ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
-    ``t10k-labels-idx1-ubyte``, with or without ``.gz``, in ``mnist/`` of the folder that the environment variable
-    GNLIN_DATA names (by default ``data/``). Pixels are divided by 255 and standardised by the mean and deviation of the
-    training images, 0.1307 and 0.3081. The 60000 images of the first two files train, the other 10000 are held out.
+    Data: the files ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
+    ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, with or without ``.gz``, in
+    ``mnist/`` of the folder that the environment variable GNLIN_DATA names (by default ``data/``).
+    Pixels are divided by 255 and standardised by the mean and deviation of the training images,
+    0.1307 and 0.3081. The 60000 images of the first two files train, the other 10000 are held out.
     Network: tanh hidden layers; weights are normal / √fan-in, biases zero.
     Budget: 6000 mini-batches of 256 examples, 234 to an epoch; target is a training loss of 0.01.
     """
@@ -62,14 +64,16 @@ def mnist() -> Task:
 
 
 def cifar10() -> Task:
-    """Photographs of CIFAR-10 (60000 images of 32 × 32 in colour, your copy), three convolutions, softmax.
+    """Photographs of CIFAR-10 (60000 images of 32 × 32 in colour, your copy), three convolutions,
+    softmax.
 
-    Data: the files ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin`` of the binary version, in
-    ``cifar-10-batches-bin/`` of the folder that the environment variable GNLIN_DATA names (by default ``data/``).
-    Pixels are divided by 255 and standardised by the mean and deviation of each colour over the training images. The
-    50000 images of the first five files train, the 10000 of the last are held out. No augmentation.
-    Network: 3 × 3 convolutions of 16, 32 and 64 channels with stride 2 and tanh, then 1024-64-10; 89 834 parameters,
-    weights are normal / √fan-in, biases zero.
+    Data: the files ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin`` of the
+    binary version, in ``cifar-10-batches-bin/`` of the folder that the environment variable
+    GNLIN_DATA names (by default ``data/``). Pixels are divided by 255 and standardised by the mean
+    and deviation of each colour over the training images. The 50000 images of the first five files
+    train, the 10000 of the last are held out. No augmentation.
+    Network: 3 × 3 convolutions of 16, 32 and 64 channels with stride 2 and tanh, then 1024-64-10;
+    89 834 parameters, weights are normal / √fan-in, biases zero.
     Budget: 4000 mini-batches of 256 examples, 195 to an epoch; target is a training loss of 1.1.
     """
     folder = _folder("cifar-10-batches-bin")
@@ -88,7 +92,9 @@ def cifar10() -> Task:
     )
 
 
-def _classification(name: str, model, init, train, held_out, *, solved: float, work: float, target: float) -> Task:
+def _classification(
+    name: str, model, init, train, held_out, *, solved: float, work: float, target: float
+) -> Task:
     return Task(
         name=name,
         objective=Objective(model, mean_cross_entropy),
@@ -121,24 +127,33 @@ def _read_mnist(folder: Path, part: str) -> dict[str, np.ndarray]:
 def _read_idx(folder: Path, name: str, item: tuple[int, ...]) -> tuple[Path, np.ndarray]:
     """Which file it is, and the unsigned bytes that it holds, (N, *item).
 
-    An IDX file begins with 0, 0, 8 (for bytes) and the number of axes; then comes the length of each axis, big-endian.
+    An IDX file begins with 0, 0, 8 (for bytes) and the number of axes; then comes the length of
+    each axis, big-endian.
     """
     axes = 1 + len(item)
 
     def read(path: Path, file: BinaryIO) -> np.ndarray:
         header = file.read(4 + 4 * axes)
         if len(header) < 4 + 4 * axes or header[:4] != bytes([0, 0, 8, axes]):
-            raise _unusable(path, f"does not begin as an IDX file of bytes with {axes} axes", _MNIST_SOURCE)
+            raise _unusable(
+                path, f"does not begin as an IDX file of bytes with {axes} axes", _MNIST_SOURCE
+            )
         count, *rest = np.frombuffer(header, ">u4", offset=4).tolist()
         if tuple(rest) != item:
-            raise _unusable(path, f"has images of {rest[0]} × {rest[1]}, not {item[0]} × {item[1]}", _MNIST_SOURCE)
+            raise _unusable(
+                path,
+                f"has images of {rest[0]} × {rest[1]}, not {item[0]} × {item[1]}",
+                _MNIST_SOURCE,
+            )
         if not 0 < count <= _MNIST_MOST:
             raise _unusable(path, f"claims {count} examples, not 1 to {_MNIST_MOST}", _MNIST_SOURCE)
         expected = count * math.prod(item)
         content = file.read(expected + 1)
         if len(content) != expected:
             found = "more" if len(content) > expected else len(content)
-            raise _unusable(path, f"has {found} bytes of data where its header says {expected}", _MNIST_SOURCE)
+            raise _unusable(
+                path, f"has {found} bytes of data where its header says {expected}", _MNIST_SOURCE
+            )
         return np.frombuffer(content, np.uint8).reshape(count, *item)
 
     return _read([folder / name, folder / f"{name}.gz"], read, _MNIST_SOURCE)
@@ -160,10 +175,15 @@ def _read_cifar10(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     most = max(len(records) for _, records in files)
     for path, records in files:
         if len(records) < most:  # cut short between two records
-            raise _unusable(path, f"has {len(records)} images where another part has {most}", _CIFAR_SOURCE)
+            raise _unusable(
+                path, f"has {len(records)} images where another part has {most}", _CIFAR_SOURCE
+            )
     records = np.concatenate([records for _, records in files])
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return {"x": _standardised(images, _CIFAR_MEAN, _CIFAR_DEVIATION), "y": records[:, 0].astype(np.int32)}
+    return {
+        "x": _standardised(images, _CIFAR_MEAN, _CIFAR_DEVIATION),
+        "y": records[:, 0].astype(np.int32),
+    }
 
 
 def _standardised(pixels: np.ndarray, mean, deviation) -> np.ndarray:
@@ -182,7 +202,9 @@ def _folder(name: str) -> Path:
     return Path(os.environ.get("GNLIN_DATA") or "data").expanduser().absolute() / name
 
 
-def _read(paths: list[Path], read: Callable[[Path, BinaryIO], np.ndarray], source: str) -> tuple[Path, np.ndarray]:
+def _read(
+    paths: list[Path], read: Callable[[Path, BinaryIO], np.ndarray], source: str
+) -> tuple[Path, np.ndarray]:
     """The first of the files that is there, and what `read` makes of it, unpacked if its name ends in ``.gz``."""
     for path in paths:
         try:
@@ -194,7 +216,9 @@ def _read(paths: list[Path], read: Callable[[Path, BinaryIO], np.ndarray], sourc
             raise _unusable(path, f"cannot be unpacked ({error})", source) from error
         except OSError as error:
             reason = error.strerror or error
-            raise DataError(f"{path} cannot be read ({reason}): make it a file that you may read.") from error
+            raise DataError(
+                f"{path} cannot be read ({reason}): make it a file that you may read."
+            ) from error
     packed = " (or .gz)" if len(paths) > 1 else ""
     folder = paths[0].parent.name
     raise DataError(

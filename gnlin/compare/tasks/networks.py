@@ -24,7 +24,9 @@ def perceptron(params: list[dict[str, jax.Array]], batch: dict[str, jax.Array]) 
     return jnp.dot(hidden, params[-1]["w"]) + params[-1]["b"][None]
 
 
-def init_convolutional(key: jax.Array, channels: Sequence[int], widths: Sequence[int]) -> dict[str, Any]:
+def init_convolutional(
+    key: jax.Array, channels: Sequence[int], widths: Sequence[int]
+) -> dict[str, Any]:
     """Parameters of `convolutional`, drawn as those of `init_perceptron`.
 
     Args:
@@ -39,9 +41,11 @@ def init_convolutional(key: jax.Array, channels: Sequence[int], widths: Sequence
 
 
 def convolutional(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
-    """Outputs (N, C) of 3 × 3 convolutions with stride 2 and tanh, then a `perceptron`; images are (N, H, W, channels).
+    """Outputs (N, C) of 3 × 3 convolutions with stride 2 and tanh, then a `perceptron`; images are
+    (N, H, W, channels).
 
-    The stride stands in for pooling: each convolution halves the sides of the image, which are even.
+    The stride stands in for pooling: each convolution halves the sides of the image, which are
+    even.
     """
     hidden = batch["x"]
     for layer in params["convolutions"]:
@@ -61,14 +65,18 @@ def accuracy(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _patches(images: jax.Array) -> jax.Array:
-    """Every second 3 × 3 patch of images (N, H, W, C) as (N, H/2, W/2, 9 C); a row and a column of zeros is appended.
+    """Every second 3 × 3 patch of images (N, H, W, C) as (N, H/2, W/2, 9 C); a row and a column of
+    zeros is appended.
 
-    As a product of matrices, a convolution inside a loop runs ten times as fast on CPUs as XLA's own.
+    As a product of matrices, a convolution inside a loop runs ten times as fast on CPUs as XLA's
+    own.
     """
     _, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)))
     shifts = [(i, j) for i in range(3) for j in range(3)]
-    return jnp.concatenate([padded[:, i : i + height : 2, j : j + width : 2] for i, j in shifts], axis=-1)
+    return jnp.concatenate(
+        [padded[:, i : i + height : 2, j : j + width : 2] for i, j in shifts], axis=-1
+    )
 
 
 def _init_layer(key: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:

@@ -16,16 +16,19 @@ Layers = list[dict[str, jax.Array]]
 
 
 def poisson_pinn() -> Task:
-    """Poisson's equation on a square by a physics-informed network, MLP 2-32-1, least squares, full batch, float64.
+    """Poisson's equation on a square by a physics-informed network, MLP 2-32-1, least squares, full
+    batch, float64.
 
-    Data: −Δu = f on the unit square with u = 0 on the walls, where f = 2π²u and u = sin(πx) sin(πy). The network is
-    asked for f at 256 points and for zero at 64 points, 16 on each wall, all drawn uniformly by
-    ``numpy.random.default_rng(0)``. The residuals are −Δu − f at the first, divided by √256, and u at the second,
-    divided by √64: the loss is half the sum of the two mean squares. Held out is u itself, on the centres of 50 × 50
-    cells, and judged by ‖u_network − u‖ / ‖u‖.
-    Network: inputs moved to the square [−1, 1]², a tanh hidden layer, linear output; 129 parameters, weights are
-    normal / √fan-in, biases zero. Second derivatives let the curvature range over many orders of magnitude, which is
-    where methods without it end; float64 is for those that get past that.
+    Data: −Δu = f on the unit square with u = 0 on the walls, where f = 2π²u and u = sin(πx)
+    sin(πy). The network is asked for f at 256 points and for zero at 64 points, 16 on each wall,
+    all drawn uniformly by ``numpy.random.default_rng(0)``. The residuals are −Δu − f at the first,
+    divided by √256, and u at the second, divided by √64: the loss is half the sum of the two mean
+    squares. Held out is u itself, on the centres of 50 × 50 cells, and judged by ‖u_network − u‖ /
+    ‖u‖.
+    Network: inputs moved to the square [−1, 1]², a tanh hidden layer, linear output; 129
+    parameters, weights are normal / √fan-in, biases zero. Second derivatives let the curvature
+    range over many orders of magnitude, which is where methods without it end; float64 is for those
+    that get past that.
     Budget: 50 000 gradients; target is a training loss of 1e-5.
     """
     generator = np.random.default_rng(0)
@@ -34,7 +37,9 @@ def poisson_pinn() -> Task:
     # Wall k: coordinate k // 2 is k % 2, and the other one runs.
     which = np.arange(WALL) % 4
     fixed = (which % 2).astype(float)
-    wall = np.where((which < 2)[:, None], np.stack([fixed, along], axis=1), np.stack([along, fixed], axis=1))
+    wall = np.where(
+        (which < 2)[:, None], np.stack([fixed, along], axis=1), np.stack([along, fixed], axis=1)
+    )
     centres = (np.arange(GRID) + 0.5) / GRID
     grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
     return Task(
@@ -43,7 +48,12 @@ def poisson_pinn() -> Task:
         init=init,
         train={"interior": interior, "source": 2 * np.pi**2 * solution(interior), "wall": wall},
         held_out={"x": grid, "u": solution(grid)},
-        quality=Quality("relative L2 error", Objective(at_points, relative_error), solved=1e-4, higher_is_better=False),
+        quality=Quality(
+            "relative L2 error",
+            Objective(at_points, relative_error),
+            solved=1e-4,
+            higher_is_better=False,
+        ),
         batch_size=None,
         work=50_000,
         target=1e-5,
@@ -61,7 +71,10 @@ def init(key: jax.Array) -> Layers:
     """Weights drawn as normal / √fan-in, (fan-in, fan-out), and zero biases, in float64."""
     shapes = [(2, HIDDEN), (HIDDEN, 1)]
     return [
-        {"w": jax.random.normal(each, shape, jnp.float64) / math.sqrt(shape[0]), "b": jnp.zeros(shape[1], jnp.float64)}
+        {
+            "w": jax.random.normal(each, shape, jnp.float64) / math.sqrt(shape[0]),
+            "b": jnp.zeros(shape[1], jnp.float64),
+        }
         for each, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
     ]
 
@@ -93,7 +106,10 @@ def residuals(params: Layers, batch: dict[str, jax.Array]) -> dict[str, jax.Arra
     """−Δu − f in the interior and u on the walls, each divided by the root of its number of points."""
     interior, source, wall = batch["interior"], batch["source"], batch["wall"]
     equation = -laplacian(lambda points: network(params, points), interior) - source
-    return {"interior": equation / math.sqrt(len(interior)), "wall": network(params, wall) / math.sqrt(len(wall))}
+    return {
+        "interior": equation / math.sqrt(len(interior)),
+        "wall": network(params, wall) / math.sqrt(len(wall)),
+    }
 
 
 def at_points(params: Layers, batch: dict[str, Any]) -> jax.Array:

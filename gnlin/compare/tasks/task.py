@@ -18,8 +18,9 @@ class Quality:
 
     Attributes:
         name: heading of tables and figures, with its unit: ``accuracy, %``.
-        objective: its ``model`` gives the outputs that are judged (often those of the task's own objective), its
-            ``loss`` judges them by one number, where the task has mini-batches a mean over examples.
+        objective: its ``model`` gives the outputs that are judged (often those of the task's own
+            objective), its ``loss`` judges them by one number, where the task has mini-batches a
+            mean over examples.
         solved: value from which the task counts as solved.
         higher_is_better: whether more of it is better.
     """
@@ -36,7 +37,8 @@ class Task:
 
     Attributes:
         name: what the command line calls it.
-        objective: model and loss; the loss is a mean over examples, so that batches of any size compare.
+        objective: model and loss; the loss is a mean over examples, so that batches of any size
+            compare.
         init: key ↦ parameters.
         train: training data, a pytree of arrays with the examples on axis 0.
         held_out: data that no step sees, in the form that ``quality.objective`` takes.
@@ -44,7 +46,8 @@ class Task:
         batch_size: examples in a mini-batch; `None` where every step sees all training data.
         work: budget of a run, in gradients of one such batch.
         target: training loss, over all training data, that steps and work are counted to.
-        residuals: ``residuals(params, batch)`` with objective = ½ Σ r², where the task is least squares.
+        residuals: ``residuals(params, batch)`` with objective = ½ Σ r², where the task is least
+            squares.
         double: whether it is computed in float64.
     """
 
@@ -80,8 +83,9 @@ class Task:
     def batches(self, seed: int, steps: int, size: int) -> np.ndarray:
         """Indices of the examples in each mini-batch, (steps, size).
 
-        A fresh permutation each epoch; what is left over at its end is dropped. It depends on the seed alone, so all
-        contestants see the same batches in the same order, and a longer run begins as a shorter one.
+        A fresh permutation each epoch; what is left over at its end is dropped. It depends on the
+        seed alone, so all contestants see the same batches in the same order, and a longer run
+        begins as a shorter one.
         """
         generator = np.random.default_rng(seed)
         per_epoch = self.train_size // size
