@@ -1,14 +1,10 @@
-"""The spectral condition: how large weights and updates are for features to move at every width."""
+"""The spectral condition: the size of weights and updates for which features move at every width."""
 
 from gnlin.width.condition import scale_by_spectral_condition
 from gnlin.width.fans import Fans
-from gnlin.width.multipliers import (
-    SpectralNorms,
-    scale_by_maximal_update_adam,
-    scale_by_maximal_update_sgd,
-    spectral_init,
-    spectral_report,
-)
+from gnlin.width.initial import spectral_init
+from gnlin.width.multipliers import scale_by_maximal_update_adam, scale_by_maximal_update_sgd
+from gnlin.width.report import SpectralNorms, spectral_report
 
 __all__ = [
     "Fans",
