@@ -11,7 +11,7 @@ import gnlin
 from gnlin.compare.entrants.optimisers import damped_gauss_newton, iterative_linearisation
 from gnlin.compare.runs.cost import flops, gradient_flops
 from gnlin.compare.runs.meter import metered
-from gnlin.compare.tasks.digits import digits
+from gnlin.compare.tasks.handwriting import digits
 
 SIZE = 64
 PRODUCT = 2 * SIZE**3
@@ -119,7 +119,7 @@ def test_a_loop_that_nobody_reads_costs_nothing(matrix):
 def test_what_cannot_be_counted_is_said(matrix):
     kernel = lambda a, out: out.__setitem__(
         ..., jax.lax.fori_loop(0, a[0, 0].astype(int), lambda i, c: c / 2, a[...])
-    )  # noqa: E731
+    )
     function = pallas.pallas_call(kernel, out_shape=matrix, interpret=True)
     with pytest.raises(
         NotImplementedError,

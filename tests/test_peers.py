@@ -11,8 +11,8 @@ import pytest
 from gnlin.compare.entrants import peers
 from gnlin.compare.runs.cost import flops
 from gnlin.compare.runs.meter import metered
-from gnlin.compare.tasks.diabetes import diabetes
-from gnlin.compare.tasks.digits import digits
+from gnlin.compare.tasks.handwriting import digits
+from gnlin.compare.tasks.regression import diabetes
 
 
 @pytest.fixture(autouse=True)

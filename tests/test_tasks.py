@@ -14,10 +14,10 @@ import pytest
 from problems import third_party, tolerance
 from sklearn.datasets import load_diabetes, load_digits
 
-from gnlin.compare.tasks.diabetes import diabetes
-from gnlin.compare.tasks.digits import digits, digits_autoencoder, digits_cnn
+from gnlin.compare.tasks.handwriting import digits, digits_autoencoder, digits_cnn
 from gnlin.compare.tasks.image_files import cifar10, mnist
 from gnlin.compare.tasks.networks import convolutional
+from gnlin.compare.tasks.regression import diabetes
 from gnlin.compare.tasks.task import DataError
 
 LOADERS = {

@@ -16,10 +16,10 @@ from problems import third_party, tolerance
 
 import gnlin
 from gnlin.compare.runs.study import facts
-from gnlin.compare.tasks.chars import CHARACTERS, MODULES, chars, documentation, windows
+from gnlin.compare.tasks.parity import sparse_parity
 from gnlin.compare.tasks.poisson import init, laplacian, network, poisson_pinn, residuals
-from gnlin.compare.tasks.sparse_parity import sparse_parity
 from gnlin.compare.tasks.task import DataError
+from gnlin.compare.tasks.text import CHARACTERS, MODULES, chars, documentation, windows
 
 LOADERS = {"sparse-parity": sparse_parity, "poisson-pinn": poisson_pinn, "chars": chars}
 

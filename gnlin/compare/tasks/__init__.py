@@ -3,13 +3,13 @@
 import inspect
 from collections.abc import Callable
 
-from gnlin.compare.tasks.chars import chars
-from gnlin.compare.tasks.diabetes import diabetes
-from gnlin.compare.tasks.digits import digits, digits_autoencoder, digits_cnn
+from gnlin.compare.tasks.handwriting import digits, digits_autoencoder, digits_cnn
 from gnlin.compare.tasks.image_files import cifar10, mnist
+from gnlin.compare.tasks.parity import sparse_parity
 from gnlin.compare.tasks.poisson import poisson_pinn
-from gnlin.compare.tasks.sparse_parity import sparse_parity
+from gnlin.compare.tasks.regression import diabetes
 from gnlin.compare.tasks.task import Task
+from gnlin.compare.tasks.text import chars
 
 TASKS: dict[str, Callable[[], Task]] = {
     "digits": digits,
