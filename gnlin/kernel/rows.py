@@ -16,7 +16,7 @@ import numpy as np
 
 from gnlin import tree
 from gnlin.jaxprs import numbers_in
-from gnlin.structure.by_example import ByExample, Summed, run_by_example
+from gnlin.structure.independence.rules import ByExample, Summed, run_by_example
 from gnlin.structure.layers import Layer, Reading, read_layers
 from gnlin.tree import Outputs, Params
 

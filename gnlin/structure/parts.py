@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.jaxprs import apply_equation, primitive_names, run_jaxpr, split_scan
-from gnlin.structure.by_example import (
+from gnlin.structure.independence.rules import (
     MIXED,
     RULES,
     ByExample,

@@ -1,0 +1,1 @@
+"""Which examples of a batch are shown to be independent."""
