@@ -5,8 +5,9 @@ Some equations hold other jaxprs, which they call, choose among or repeat. JAX c
 and parameters between versions. A change in JAX is then a change in this file.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,27 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 def _as_jaxpr(value: Any) -> Any:
     value = getattr(value, "jaxpr", value)
     return value if hasattr(value, "eqns") else None
+
+
+def live_equations(jaxpr: Any) -> list[Any]:
+    """Equations that an output depends on, in order. XLA removes the others."""
+    wanted = _variables(jaxpr.outvars)
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            wanted |= _variables(equation.invars)
+            found.append(equation)
+    return found[::-1]
+
+
+def _variables(atoms: Iterable[Any]) -> set[Any]:
+    """All but the literals."""
+    return {atom for atom in atoms if not hasattr(atom, "val")}
+
+
+def input_shapes(equation: Any) -> list[tuple[int, ...]]:
+    """Shapes of the inputs of an equation."""
+    return [atom.aval.shape for atom in equation.invars]
 
 
 # Running.
@@ -96,6 +118,32 @@ def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     return outputs if equation.primitive.multiple_results else [outputs]
 
 
+def run_live(
+    closed: Any, arguments: Sequence[Any], compute: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """Outputs of a jaxpr whose live equations are computed one after another by `compute`.
+
+    Unlike `run_jaxpr` it does not go into calls. A jaxpr that is not closed has no constants.
+    """
+    jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+    def read(atom):
+        return atom.val if hasattr(atom, "val") else values[atom]  # a literal or a variable
+
+    for equation in live_equations(jaxpr):
+        outputs = compute(equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function of its inputs."""
+    from jax.extend.core import jaxpr_as_fun  # here, for importing gnlin must stay quick
+
+    return jaxpr_as_fun(closed)
+
+
 class ScanSplit(NamedTuple):
     """Which inputs of a scan are its constants, its carry, and what it goes over; the carry is first of its outputs."""
 
@@ -117,6 +165,103 @@ def split_scan(equation: Any) -> ScanSplit:
     return ScanSplit(
         range(kept - carried), range(kept - carried, kept), range(kept, kept + scanned)
     )
+
+
+# Control flow and calls, as records.
+
+
+class WhileLoop(NamedTuple):
+    """A `while` loop: repeats its body as long as its condition holds.
+
+    Attributes:
+        condition: closed jaxpr, (*constants of the condition, *carry) ↦ (whether to go on,).
+        body: closed jaxpr, (*constants of the body, *carry) ↦ carry.
+        of_condition: places of the condition's constants among the inputs.
+        of_body: places of the body's constants.
+        carried: places of the first carry.
+    """
+
+    condition: Any
+    body: Any
+    of_condition: range
+    of_body: range
+    carried: range
+
+
+class Scan(NamedTuple):
+    """A loop of known length.
+
+    Attributes:
+        body: closed jaxpr, (*constants, *carry, *row) ↦ (*carry, *row of the results).
+        length: number of turns.
+        reverse: whether the last row comes first.
+        unroll: turns that are written out in one turn of the compiled loop.
+        split: places of constants, carry and rows among the inputs.
+    """
+
+    body: Any
+    length: int
+    reverse: bool
+    unroll: int
+    split: ScanSplit
+
+
+class Branches(NamedTuple):
+    """A choice: input 0 numbers the branch, a closed jaxpr of the other inputs."""
+
+    branches: tuple[Any, ...]
+
+
+class Call(NamedTuple):
+    """A jaxpr that is computed once, and the places of its arguments among the inputs."""
+
+    called: Any
+    places: list[int]
+
+
+class Implementation(NamedTuple):
+    """A primitive that is a function of its inputs, in terms of other primitives."""
+
+    function: Callable[..., Any]
+
+
+def control_flow(equation: Any) -> WhileLoop | Scan | Branches | Call | Implementation | None:
+    """How an equation computes the jaxprs that it holds; `None` where this module cannot tell."""
+    name, params = equation.primitive.name, equation.params
+    if name == "while":
+        ends = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        return WhileLoop(
+            params["cond_jaxpr"],
+            params["body_jaxpr"],
+            range(ends[0]),
+            range(*ends),
+            range(ends[1], len(equation.invars)),
+        )
+    if name == "scan":
+        how = bool(params["reverse"]), int(params["unroll"])
+        return Scan(params["jaxpr"], params["length"], *how, split_scan(equation))
+    if name == "cond":
+        return Branches(tuple(params["branches"]))
+    if name == "custom_linear_solve":  # JAX's own; the inputs of `solve` follow those of products
+        lengths = params["const_lengths"]
+        before = lengths.matvec + lengths.vecmat
+        places = [
+            *range(before, before + lengths.solve),
+            *range(sum(lengths), len(equation.invars)),
+        ]
+        return Call(params["jaxprs"].solve, places)
+    if name == "linear_solve":  # lineax's
+        return Implementation(functools.partial(equation.primitive.impl, **params))
+    if name in CALLS:
+        return Call(params[CALLS[name]], list(range(len(equation.invars))))
+    return None
+
+
+def computed_jaxprs(equation: Any) -> list[Any]:
+    """The inner jaxprs that are computed. A linear solve has others, for its derivatives alone."""
+    if equation.primitive.name == "custom_linear_solve":
+        return [_as_jaxpr(equation.params["jaxprs"].solve)]
+    return list(inner_jaxprs(equation))
 
 
 # Sizing.
