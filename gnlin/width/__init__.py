@@ -1,4 +1,4 @@
-"""The spectral condition: the size of weights and updates for which features move at every width."""
+"""The spectral condition: the size of weights and updates at which features move at any width."""
 
 from gnlin.width.condition import scale_by_spectral_condition
 from gnlin.width.fans import Fans

@@ -1,13 +1,12 @@
-"""The spectral condition: the size of an update, matrix by matrix, at which features move at every
-width.
+"""The spectral condition: the size of each update for which features move at every width.
 
-Features h of a layer have entries of order one, so ‖h‖ ~ √n with n of them, and should move by as
-much. A map W from fan-in to fan-out features does that where
+The n features h of a layer have entries of order one, so ‖h‖ ~ √n. Training should change them by
+as much. A map W from fan-in to fan-out features does so where
 
     ‖W‖ ~ √(fan-out / fan-in)   and   ‖ΔW‖ ~ √(fan-out / fan-in)
 
-in the spectral norm, the largest singular value. An optimiser decides the direction of ΔW; here is
-how far.
+in the spectral norm, the largest singular value. An optimiser decides the direction of ΔW. This
+module decides its size.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +25,9 @@ from gnlin.width.fans import FansOf, Layout, layouts
 
 
 class SpectralConditionState(NamedTuple):
-    vectors: Any  # of each matrix its leading right singular vector, (matrices, blocks, columns); None for vectors
+    # The leading right singular vector of each block, (matrices, blocks, columns). None for a leaf
+    # of vectors.
+    vectors: Any
     metrics: dict[str, jax.Array]
 
 
@@ -38,40 +39,42 @@ def scale_by_spectral_condition(
     .. math:: U \leftarrow \sqrt{\frac{\text{fan-out}}{\text{fan-in}}}\; \frac{U}{\|U\|},
               \qquad \|U\| = \sigma_{\max}(U).
 
-    Stands behind what makes the direction (`optax.scale_by_adam`, momentum,
-    `scale_by_gauss_newton`) and before `optax.scale_by_learning_rate`, whose η is then the relative
-    change of every layer's features: the same at every width and for every optimiser. What decays
-    the weights comes after it.
+    It stands after the transform that makes the direction (`optax.scale_by_adam`, momentum,
+    `scale_by_gauss_newton`) and before `optax.scale_by_learning_rate`. The rate η is then the
+    relative change of every layer's features. It means the same at every width and for every
+    optimiser. Weight decay comes after the scaling.
 
-    The norm is found by Golub-Kahan-Lanczos from the singular vector of the update before, which is
-    kept in the state, and a hundredth of a fixed random vector, for an update may be at right
-    angles to the one before: `lanczos_steps` products with U and as many with its transpose, at
-    most 4 · `lanczos_steps` operations for each parameter. But for rounding the estimate is not
-    above the norm; by how much below is measured in the documentation.
+    Golub-Kahan-Lanczos finds the norm. It starts from the singular vector of the update before,
+    which is in the state, plus a hundredth of a fixed random vector. The random part is there
+    because an update may be at right angles to the one before. The search makes `lanczos_steps`
+    products with U and as many with its transpose: at most 4 · `lanczos_steps` operations for each
+    parameter. The estimate never exceeds the norm, except by rounding. The documentation measures
+    how far below it is.
 
-    An update of zero stays zero. Any other is brought to size, however small a normal number it
-    was: a gradient that is only rounding is scaled up as well, and near a minimum the learning rate
-    has to fall. An update that is not finite is handed on as NaN, for `optax.apply_if_finite` and
-    its like to see, and leaves the kept vectors alone.
+    An update of zero stays zero. Every other update gets the prescribed size, however small a
+    normal number it was. A gradient that is only rounding is scaled up as well, so the learning
+    rate has to fall near a minimum. An update that is not finite is handed on as NaN, so that
+    `optax.apply_if_finite` and its like see it. It leaves the vectors of the state alone.
 
     Metrics: ``spectral/largest`` and ``spectral/smallest``, over all matrices, of ‖U‖ /
     √(fan-out/fan-in) before the scaling.
 
     Args:
-        fans: the axes of each leaf, where its number of axes does not say enough: a `Fans`, a tree
-            of `Fans` (`None` for the default) of the form of the parameters or a prefix of it, or a
-            function from parameters to such a tree. In `optax.inject_hyperparams` it has to be
-            among the ``static_args``, as `lanczos_steps` always is. By default vectors are biases,
-            matrices (in, out), and what has four axes or more the kernels of convolutions.
-        lanczos_steps: at least 1, and static.
+        fans: the axes of each leaf, where its number of axes does not determine them. It is a
+            `Fans`, a tree of `Fans`, or a function from parameters to such a tree. The tree has the
+            form of the parameters or is a prefix of it; `None` in it stands for the default. By
+            default leaves of one axis are biases and those of two are matrices (in, out). Leaves of
+            four or more are the kernels of convolutions. `optax.inject_hyperparams` needs `fans`
+            among the ``static_args``.
+        lanczos_steps: at least 1, and static: always among the ``static_args``.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; parameters are not needed. Norms are computed in
-        at least float32, updates keep their dtypes.
+        An `optax.GradientTransformationExtraArgs`; parameters are not needed. Updates keep their
+        shapes and dtypes. Norms are computed in at least float32.
 
     Raises:
         ValueError, TypeError: `lanczos_steps` is out of range; at init: `fans` does not fit the
-            parameters, or a leaf of three axes is without.
+            parameters, or a leaf of three axes has none.
 
     References: Yang, Simon & Bernstein, A spectral condition for feature learning, arXiv 2310.17813
     (Condition 1); Golub & Kahan, Calculating the singular values and pseudo-inverse of a matrix,
@@ -81,16 +84,21 @@ def scale_by_spectral_condition(
         >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> params = {"kernel": jnp.ones((4, 9)), "bias": jnp.zeros(9)}
         >>> tx = optax.chain(
-        ...     optax.scale_by_adam(), gnlin.width.scale_by_spectral_condition(), optax.scale_by_learning_rate(0.1))
+        ...     optax.scale_by_adam(),
+        ...     gnlin.width.scale_by_spectral_condition(),
+        ...     optax.scale_by_learning_rate(0.1),
+        ... )
         >>> grads = jax.tree.map(jnp.ones_like, params)
         >>> updates, _ = tx.update(grads, tx.init(params))
-        >>> jnp.linalg.norm(updates["kernel"], 2).round(3), jnp.linalg.norm(updates["bias"]).round(3)  # √(9/4), √9
-        (Array(0.15, dtype=float32), Array(0.3, dtype=float32))
+        >>> jnp.linalg.norm(updates["kernel"], 2).round(3)                      # 0.1 √(9/4)
+        Array(0.15, dtype=float32)
+        >>> jnp.linalg.norm(updates["bias"]).round(3)                           # 0.1 √9
+        Array(0.3, dtype=float32)
     """
     if not is_integer(lanczos_steps) or lanczos_steps < 1:
         raise ValueError(
-            f"`lanczos_steps` must be an integer of at least 1; got {lanczos_steps!r}. In optax.inject_hyperparams "
-            "name it among the static_args."
+            f"`lanczos_steps` must be an integer of at least 1; got {lanczos_steps!r}. In "
+            "optax.inject_hyperparams name it among the static_args."
         )
 
     def init_fn(params):
@@ -102,20 +110,22 @@ def scale_by_spectral_condition(
         del params, extra_args
         if updates is None:
             raise ValueError(
-                "`updates` is missing: what is scaled is the update that the transform before it made"
+                "`updates` is missing: pass the update of the transform before this one, which is "
+                "the one that is scaled"
             )
         leaves, structure = jax.tree.flatten(updates)
         plan = structure.flatten_up_to(layouts(fans, updates))
-        kept = _vectors_for(structure, plan, state.vectors)
-        scaled = [_scaled(*each, lanczos_steps) for each in zip(leaves, plan, kept, strict=True)]
-        new_updates, vectors = (
-            jax.tree.unflatten(structure, [each[i] for each in scaled]) for i in (0, 1)
-        )
-        ratios = [jnp.ravel(ratio).astype(float) for _, _, ratio in scaled if ratio.size]
-        ratios = jnp.concatenate(ratios) if ratios else jnp.zeros(1)
-        return new_updates, SpectralConditionState(
-            vectors, {name: of(ratios) for name, of in _METRICS.items()}
-        )
+        starts = _vectors_of(state, structure, plan)
+        scaled = [
+            _scale(leaf, layout, start, lanczos_steps)
+            for leaf, layout, start in zip(leaves, plan, starts, strict=True)
+        ]
+        new_updates = jax.tree.unflatten(structure, [each.update for each in scaled])
+        vectors = jax.tree.unflatten(structure, [each.vectors for each in scaled])
+        ratios = [jnp.ravel(each.ratios).astype(float) for each in scaled if each.ratios.size]
+        all_ratios = jnp.concatenate(ratios) if ratios else jnp.zeros(1)
+        metrics = {name: reduce(all_ratios) for name, reduce in _METRICS.items()}
+        return new_updates, SpectralConditionState(vectors, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -124,61 +134,80 @@ _METRICS = {"spectral/largest": jnp.max, "spectral/smallest": jnp.min}
 
 
 def _start(layout: Layout, leaf: jax.Array) -> jax.Array | None:
-    matrices, blocks, rows, columns = layout.stack
-    if min(rows, columns) <= 1 or not leaf.size:
+    """The vectors before the first update: zero, for nothing is known of them."""
+    stack = layout.stack
+    if min(stack.rows, stack.columns) <= 1 or not leaf.size:
         return None  # the norm of a vector needs no search
-    return jnp.zeros(
-        (matrices, blocks, columns), tree.accumulation_dtype(leaf)
-    )  # nothing is known of it yet
+    return jnp.zeros((stack.matrices, stack.blocks, stack.columns), tree.accumulation_dtype(leaf))
 
 
-def _vectors_for(structure: Any, plan: list[Layout], vectors: Any) -> list[jax.Array | None]:
-    """The kept vectors in the order of the leaves."""
+def _vectors_of(
+    state: SpectralConditionState, structure: Any, plan: list[Layout]
+) -> list[jax.Array | None]:
+    """The vectors of the state in the order of the leaves.
+
+    Raises:
+        ValueError: they belong to other parameters.
+    """
+    mismatch = ValueError(
+        "`opt_state` does not match `updates`; call tx.init(params) with the parameters of these "
+        "updates."
+    )
     try:
-        kept = structure.flatten_up_to(vectors)
+        vectors = structure.flatten_up_to(state.vectors)
     except ValueError:
-        kept = None
-    if kept is None or any(
-        jnp.shape(vector) != (*layout.stack[:2], layout.stack[3])
-        for vector, layout in zip(kept, plan, strict=True)
-        if vector is not None
-    ):
-        raise ValueError(
-            "`opt_state` does not match `updates`; call tx.init(params) with the parameters of these updates."
-        )
-    return kept
+        raise mismatch from None
+    for vector, layout in zip(vectors, plan, strict=True):
+        expected = (layout.stack.matrices, layout.stack.blocks, layout.stack.columns)
+        if vector is not None and jnp.shape(vector) != expected:
+            raise mismatch
+    return vectors
 
 
-def _scaled(update: jax.Array, layout: Layout, start: jax.Array | None, steps: int):
-    """``(update to size, vectors to keep, norm before / prescription)`` of one leaf."""
+class _Scaled(NamedTuple):
+    """One leaf after the scaling."""
+
+    update: jax.Array
+    vectors: jax.Array | None
+    ratios: jax.Array  # of the norm before the scaling to the prescription, (matrices)
+
+
+def _scale(update: jax.Array, layout: Layout, start: jax.Array | None, steps: int) -> _Scaled:
+    """Give each matrix of one leaf its prescribed norm; the search starts at `start`."""
     if not update.size:
-        return update, start, jnp.zeros([0])
+        return _Scaled(update, start, jnp.zeros([0]))
     wide = update.astype(tree.accumulation_dtype(update))
     matrices = layout.split(wide)
-    # Squares of gradients underflow long before gradients do: norms are taken relative to the
-    # largest entry.
-    peak = jnp.max(jnp.abs(matrices), axis=(1, 2, 3))
-    # The reciprocal of the unit has to be a number, too.
-    units = jnp.where(peak == 0, 1, jnp.minimum(peak, jnp.finfo(wide.dtype).max / 4)).astype(
-        wide.dtype
-    )
-    units = jnp.where(jnp.isfinite(peak), units, jnp.nan)
+    units = _units(matrices)
     norms, vectors = _norms(matrices, units, start, steps)
     norm = jnp.max(norms, axis=1)
-    factor = layout.prescription / jnp.where(norm == 0, 1, norm).astype(wide.dtype)  # NaN stays NaN
-    # One after the other, and not by the quotient of both, which may be too small for a number.
+    nonzero = jnp.where(norm == 0, 1, norm)  # an update of zero stays zero; NaN stays NaN
+    factor = layout.prescription / nonzero.astype(wide.dtype)
+    # Two steps, and a barrier lest the compiler merges them: factor / unit may overflow or
+    # underflow where both of its parts are ordinary numbers.
     relative = jax.lax.optimization_barrier(wide / layout.spread(units))
-    return (
-        (relative * layout.spread(factor)).astype(update.dtype),
-        vectors,
-        norm / layout.prescription * units,
-    )
+    new = (relative * layout.spread(factor)).astype(update.dtype)
+    return _Scaled(new, vectors, norm / layout.prescription * units)
+
+
+def _units(matrices: jax.Array) -> jax.Array:
+    """The largest entry of each matrix, (matrices): the unit in which its norm is computed.
+
+    Squares of gradients underflow long before gradients do. In this unit only squares that do not
+    matter underflow. The unit of zero is one, and that of numbers that are not finite is NaN.
+    """
+    peak = jnp.max(jnp.abs(matrices), axis=(1, 2, 3))
+    # The compiler may multiply by the reciprocal of the unit. 1 / max is subnormal, which is
+    # flushed to zero; 4 / max is a normal number.
+    bounded = jnp.minimum(peak, jnp.finfo(matrices.dtype).max / 4)
+    units = jnp.where(peak == 0, 1, bounded).astype(matrices.dtype)
+    return jnp.where(jnp.isfinite(peak), units, jnp.nan)
 
 
 def _norms(
     matrices: jax.Array, units: jax.Array, start: jax.Array | None, steps: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """``(norms / units, vectors to keep)`` of (matrices, blocks, rows, columns); units are (matrices)."""
+    """Norms of all blocks in `units`, (matrices, blocks), and the vectors for the state."""
     if start is None:
         return jnp.sqrt(jnp.sum((matrices / units[:, None, None, None]) ** 2, axis=(2, 3))), None
 
@@ -188,8 +217,19 @@ def _norms(
         )
 
     norms, vectors = jax.vmap(of_matrix)(matrices, start, units)
+    # An update of zero has no singular vector, and NaN in the state would outlast the update.
     sound = (norms > 0) & jnp.all(jnp.isfinite(vectors), axis=-1)
     return norms, jnp.where(sound[..., None], vectors, start)
+
+
+class _Lanczos(NamedTuple):
+    """The recurrence before step i; k steps in all, of a matrix (m, n)."""
+
+    vectors: jax.Array  # v₀ … vᵢ in the first rows of (k + 1, n)
+    left: jax.Array  # uᵢ₋₁, (m)
+    beta: jax.Array  # βᵢ₋₁
+    diagonal: jax.Array  # α of B, (k)
+    above: jax.Array  # β of B, (k)
 
 
 def leading_pair(
@@ -202,49 +242,52 @@ def leading_pair(
 
         Uᵀ A V = B,     A vᵢ = βᵢ₋₁ uᵢ₋₁ + αᵢ uᵢ,     Aᵀ uᵢ = αᵢ vᵢ + βᵢ vᵢ₊₁,
 
-    σ is the norm of B and v is V times its right singular vector: the best pair in the spaces
-    searched. V begins with `start`, a unit vector or zero, which is turned a little lest A maps it
-    to zero. Orthogonality is left to the recurrence; what rounding takes from it makes copies of
-    values found, which do not harm the largest.
+    σ is the norm of B, and v is V times the right singular vector of B. They are the best pair in
+    the spaces of the search. V begins with `start`, a unit vector or zero, plus a small fixed
+    vector, because A may map `start` to zero.
+
+    The vectors are not orthogonalised again: the recurrence alone keeps them orthogonal. Rounding
+    spoils that in time. It then finds copies of values it has found, which do not harm the largest.
     """
     dtype, (rows, columns) = matrix.dtype, matrix.shape
-    steps, root = (
-        min(steps, rows, columns),
-        jnp.sqrt(unit),
-    )  # half of it on either side, so that nothing overflows
-    # Any fixed numbers will do that no matrix of a network is orthogonal to by construction, as it
-    # is to ones.
+    steps = min(steps, rows, columns)
+    # A is never formed: half of the division comes before each product and half after it, so that
+    # neither the product nor its argument overflows.
+    root = jnp.sqrt(unit)
+    # Any fixed numbers will do to which no matrix of a network is orthogonal by construction. To
+    # ones such matrices exist.
     anywhere = np.random.default_rng(0).normal(size=columns)
     start, _ = _normalised(start + jnp.asarray(0.01 * anywhere / np.linalg.norm(anywhere), dtype))
 
-    def step(i, carry):
-        vectors, left, beta, diagonal, above = carry
-        left, alpha = _normalised(_product(matrix, vectors[i] / root) / root - beta * left)
-        right, beta = _normalised(_product(left / root, matrix) / root - alpha * vectors[i])
-        return (
-            vectors.at[i + 1].set(right),
-            left,
-            beta,
-            diagonal.at[i].set(alpha),
-            above.at[i].set(beta),
+    def step(i, state: _Lanczos) -> _Lanczos:
+        right = state.vectors[i]
+        # Both lines solve the recurrence for its new vector; its length is the new coefficient.
+        left, alpha = _normalised(_product(matrix, right / root) / root - state.beta * state.left)
+        following, beta = _normalised(_product(left / root, matrix) / root - alpha * right)
+        return _Lanczos(
+            vectors=state.vectors.at[i + 1].set(following),
+            left=left,
+            beta=beta,
+            diagonal=state.diagonal.at[i].set(alpha),
+            above=state.above.at[i].set(beta),
         )
 
     zeros = jnp.zeros(steps, dtype)
     vectors = jnp.zeros((steps + 1, columns), dtype).at[0].set(start)
-    carry = (vectors, jnp.zeros(rows, dtype), jnp.zeros([], dtype), zeros, zeros)
+    first = _Lanczos(vectors, jnp.zeros(rows, dtype), jnp.zeros([], dtype), zeros, zeros)
     # A loop and no list of steps: it compiles a quarter of the code, which counts where there are
     # many matrices.
-    vectors, _, _, diagonal, above = jax.lax.fori_loop(0, steps, step, carry)
-    bidiagonal = jnp.pad(jnp.diag(diagonal), ((0, 0), (0, 1))) + jnp.pad(
-        jnp.diag(above), ((0, 0), (1, 0))
-    )
+    last = jax.lax.fori_loop(0, steps, step, first)
+    on_diagonal = jnp.pad(jnp.diag(last.diagonal), ((0, 0), (0, 1)))
+    bidiagonal = on_diagonal + jnp.pad(jnp.diag(last.above), ((0, 0), (1, 0)))
+    # The square of B costs small singular values half of their digits, and the largest none.
     squares, rotations = jnp.linalg.eigh(bidiagonal.T @ bidiagonal)
-    vector, _ = _normalised(rotations[:, -1] @ vectors)
+    vector, _ = _normalised(rotations[:, -1] @ last.vectors)
     return jnp.sqrt(jnp.maximum(squares[-1], 0)), vector
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    # What accelerators make of float32 by default has three digits, too few for the recurrence.
+    # By default accelerators multiply float32 with three digits, too few for the recurrence.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

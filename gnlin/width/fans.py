@@ -1,14 +1,13 @@
-"""Which axes of a parameter are its inputs and which its outputs: leaves seen as matrices.
+"""Which axes of a parameter are its inputs and which are its outputs: leaves as matrices.
 
-A leaf is a map from its inputs to its outputs, features on both sides being of order one. How large
-it should be depends on how many of each there are, its fan-in and fan-out, and on nothing else
-here.
+A leaf is a map from its inputs to its outputs, and the features on both sides are of order one. The
+right size of the leaf depends on the numbers of inputs and outputs alone: its fan-in and fan-out.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,14 +18,38 @@ from gnlin.tree import Params, Tree
 Axes = int | Sequence[int]
 
 
+class _Axes(NamedTuple):
+    """The four kinds of axes of one leaf."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...]
+    index: tuple[int, ...]
+
+    def exist_in(self, ndim: int) -> bool:
+        return all(-ndim <= axis < ndim for axes in self for axis in axes)
+
+    def from_the_front(self, ndim: int) -> "_Axes":
+        """The same axes as numbers from 0 to ndim - 1."""
+        return _Axes(*(tuple(axis % ndim for axis in axes) for axes in self))
+
+    def are_distinct(self) -> bool:
+        """Whether no axis is named twice. An input may also be an output, but nothing else."""
+        if len(set(self.inputs)) < len(self.inputs) or len(set(self.outputs)) < len(self.outputs):
+            return False
+        maps = {*self.inputs, *self.outputs}
+        named = len(maps) + len(self.batch) + len(self.index)
+        return len({*maps, *self.batch, *self.index}) == named
+
+
 @dataclasses.dataclass(frozen=True)
 class Fans:
-    """Axes of a leaf, in the words of `jax.nn.initializers`.
+    """The axes of a leaf, in the words of `jax.nn.initializers`.
 
-    | leaf | shape | what to say |
+    | leaf | shape | `Fans` |
     |---|---|---|
     | matrix of a dense layer, y = x W | (in, out) | ``Fans()``, the default |
-    | kernel of a convolution over two or more dimensions | (..., in, out) | ``Fans()``, the default |
+    | kernel of a convolution over 2 or more dimensions | (..., in, out) | ``Fans()``, the default |
     | bias | (out) | ``Fans((), -1)``, the default |
     | gain, one factor for each feature | (features) | ``Fans(-1, -1)`` |
     | embedding, looked up | (words, out) | ``Fans((), -1, index_axis=0)`` |
@@ -39,24 +62,24 @@ class Fans:
     | experts, one of which acts on each token | (experts, in, out) | ``Fans(index_axis=0)`` |
     | PyTorch's matrix, y = x Wᵀ | (out, in) | ``Fans(1, 0)`` |
 
-    Axes that are not named are a receptive field, and count among the inputs: fan-in is in × field,
-    as many numbers as each output sees, and fan-out is out. (The initialisers of JAX multiply
-    fan-out by the field as well.)
+    Axes without a name are a receptive field, and they count among the inputs. So fan-in is
+    in × field, the number of inputs of each output, and fan-out is out. (The initialisers of JAX
+    multiply fan-out by the field as well.)
 
     Args:
-        in_axis: axes of the inputs; () where there is one input, of constant size, as for a bias.
-        out_axis: axes of the outputs; () where there is one. Along an axis that is among the inputs
-            and the outputs the map is diagonal: feature i acts on feature i alone.
+        in_axis: axes of the inputs; () where there is one input of constant size, as for a bias.
+        out_axis: axes of the outputs; () where there is one. Along an axis of both the inputs and
+            the outputs the map is diagonal: feature i acts on feature i alone.
         batch_axis: axes that number separate maps, such as layers.
-        index_axis: axes of which the input picks one entry, a one-hot input. Its norm is one
-            whatever its length, so the axis counts as one input, and the norm of the map is that of
-            its largest entry.
+        index_axis: axes of which the input picks one entry, a one-hot input. The norm of such an
+            input is one at every length, so the axis counts as one input. The norm of the map is
+            that of its largest entry.
 
     Raises:
         TypeError: an axis is no integer.
         ValueError: an axis is named twice (except as input and output).
 
-    Reference: Yang, Simon & Bernstein, arXiv 2310.17813, for what fan-in and fan-out are used for.
+    Reference: Yang, Simon & Bernstein, arXiv 2310.17813, for the use of fan-in and fan-out.
 
     Example:
         >>> import gnlin
@@ -71,80 +94,90 @@ class Fans:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            axes = (given,) if is_integer(given) else given
-            if (
-                isinstance(axes, str)
-                or not isinstance(axes, Sequence)
-                or not all(map(is_integer, axes))
-            ):
-                raise TypeError(
-                    f"`{field.name}` must be an integer or a tuple of integers; got {given!r}"
-                )
-            object.__setattr__(self, field.name, tuple(int(axis) for axis in axes))
-        _check_distinct(self, *self._axes())
+            axes = _integers(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, axes)
+        self._check_distinct(self._axes())
 
     def layout(self, shape: Sequence[int]) -> "Layout":
-        """How a leaf of this shape is a stack of matrices."""
-        if not all(-len(shape) <= axis < len(shape) for axes in self._axes() for axis in axes):
+        """The stack of matrices that a leaf of this shape is.
+
+        Raises:
+            ValueError: the axes do not fit the shape.
+        """
+        if not self._axes().exist_in(len(shape)):
             raise ValueError(
-                f"`fans` names axes that an array of shape {tuple(shape)} does not have: {self}. A tree of Fans says "
-                "it leaf by leaf"
+                f"`fans` names axes that an array of shape {tuple(shape)} does not have: {self}. "
+                "Pass a tree of Fans, one for each leaf"
             )
-        inputs, outputs, batch, index = (
-            tuple(axis % len(shape) for axis in axes) for axes in self._axes()
-        )
-        _check_distinct(self, inputs, outputs, batch, index)
-        diagonal = tuple(axis for axis in inputs if axis in outputs)
-        rows = tuple(axis for axis in range(len(shape)) if axis not in {*outputs, *batch, *index})
-        columns = tuple(axis for axis in outputs if axis not in diagonal)
+        axes = self._axes().from_the_front(len(shape))
+        self._check_distinct(axes)
+        diagonal = tuple(axis for axis in axes.inputs if axis in axes.outputs)
+        columns = tuple(axis for axis in axes.outputs if axis not in diagonal)
+        others = {*axes.outputs, *axes.batch, *axes.index}
+        rows = tuple(axis for axis in range(len(shape)) if axis not in others)
+        batch = tuple(sorted(axes.batch))
 
         def count(axes):
             return math.prod(shape[axis] for axis in axes)
 
         return Layout(
             shape=tuple(shape),
-            batch_axes=tuple(sorted(batch)),
-            order=(*sorted(batch), *index, *diagonal, *rows, *columns),
-            stack=(count(batch), count(index + diagonal), count(rows), count(columns)),
+            batch_axes=batch,
+            order=(*batch, *axes.index, *diagonal, *rows, *columns),
+            stack=Stack(count(batch), count(axes.index + diagonal), count(rows), count(columns)),
             fan_in=count(diagonal + rows),
-            fan_out=count(outputs),
+            fan_out=count(axes.outputs),
         )
 
-    def _axes(self) -> tuple[tuple[int, ...], ...]:
-        return self.in_axis, self.out_axis, self.batch_axis, self.index_axis  # pyright: ignore[reportReturnType]
+    def _axes(self) -> _Axes:
+        return _Axes(self.in_axis, self.out_axis, self.batch_axis, self.index_axis)  # pyright: ignore[reportArgumentType]
+
+    def _check_distinct(self, axes: _Axes) -> None:
+        if not axes.are_distinct():
+            raise ValueError(
+                f"`fans` names an axis twice: {self}. Only an axis of a diagonal map is both input "
+                "and output."
+            )
 
 
 FansOf = Fans | Tree | Callable[[Params], Tree] | None
 
 
+class Stack(NamedTuple):
+    """The shape of a leaf as a stack of block-diagonal matrices."""
+
+    matrices: int
+    blocks: int  # of each matrix
+    rows: int  # of each block: its inputs
+    columns: int  # of each block: its outputs
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A leaf as ``stack`` = (matrices, blocks, rows, columns); each matrix is block-diagonal and
-    maps rows to columns.
+    """A leaf as a stack of matrices. Each matrix is block-diagonal and maps rows to columns.
 
-    The entries of an index, of which one acts at a time, are blocks as well: in both cases the norm
-    of the matrix is the largest among its blocks.
+    The entries of an index, of which one acts at a time, are blocks as well. In both cases the norm
+    of the matrix is the largest norm among its blocks.
     """
 
     shape: tuple[int, ...]
     batch_axes: tuple[int, ...]
-    order: tuple[int, ...]  # the leaf's axes as they follow one another in the stack
-    stack: tuple[int, int, int, int]
+    order: tuple[int, ...]  # the leaf's axes in the order of the stack
+    stack: Stack
     fan_in: int
     fan_out: int
 
     @property
     def prescription(self) -> float:
         """√(fan-out / fan-in), the norm of a map between features of order one."""
-        return math.sqrt(self.fan_out / max(self.fan_in, 1))
+        return math.sqrt(self.fan_out / max(self.fan_in, 1))  # an empty leaf has fan-in 0
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in self.batch_axes)
 
     def split(self, leaf: jax.Array) -> jax.Array:
-        """The leaf as its stack of matrices."""
+        """The leaf as its stack, (matrices, blocks, rows, columns)."""
         return leaf.transpose(self.order).reshape(self.stack)
 
     def join(self, matrices: jax.Array) -> jax.Array:
@@ -160,22 +193,20 @@ class Layout:
 
 
 def layouts(fans: FansOf, params: Params) -> Tree:
-    """A tree like `params` of `Layout`s.
+    """A tree of `Layout`s of the form of `params`.
 
     Raises:
         TypeError, ValueError: `fans` is no tree of `Fans` for these parameters, or does not fit a
             leaf; a leaf of three axes has none.
     """
-    if not jax.tree.leaves(
-        params
-    ):  # nothing to lay out, such as the placeholder of optax.tree_map_params
-        return params
+    if not jax.tree.leaves(params):
+        return params  # without leaves, such as the placeholder of optax.tree_map_params
     given = fans(params) if callable(fans) else fans
-    spread: list[tuple[str, Any, tuple[int, ...]]] = []
+    leaves: list[tuple[str, Any, tuple[int, ...]]] = []
 
     def visit(path, each, part):
         for inner, leaf in jax.tree.leaves_with_path(part):
-            spread.append((jax.tree_util.keystr((*path, *inner)), each, np.shape(leaf)))
+            leaves.append((jax.tree_util.keystr((*path, *inner)), each, np.shape(leaf)))
 
     try:
         jax.tree_util.tree_map_with_path(
@@ -183,22 +214,18 @@ def layouts(fans: FansOf, params: Params) -> Tree:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"`fans` must be a gnlin.width.Fans, or a tree of them (None for the default) of the form of the parameters or a "
-            f"prefix of it; got {given!r} for {jax.tree.structure(params)}"
+            "`fans` must be a gnlin.width.Fans, or a tree of them (None for the default) of the "
+            f"form of the parameters or a prefix of it; got {given!r} for "
+            f"{jax.tree.structure(params)}"
         ) from error
-    return jax.tree.unflatten(jax.tree.structure(params), [layout_of(*each) for each in spread])
+    # Not within the `try`: an error of a single leaf has a message of its own.
+    return jax.tree.unflatten(jax.tree.structure(params), [layout_of(*each) for each in leaves])
 
 
 def layout_of(name: str, fans: Fans | None, shape: tuple[int, ...]) -> Layout:
-    """The layout of one leaf, `name` in messages; without `fans` that of its number of axes."""
+    """The layout of one leaf, `name` in messages; without `fans` the default for its axes."""
     if fans is None:
-        if len(shape) == 3:
-            raise ValueError(
-                f"`fans` must say what the three axes of {name} are, of shape {shape}: gnlin.width.Fans(batch_axis=0) for a "
-                "stack of matrices (in, out), Fans() for the kernel of a one-dimensional convolution, Fans(0, (1, 2)) "
-                "for attention's (in, heads, width), Fans((0, 1), 2) for its output's (heads, width, out)"
-            )
-        fans = (Fans((), ()), Fans((), -1))[len(shape)] if len(shape) < 2 else Fans()
+        fans = _default(name, shape)
     if not _is_fans(fans):
         raise TypeError(
             f"`fans` must hold gnlin.width.Fans, or None for the default; got {fans!r} at {name}"
@@ -209,16 +236,30 @@ def layout_of(name: str, fans: Fans | None, shape: tuple[int, ...]) -> Layout:
         raise ValueError(f"{error} (at {name})") from None
 
 
+def _default(name: str, shape: tuple[int, ...]) -> Fans:
+    """A number, a bias, a matrix, or the kernel of a convolution, by the number of axes."""
+    if len(shape) == 0:
+        return Fans((), ())
+    if len(shape) == 1:
+        return Fans((), -1)
+    if len(shape) == 3:
+        raise ValueError(
+            f"`fans` must name the three axes of {name}, of shape {shape}: "
+            "gnlin.width.Fans(batch_axis=0) for a stack of matrices (in, out), Fans() for the "
+            "kernel of a one-dimensional convolution, Fans(0, (1, 2)) for attention's (in, heads, "
+            "width), Fans((0, 1), 2) for its output's (heads, width, out)"
+        )
+    return Fans()
+
+
+def _integers(name: str, given: Any) -> tuple[int, ...]:
+    """An axis, or a sequence of axes, as a tuple."""
+    axes = (given,) if is_integer(given) else given
+    sequence = isinstance(axes, Sequence) and not isinstance(axes, str)
+    if not sequence or not all(map(is_integer, axes)):
+        raise TypeError(f"`{name}` must be an integer or a tuple of integers; got {given!r}")
+    return tuple(int(axis) for axis in axes)
+
+
 def _is_fans(node: Any) -> bool:
     return isinstance(node, Fans)
-
-
-def _check_distinct(fans: Fans, inputs, outputs, batch, index) -> None:
-    """No axis twice; only inputs and outputs may share some."""
-    both = {*inputs, *outputs}
-    if len({*both, *batch, *index}) < len(both) + len(batch) + len(index) or any(
-        len(set(axes)) < len(axes) for axes in (inputs, outputs)
-    ):
-        raise ValueError(
-            f"`fans` names an axis twice: {fans}. Only an axis of a diagonal map is input and output."
-        )

@@ -1,4 +1,4 @@
-"""The spectral condition at initialisation."""
+"""The spectral condition at the start: initial weights of the prescribed norm."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,11 +21,13 @@ def spectral_init(
 ) -> jax.Array:
     r"""Random weights all of whose singular values are √(fan-out/fan-in).
 
-    Their spectral norm is what the spectral condition asks for, and with fan-in ≤ fan-out every
-    input, not only some, has outputs with entries of the size of its own, through any number of
-    layers. Normal entries with that norm would halve the features at each square layer.
+    .. math:: W = \sqrt{\frac{\text{fan-out}}{\text{fan-in}}}\; Q, \qquad Q \text{ orthogonal.}
 
-    An initialiser of JAX and Flax as it is (``kernel_init=gnlin.width.spectral_init``);
+    Their spectral norm is the one of the spectral condition. Where fan-in ≤ fan-out, the outputs of
+    every input have entries of the size of its own, through any number of layers. Normal entries
+    with that norm would halve the features at each square layer.
+
+    It is an initialiser of JAX and Flax as it stands (``kernel_init=gnlin.width.spectral_init``);
     `functools.partial` binds `fans` and `scale`. Biases are best zero and gains one.
 
     Args:
@@ -37,12 +39,12 @@ def spectral_init(
             through.
 
     Returns:
-        Weights of this shape and dtype, orthogonal up to their scale: distributed evenly over all
-        such.
+        Weights of this shape and dtype, orthogonal up to their scale, with the uniform distribution
+        over all such weights.
 
     Raises:
         ValueError, TypeError: `fans` does not fit the shape, or is missing for three axes; `scale`
-        is not positive.
+            is not positive; `dtype` is not a real floating dtype.
 
     Reference: Yang, Simon & Bernstein, arXiv 2310.17813 (Condition 1; their Parametrization 1 has
         normal entries).
@@ -60,11 +62,11 @@ def spectral_init(
     layout = layout_of("the weights", fans, tuple(shape))
     matrices, blocks, rows, columns = layout.stack
     wide = tree.accumulation_dtype(jnp.zeros([], dtype))
-    normal = jax.random.normal(
-        key, (matrices, blocks, max(rows, columns), min(rows, columns)), wide
-    )
-    orthogonal, triangle = jnp.linalg.qr(normal)
-    # The signs of the decomposition are a convention of its implementation; these make it unique.
+    # The columns of Q are orthonormal only where there are at least as many rows.
+    tall = (matrices, blocks, max(rows, columns), min(rows, columns))
+    orthogonal, triangle = jnp.linalg.qr(jax.random.normal(key, tall, wide))
+    # The signs of the decomposition are a convention of its implementation. A positive diagonal of
+    # R makes Q unique, and its distribution uniform.
     signs = jnp.where(jnp.diagonal(triangle, axis1=-2, axis2=-1) < 0, -1, 1).astype(wide)
     orthogonal = orthogonal * signs[:, :, None]
     stack = orthogonal if rows >= columns else jnp.swapaxes(orthogonal, -1, -2)

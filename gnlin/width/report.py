@@ -1,4 +1,4 @@
-"""The spectral condition as a report: norms of weights and updates beside their prescription."""
+"""The spectral condition as a report: the norms of weights and updates beside the prescription."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ from gnlin.width.fans import FansOf, Layout, layouts
 
 
 class SpectralNorms(NamedTuple):
-    """Spectral norms of one leaf and of its update; numbers, or one for each of the leaf's separate
-    matrices.
+    """Spectral norms of one leaf and of its update.
+
+    The norms are numbers, or arrays with one number for each of the leaf's separate matrices.
 
     Attributes:
         fan_in: number of inputs.
@@ -44,15 +45,17 @@ class SpectralNorms(NamedTuple):
 def spectral_report(
     params: Params, updates: Params, fans: FansOf = None
 ) -> dict[str, SpectralNorms]:
-    """Spectral norms of weights and of their last updates, against the prescription
-    √(fan-out/fan-in).
+    r"""Spectral norms of weights and of their last updates, beside the prescription.
 
-    Norms are exact, by singular value decompositions: for looking, and not for every step. Works
-    under `jit`.
+    .. math:: \|W\| \sim \sqrt{\frac{\text{fan-out}}{\text{fan-in}}},
+              \qquad \|\Delta W\| \sim \sqrt{\frac{\text{fan-out}}{\text{fan-in}}}.
+
+    Norms are exact, by singular value decompositions. That is meant for inspection, and is too
+    expensive for every step. Works under `jit`.
 
     Args:
-        params: the parameters.
-        updates: what was, or will be, added to them.
+        params: the parameters W.
+        updates: ΔW, the numbers added to them, of the same shapes.
         fans: as for `scale_by_spectral_condition`.
 
     Returns:
@@ -74,24 +77,24 @@ def spectral_report(
     """
     check_params(params, allow_holes=True)
     check_like_params("updates", updates, params, "pass what tx.update returned")
-    structure = jax.tree.structure(params)
-    plan = structure.flatten_up_to(layouts(fans, params))
-    return {
-        jax.tree_util.keystr(path): SpectralNorms(
-            layout.fan_in,
-            layout.fan_out,
-            layout.prescription,
-            _exact_norms(leaf, layout),
-            _exact_norms(update, layout),
+    plan = jax.tree.structure(params).flatten_up_to(layouts(fans, params))
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(updates), plan, strict=True)
+    report = {}
+    for (path, weight), update, layout in leaves:
+        report[jax.tree_util.keystr(path)] = SpectralNorms(
+            fan_in=layout.fan_in,
+            fan_out=layout.fan_out,
+            prescription=layout.prescription,
+            weight=_exact_norms(weight, layout),
+            update=_exact_norms(update, layout),
         )
-        for (path, leaf), update, layout in zip(
-            jax.tree.leaves_with_path(params), jax.tree.leaves(updates), plan, strict=True
-        )
-    }
+    return report
 
 
 def _exact_norms(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """The norm of each separate matrix of a leaf, of the shape of its batch axes."""
     matrices = layout.split(leaf.astype(tree.accumulation_dtype(leaf)))
     if not leaf.size:
         return jnp.zeros(layout.batch_shape, matrices.dtype)
-    return jnp.max(jnp.linalg.norm(matrices, 2, axis=(2, 3)), axis=1).reshape(layout.batch_shape)
+    of_blocks = jnp.linalg.norm(matrices, 2, axis=(2, 3))
+    return jnp.max(of_blocks, axis=1).reshape(layout.batch_shape)
