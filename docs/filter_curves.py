@@ -1,7 +1,8 @@
-"""The two filters of the mathematics page: measured with gnlin, compared with their formulas, and
-drawn.
+"""Measure the two filters of the mathematics page with gnlin, check them, and draw them.
 
-python docs/filter_curves.py [FILE.svg]
+    python docs/filter_curves.py [FILE.svg]
+
+The check compares them with their formulas.
 """
 
 import sys
@@ -21,7 +22,7 @@ SINGULAR_VALUES = np.logspace(-2.5, 0, 11)
 
 
 class Filters(NamedTuple):
-    """Factors by which the gradient along each singular direction is turned into a step."""
+    """The factor for each singular direction that turns the gradient into a step."""
 
     steps: np.ndarray  # of K gradient steps on the linearised model
     damped: np.ndarray  # of one damped Gauss-Newton step, λ = 1/(ηK)
@@ -34,12 +35,13 @@ def formulas(period: int, sigma: np.ndarray) -> Filters:
     return Filters(fitted / sigma**2, 1 / (sigma**2 + 1 / (RATE * period)))
 
 
+def orthogonal(seed: int, size: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
+
+
 def measured(period: int) -> Filters:
-    """Both filters, read off the steps that gnlin takes from one anchor of a nonlinear model, in float64."""
-    size = len(SINGULAR_VALUES)
-    left, right, bend = (
-        np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0] for seed in range(3)
-    )
+    """Read both filters off the steps of gnlin from one anchor of a nonlinear model, in float64."""
+    left, right, bend = (orthogonal(seed, len(SINGULAR_VALUES)) for seed in range(3))
     jacobian = jnp.asarray(left * SINGULAR_VALUES @ right.T)
     target = jnp.asarray(left.sum(axis=1))
     # The quadratic term has no derivative at the anchor θ = 0, where J is `jacobian`; elsewhere the
@@ -47,7 +49,7 @@ def measured(period: int) -> Filters:
     objective = gnlin.Objective.least_squares(
         lambda p: jacobian @ p + (jnp.asarray(bend) @ p) ** 2 - target
     )
-    anchor = jnp.zeros(size)
+    anchor = jnp.zeros(len(SINGULAR_VALUES))
     gradient = objective.value_and_grad(anchor)[1]
 
     def factors(tx, steps):
@@ -59,12 +61,15 @@ def measured(period: int) -> Filters:
         return np.asarray(right.T @ (params - anchor)) / -np.asarray(right.T @ gradient)
 
     cycle = optax.chain(gnlin.linearise_gradients(objective, period), optax.sgd(RATE))
-    damped = gnlin.gauss_newton(1.0, objective, damping=1 / (RATE * period), solver=gnlin.Dense())
+    damped = optax.chain(
+        gnlin.scale_by_gauss_newton(objective, 1 / (RATE * period), solver=gnlin.Dense()),
+        optax.scale_by_learning_rate(1.0),
+    )
     return Filters(factors(cycle, period), factors(damped, 1))
 
 
 def check() -> None:
-    """Raise unless gnlin's steps are filtered as the page says they are."""
+    """Raise unless the steps of gnlin are filtered as the page says."""
     for period in PERIODS:
         steps, damped = measured(period)
         expected = formulas(period, SINGULAR_VALUES)
@@ -73,16 +78,16 @@ def check() -> None:
 
         ratio = expected.steps / expected.damped
         assert np.all((ratio >= 1) & (ratio <= 2)), ratio
-        # First order: the fitted fractions differ by (1 - (K - 1)/2K) s² where s = σ²/λ is small.
+        # The fitted fractions agree to first order: they differ by (1 - (K - 1)/2K) s² where
+        # s = σ²/λ is small.
         s = RATE * period * SINGULAR_VALUES**2
         small = s < 1e-3
         difference = (expected.steps - expected.damped) * SINGULAR_VALUES**2
         np.testing.assert_allclose(
             difference[small], ((1 - (period - 1) / (2 * period)) * s**2)[small], rtol=1e-2
         )
-        print(
-            f"K = {period}: as the formulas say to 1e-9; largest ratio of the two {ratio_over_all(period):.2f}"
-        )
+        largest = ratio_over_all(period)
+        print(f"K = {period}: as the formulas say to 1e-9; largest ratio of the two {largest:.2f}")
 
 
 def ratio_over_all(period: int) -> float:

@@ -1,13 +1,17 @@
-"""The shape of an AlgoPerf submission around a gnlin transform.
+"""Show the shape of an AlgoPerf submission around a gnlin transform.
 
-python examples/algoperf_submission.py
+    python examples/algoperf_submission.py
 
-The functions `get_batch_size`, `init_optimizer_state`, `update_params`, `prepare_for_eval` and
-`data_selection` are what the benchmark (https://github.com/mlcommons/algorithmic-efficiency) calls.
-What is particular to gnlin is `objective_of`: model and loss are taken apart, and what else the
-model needs (its state, a key for dropout) travels in the batch. Its statistics for normalisation
-stand still while a gradient is taken, and move once in each step, with a forward pass. The stand-in
-for a workload below shows that the functions fit together, without the benchmark being installed.
+The benchmark (https://github.com/mlcommons/algorithmic-efficiency) calls the functions
+`get_batch_size`, `init_optimizer_state`, `update_params`, `prepare_for_eval` and
+`data_selection`.
+
+`objective_of` is particular to gnlin. It takes model and loss apart. Everything else that the
+model needs, such as its state and a key for dropout, travels in the batch. The model's statistics
+for normalisation stand still while a gradient is taken. They move once in each step, with a
+forward pass.
+
+A stand-in for a workload shows that the functions fit together, without the benchmark installed.
 """
 
 import functools
@@ -27,7 +31,7 @@ def get_batch_size(workload_name):
 
 
 def objective_of(workload):
-    """The workload as a gnlin objective; batches hold the workload's own under ``data``."""
+    """Make a gnlin objective of the workload, whose own batch is under ``data``."""
 
     def model(params, batch):
         logits, _ = workload.model_fn(
@@ -189,9 +193,8 @@ def main(steps=200):
     logits, _ = workload.model_fn(
         params, batch, model_state, mode="eval", rng=None, update_batch_norm=False
     )
-    print(
-        f"accuracy after {steps} steps: {float((logits.argmax(-1) == batch['targets']).mean()):.3f}"
-    )
+    accuracy = float((logits.argmax(-1) == batch["targets"]).mean())
+    print(f"accuracy after {steps} steps: {accuracy:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""Gauss-Newton in function space (`gnlin.Dual`) against conjugate gradients: work and time over
-outputs and parameters.
+"""Compare Gauss-Newton in function space (`gnlin.Dual`) with conjugate gradients.
 
-python examples/function_space.py             # one network; --full is the whole table, --quick a
-smaller network
+    python examples/function_space.py             # one network
+    python examples/function_space.py --quick     # a smaller network
+    python examples/function_space.py --full      # the whole table
 
-Systems (G + λI) x = gradient of softmax networks, λ = 1e-3. Work is in gradients on the batch, that
-of the right-hand side and of the linearisation included; "same" is conjugate gradients to the
-residual that `Dual` reached.
+The systems are (G + λI) x = gradient of softmax networks, with a λ of 1e-3. Work is in gradients
+on the batch. That of the right-hand side and of the linearisation is included. In the columns
+"same" conjugate gradients go to the residual that `Dual` reached.
 
-With other programs at work, set OPENBLAS_NUM_THREADS=1: the threads of LAPACK wait for each other.
+Set OPENBLAS_NUM_THREADS=1 where other programs are at work: the threads of LAPACK wait for each
+other.
 """
 
 import argparse
 import itertools
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def network(params, batch):
 
 
 def loss(outputs, batch):
-    """Softmax cross-entropy; squared error of a single output."""
+    """Softmax cross-entropy, or the squared error of a single output."""
     if outputs.shape[1] == 1:
         return 0.5 * jnp.mean((outputs[:, 0] - batch["y"]) ** 2)
     return jnp.mean(jax.nn.logsumexp(outputs, 1) - outputs[jnp.arange(len(outputs)), batch["y"]])
@@ -64,25 +66,32 @@ def problem(widths, examples):
     return params, {"x": x, "y": y}
 
 
+class Cost(NamedTuple):
+    work: float  # in gradients
+    seconds: float
+    residual: float
+    stats: dict[str, jax.Array]
+
+
 def measured(solver, params, batch, unit):
-    """``(gradients, seconds, residual, statistics)`` of one solve."""
+    """Return the `Cost` of one solve."""
 
     def solve(params, batch):
         model = gnlin.quadratic_model(OBJECTIVE, params, batch)
-        system = gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, DAMPING)
+        system = gnlin.System(model.linear.jvp, model.linear.vjp, model.output_hessian, DAMPING)
         solution, _ = solver.solve(system, model.gradient(), solver.init(params)[0])
-        return solution.step, solution.stats
+        return solution.direction, solution.stats
 
     meter = metered(solve, params, batch)
     call = jax.jit(meter.call)
     (_, stats), more = jax.block_until_ready(call(params, batch))
     seconds = []
-    for _ in range(5):  # the least: other programs are at work
+    for _ in range(5):  # the least counts, because other programs only add
         start = time.perf_counter()
         jax.block_until_ready(call(params, batch))
         seconds.append(time.perf_counter() - start)
     residual = next(float(value) for name, value in stats.items() if name.endswith("/residual"))
-    return (meter.flops + float(more)) / unit, min(seconds), residual, stats
+    return Cost((meter.flops + float(more)) / unit, min(seconds), residual, stats)
 
 
 def main():
@@ -92,24 +101,22 @@ def main():
     parser.add_argument("--full", action="store_true", help="all networks: an hour")
     parser.add_argument("--quick", action="store_true", help="a small network: half a minute")
     given = parser.parse_args()
-    print(
-        "| P | N·C | K, pull-backs | Dual: gradients | ms | residual | CG, 20 steps: gradients | ms | residual ",
-        end="",
-    )
-    print("| CG, same: steps | gradients | ms |\n" + "|---:" * 12 + "|")
-    for widths, examples in FULL if given.full else QUICK if given.quick else ONE:
+    print("| P | N·C | K, pull-backs | Dual: gradients | ms | residual ", end="")
+    print("| CG, 20 iterations: gradients | ms | residual ", end="")
+    print("| CG, same: iterations | gradients | ms |\n" + "|---:" * 12 + "|")
+    networks = FULL if given.full else QUICK if given.quick else ONE
+    for widths, examples in networks:
         params, batch = problem(widths, examples)
         unit = flops(OBJECTIVE.value_and_grad, params, batch)
-        work, seconds, residual, stats = measured(gnlin.Dual(), params, batch, unit)
-        few = measured(gnlin.CG(max_steps=20, rtol=0.0), params, batch, unit)
-        same = measured(gnlin.CG(max_steps=1000, rtol=residual), params, batch, unit)
+        dual = measured(gnlin.Dual(), params, batch, unit)
+        few = measured(gnlin.CG(max_iterations=20, rtol=0.0), params, batch, unit)
+        same = measured(gnlin.CG(max_iterations=1000, rtol=dual.residual), params, batch, unit)
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        print(
-            f"| {count:,} | {examples}·{widths[-1]} | {stats['dual/pull_backs']} | {work:.1f} | {1e3 * seconds:.0f} ",
-            end="",
-        )
-        print(f"| {residual:.0e} | {few[0]:.1f} | {1e3 * few[1]:.0f} | {few[2]:.0e} ", end="")
-        print(f"| {same[3]['cg/steps']} | {same[0]:.1f} | {1e3 * same[1]:.0f} |", flush=True)
+        print(f"| {count:,} | {examples}·{widths[-1]} | {dual.stats['dual/pull_backs']} ", end="")
+        for cost in (dual, few):
+            print(f"| {cost.work:.1f} | {1e3 * cost.seconds:.0f} | {cost.residual:.0e} ", end="")
+        print(f"| {same.stats['cg/iterations']} | {same.work:.1f} ", end="")
+        print(f"| {1e3 * same.seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

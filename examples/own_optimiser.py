@@ -1,9 +1,9 @@
-"""An optimiser from elsewhere in the comparison, beside the package's own.
+"""Put an optimiser from elsewhere into the comparison, beside the package's own.
 
-python examples/own_optimiser.py
+    python examples/own_optimiser.py
 
-Whatever makes an Optax transformation from one number can take part. It is tuned, trained and
-counted like everyone else, and ``gnlin report gnlin-results/own`` turns the runs into a page.
+Any Optax transformation that is made from one number can take part. It is tuned, trained and
+counted like every other. ``gnlin report gnlin-results/own`` turns the runs into a page.
 """
 
 import optax
@@ -21,6 +21,5 @@ if __name__ == "__main__":
             print(f"{row['label']:14} {rate:<8g} {row['status']}: {row['reason']}")
             continue
         last = {name: values[-1] for name, values in row["curve"].items()}
-        print(
-            f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}  held out {last['quality']:.1f} %"
-        )
+        print(f"{row['label']:14} {rate:<8g} loss {last['loss']:.1e}", end="  ")
+        print(f"held out {last['quality']:.1f} %")

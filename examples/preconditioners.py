@@ -1,13 +1,15 @@
-"""What a preconditioner saves conjugate gradients, in iterations and in work, on problems of `gnlin
-compare`.
+"""Count the iterations and the work that a preconditioner saves conjugate gradients.
 
-python examples/preconditioners.py            # one task, one seed, minutes; --full is three of each
+    python examples/preconditioners.py            # one task, one seed: minutes
+    python examples/preconditioners.py --full     # three tasks, three seeds: hours
 
-Gauss-Newton systems (G + λI) x = gradient on the full batch, at parameters that
-`gnlin.gauss_newton` has trained for 5 and for 30 steps. Each preconditioner has seen the systems of
-the five steps before, as it would have in training. All stop at the same relative residual. Work is
-that of the whole step, gradient, linearisation and preconditioner included, in gradients; of a
-sketch that serves several systems, the share of one.
+The systems are Gauss-Newton's, (G + λI) x = gradient, on the full batch of tasks of `gnlin
+compare`. The parameters are those that `gnlin.gauss_newton` has trained for 5 and for 30 steps.
+Each preconditioner has seen the systems of the five steps before, as it would have in training.
+All solves stop at the same relative residual.
+
+Work is that of the whole step, in gradients. Gradient, linearisation and preconditioner are
+included. A sketch may serve several systems, and each of them then bears its share.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from gnlin.compare.runs.cost import flops
 from gnlin.compare.runs.meter import metered
 from gnlin.compare.tasks import TASKS
 
-SEEN, MAX_STEPS = 5, 1000
+SEEN, MAX_ITERATIONS = 5, 1000
 PRECONDITIONERS = {
     "none": None,
     "Jacobi": gnlin.Jacobi(),
@@ -37,17 +39,18 @@ VARIANTS = {
 
 
 def trained(task, seed, steps):
-    """Parameters before each of the steps and after the last, stacked."""
-    tx = gnlin.gauss_newton(1.0, task.objective)
+    """Stack the parameters before each of the steps and after the last."""
+    tx = gnlin.gauss_newton(task.objective)
 
-    def step(carry, _):
-        params, opt_state = carry
+    def step(training, _):
+        params, opt_state = training
         updates, opt_state = tx.update(None, opt_state, params, batch=task.train)
         return (optax.apply_updates(params, updates), opt_state), params
 
     start = task.init(jax.random.key(seed))
-    (last, _), before = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps))(start)
-    return jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), before, last)
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), length=steps))
+    (last, _), before = run(start)
+    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), before, last)
 
 
 class Solves:
@@ -62,7 +65,9 @@ class Solves:
         self.call = jax.jit(self.meter.call)
 
     def _transform(self, damping, rtol):
-        solver = gnlin.CG(max_steps=MAX_STEPS, rtol=rtol, preconditioner=self.preconditioner)
+        solver = gnlin.CG(
+            max_iterations=MAX_ITERATIONS, rtol=rtol, preconditioner=self.preconditioner
+        )
         return gnlin.scale_by_gauss_newton(self.task.objective, damping, solver=solver)
 
     def _step(self, damping, rtol, params, opt_state):
@@ -73,13 +78,12 @@ class Solves:
         return opt_state, (self.meter.flops + float(more)) / self.unit
 
     def __call__(self, iterates, steps, damping, rtols):
-        """For each tolerance (iterations, work in gradients) of the system after so many steps."""
-        *before, now = (
-            jax.tree.map(lambda leaf, i=i: leaf[i], iterates)
-            for i in range(steps - SEEN, steps + 1)
-        )
+        """Return ``(iterations, work in gradients)`` for each tolerance, at one number of steps."""
+        now = jax.tree.map(lambda leaf: leaf[steps], iterates)
         opt_state, works = self._transform(damping, 1.0).init(now), []
-        for params in before:  # prepared, and at a tolerance of 1 not solved
+        for i in range(steps - SEEN, steps):
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], iterates)
+            # A tolerance of 1 prepares the preconditioner and makes no iteration.
             opt_state, work = self._counted(damping, 1.0, params, opt_state)
             works.append(work)
         period = getattr(self.preconditioner, "refresh_every", 1)
@@ -90,16 +94,16 @@ class Solves:
 
     def _figures(self, opt_state, work, share):
         found = gnlin.metrics(opt_state)
-        return (
-            (int(found["cg/steps"]), work + share)
-            if found["cg/converged"]
-            else (MAX_STEPS + 1, float("inf"))
-        )
+        if not found["cg/converged"]:
+            return MAX_ITERATIONS + 1, float("inf")
+        return int(found["cg/iterations"]), work + share
 
 
 def shown(results):
     iterations, work = (median(column) for column in zip(*results, strict=True))
-    return f"{iterations:.0f} ({work:.0f})" if iterations <= MAX_STEPS else f"> {MAX_STEPS}"
+    if iterations > MAX_ITERATIONS:
+        return f"> {MAX_ITERATIONS}"
+    return f"{iterations:.0f} ({work:.0f})"
 
 
 def print_tables(name, preconditioners, dampings, seeds, stages, rtols=(1e-1, 1e-2, 1e-4)):
@@ -115,9 +119,8 @@ def print_tables(name, preconditioners, dampings, seeds, stages, rtols=(1e-1, 1e
                     cells[steps, rtol, damping, label] = shown(results)
     for steps in stages:
         for rtol in rtols:
-            print(
-                f"\n{name} after {steps} steps, residual {rtol:g}: iterations (gradients), median of {seeds} seeds\n"
-            )
+            print(f"\n{name} after {steps} steps, residual {rtol:g}:", end=" ")
+            print(f"iterations (gradients), median of {seeds} seeds\n")
             print("| λ | " + " | ".join(preconditioners) + " |")
             print("|---" * (len(preconditioners) + 1) + "|")
             for damping in dampings:
@@ -139,9 +142,8 @@ def main():
     chosen = PRECONDITIONERS | (VARIANTS if given.full else {})
     dampings = given.dampings or ([1e-1, 1e-2, 1e-3, 1e-4, 1e-5] if given.full else [1e-1, 1e-3])
     seeds, stages = (3, (5, 30)) if given.full else (1, (5,))
-    for name in given.tasks or (
-        ["digits", "diabetes", "digits-autoencoder"] if given.full else ["diabetes"]
-    ):
+    default = ["digits", "diabetes", "digits-autoencoder"] if given.full else ["diabetes"]
+    for name in given.tasks or default:
         if given.quick:
             few = {label: PRECONDITIONERS[label] for label in ("none", "Nyström")}
             print_tables(name, few, [1e-2], seeds, stages, rtols=(1e-1, 1e-4))

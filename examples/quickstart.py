@@ -1,4 +1,4 @@
-"""One training loop, four optimisers, on scikit-learn's handwritten digits.
+"""Train with four optimisers in one loop, on scikit-learn's handwritten digits.
 
 python examples/quickstart.py
 """
@@ -22,29 +22,30 @@ def loss(logits, batch):
 
 
 def load():
-    """``(training, held_out)``, each a batch; the split is the same for every optimiser."""
+    """Return ``(training, held_out)``, each a batch. The split is the same for every optimiser."""
     images, labels = load_digits(return_X_y=True)
     order = jax.random.permutation(jax.random.key(0), len(labels))
     data = {"x": jnp.asarray(images / 16, jnp.float32)[order], "y": jnp.asarray(labels)[order]}
-    return jax.tree.map(lambda leaf: leaf[HELD_OUT:], data), jax.tree.map(
-        lambda leaf: leaf[:HELD_OUT], data
-    )
+    training = jax.tree.map(lambda leaf: leaf[HELD_OUT:], data)
+    held_out = jax.tree.map(lambda leaf: leaf[:HELD_OUT], data)
+    return training, held_out
 
 
 def train(objective, tx, data):
-    """The parameters and the optimiser's state after `STEPS` updates, compiled as one scan."""
-    params = {"in": jax.random.normal(jax.random.key(1), (64, 32)) / 8, "out": jnp.zeros((32, 10))}
+    """Make `STEPS` updates in one scan; return ``(first parameters, last parameters, state)``."""
+    start = {"in": jax.random.normal(jax.random.key(1), (64, 32)) / 8, "out": jnp.zeros((32, 10))}
 
-    def step(carry, key):
-        params, opt_state = carry
+    def step(training, key):
+        params, opt_state = training
         batch = jax.tree.map(lambda leaf: jax.random.choice(key, leaf, (BATCH_SIZE,)), data)
         grads = jax.grad(objective.value)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
         return (optax.apply_updates(params, updates), opt_state), None
 
     keys = jax.random.split(jax.random.key(2), STEPS)
-    carry, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((params, tx.init(params)))
-    return params, *carry
+    run = jax.jit(lambda training: jax.lax.scan(step, training, keys))
+    (params, opt_state), _ = run((start, tx.init(start)))
+    return start, params, opt_state
 
 
 def main():
@@ -55,13 +56,15 @@ def main():
         "iterative linearisation": optax.chain(
             gnlin.linearise_gradients(objective, period=16), optax.adam(1e-2)
         ),
-        "damped Gauss-Newton": gnlin.gauss_newton(1.0, objective, damping=0.1),
+        "damped Gauss-Newton": optax.chain(
+            gnlin.scale_by_gauss_newton(objective, damping=0.1), optax.scale_by_learning_rate(1.0)
+        ),
         "Levenberg-Marquardt": gnlin.levenberg_marquardt(objective),
     }
     print(f"{'optimiser':<26}{'first loss':>12}{'last loss':>12}{'held out':>12}")
     for name, tx in optimisers.items():
         start, params, opt_state = train(objective, tx, training)
-        # What is trained is the model linearised at the anchor, where there is one.
+        # Where there is an anchor, the trained model is the one linearised there.
         logits = gnlin.predict(objective, opt_state, params, held_out)
         accuracy = jnp.mean(jnp.argmax(logits, axis=1) == held_out["y"])
         first, last = (objective.value(p, training) for p in (start, params))

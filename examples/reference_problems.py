@@ -1,14 +1,13 @@
-"""Work to a training loss on four problems: `gnlin.gauss_newton` beside first order and other
-libraries.
+"""Measure the work to a training loss on four problems: `gnlin.gauss_newton` and others.
 
-python examples/reference_problems.py                      # gn, sgd, muon and lbfgs; a few minutes
-python examples/reference_problems.py gn kfac somax-sgn    # any names of `gnlin contestants`
-python examples/reference_problems.py --quick              # half a minute: one problem, little work
+    python examples/reference_problems.py                      # gn, sgd, muon, lbfgs: minutes
+    python examples/reference_problems.py gn kfac somax-sgn    # any of `gnlin contestants`
+    python examples/reference_problems.py --quick              # half a minute
 
-The unit is one gradient of the batch that the problem trains on. Everyone has five trials on seed
-0, and the best goes on to seeds 1 and 2; the figure is the median of three seeds, and a dash where
-that did not get there. Runs are kept in gnlin-results/reference, and the same command goes on where
-it was.
+The unit is one gradient of the batch that the problem trains on. Every contestant has five trials
+on seed 0, and the best setting goes on to seeds 1 and 2. The figure is the median of three seeds.
+A dash means that the median run did not get there. Runs stay in gnlin-results/reference, and the
+same command goes on where it was.
 """
 
 import argparse
@@ -22,9 +21,10 @@ BUDGET = 400  # gradients
 CONTESTANTS = ("gn", "sgd", "muon", "lbfgs")
 
 
-def problem(
-    name: str, batch_size: int | None, targets: tuple[float, ...]
-) -> tuple[Task, tuple[float, ...]]:
+Problem = tuple[Task, tuple[float, ...]]  # and the losses that work is counted to
+
+
+def problem(name: str, batch_size: int | None, targets: tuple[float, ...]) -> Problem:
     label = f"{name}-{batch_size or 'full'}"
     task = dataclasses.replace(
         TASKS[name](), name=label, batch_size=batch_size, work=BUDGET, target=targets[-1]
@@ -32,8 +32,8 @@ def problem(
     return task, targets
 
 
-def problems():
-    """The tasks, and the losses that work is counted to; the setting is chosen for the last."""
+def problems() -> list[Problem]:
+    """List the problems. The setting is chosen for the last of the losses."""
     return [
         problem("diabetes", None, (0.1, 0.01, 0.001)),
         problem("digits", None, (0.1, 0.01, 0.001)),
@@ -43,28 +43,29 @@ def problems():
 
 
 def work_to(record: dict, target: float) -> float:
-    """Gradients until an evaluation first found the loss at or below the target."""
+    """Count the gradients until an evaluation first found the loss at or below the target."""
     curve = record["curve"]
-    reached = (
-        cost
-        for cost, loss in zip(curve["cost"], curve["loss"], strict=True)
-        if loss is not None and loss <= target
-    )
-    return next(reached, float("inf"))
+    for cost, loss in zip(curve["cost"], curve["loss"], strict=True):
+        if loss is not None and loss <= target:
+            return cost
+    return float("inf")
 
 
 def figures(records: list[dict], label: str, targets: tuple[float, ...], seeds: int) -> list[str]:
-    """Median over the seeds at the setting that all of them ran at."""
+    """Take the median over the seeds, at the setting that all of them ran at."""
     settings: dict[str, list[dict]] = {}
-    for record in (record for record in records if record["label"] == label):
-        settings.setdefault(str(record["setting"]), []).append(record)
+    for record in records:
+        if record["label"] == label:
+            settings.setdefault(str(record["setting"]), []).append(record)
     chosen = next((runs for runs in settings.values() if len(runs) == seeds), [])
     if not chosen or any(run["status"] != "finished" for run in chosen):
-        return [str(next(iter(settings.values()))[0]["status"]) if settings else "–"] * len(targets)
-    medians = [
-        statistics.median(work_to(record, target) for record in chosen) for target in targets
-    ]
-    return ["–" if median == float("inf") else f"{median:.0f}" for median in medians]
+        status = str(next(iter(settings.values()))[0]["status"]) if settings else "–"
+        return [status] * len(targets)
+    found = []
+    for target in targets:
+        median = statistics.median(work_to(record, target) for record in chosen)
+        found.append("–" if median == float("inf") else f"{median:.0f}")
+    return found
 
 
 def main() -> None:
@@ -87,12 +88,8 @@ def main() -> None:
         )
         columns = [figures(records, label, targets, seeds) for label in options.contestants]
         for row, target in enumerate(targets):
-            print(
-                f"| {task.name} | {target:g} |",
-                " | ".join(column[row] for column in columns),
-                "|",
-                flush=True,
-            )
+            cells = " | ".join(column[row] for column in columns)
+            print(f"| {task.name} | {target:g} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

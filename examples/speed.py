@@ -1,15 +1,14 @@
-"""Time of a step, of an iteration of conjugate gradients and of compilation: gnlin beside other
-libraries.
+"""Time a step, an iteration of conjugate gradients and compilation: gnlin and other libraries.
 
-python examples/speed.py            # digits and diabetes, a few minutes
-python examples/speed.py --quick    # half a minute: gnlin alone, few repetitions
+    python examples/speed.py            # digits and diabetes, a few minutes
+    python examples/speed.py --quick    # half a minute: gnlin alone, few repetitions
 
-Everything is timed in one process in shuffled order, and the least of many repetitions counts:
-other programs only add. An iteration is the difference between steps of 25 and of 5 iterations, all
-of which are made (tolerances are zero). lineax and jaxopt solve the same system with gnlin's
-products; somax and optimistix (least squares, without damping) bring their own. Compilation is
-tracing, lowering and XLA's part, without any cache, and the least of three. What is not installed
-is left out.
+Everything is timed in one process in shuffled order. The least of many repetitions counts,
+because other programs only add. An iteration is the difference between steps of 25 and of 5
+iterations, divided by 20. All iterations are made, because tolerances are zero. lineax and jaxopt
+solve the same system with gnlin's products. somax and optimistix (least squares, without damping)
+bring their own. Compilation is tracing, lowering and XLA's part, without any cache, and the least
+of three. Libraries that are not installed are left out.
 """
 
 import argparse
@@ -34,42 +33,41 @@ FEW, MANY = 5, 25
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """Another library's conjugate gradients as a solver of `gnlin.gauss_newton`."""
+    """Conjugate gradients of another library as a solver of gnlin."""
 
     solve_system: object
 
     def init(self, params):
         return (), {}
 
-    def solve(self, system, rhs, carry):
-        return gnlin.solve.system.Solution(self.solve_system(system.matvec, rhs), {}), carry
+    def solve(self, system, rhs, state):
+        return gnlin.Solution(self.solve_system(system.matvec, rhs), {}), state
 
 
-def lineax(steps):
+def lineax(iterations):
     import lineax
 
     def solve(matvec, rhs):
-        # Its tolerances are absolute at heart: a large system does not meet the smallest that it
-        # allows.
+        # The tolerances of lineax are absolute: a large system does not meet the smallest allowed.
         operator = lineax.FunctionLinearOperator(
             lambda v: tree.scale(1e4, matvec(v)),
             jax.eval_shape(lambda: rhs),
             lineax.positive_semidefinite_tag,
         )
-        solver = lineax.CG(rtol=0.0, atol=0.0, max_steps=steps, stabilise_every=None)
+        solver = lineax.CG(rtol=0.0, atol=0.0, max_steps=iterations, stabilise_every=None)
         return tree.scale(1e4, lineax.linear_solve(operator, rhs, solver, throw=False).value)
 
     return Foreign(solve)
 
 
-def jaxopt(steps):
+def jaxopt(iterations):
     from jaxopt.linear_solve import solve_cg
 
-    return Foreign(lambda matvec, rhs: solve_cg(matvec, rhs, maxiter=steps, tol=0.0))
+    return Foreign(lambda matvec, rhs: solve_cg(matvec, rhs, maxiter=iterations, tol=0.0))
 
 
 def trained_by(make):
-    """Task ↦ method, from objective ↦ transformation; the gradient is taken from the linearisation."""
+    """Turn objective ↦ transformation into task ↦ method, the gradient from the linearisation."""
 
     def method(task):
         transform = make(task.objective)
@@ -84,11 +82,15 @@ def trained_by(make):
 
 
 def solved_by(solver):
-    return trained_by(lambda objective: gnlin.gauss_newton(0.1, objective, DAMPING, solver=solver))
+    def make(objective):
+        direction = gnlin.scale_by_gauss_newton(objective, DAMPING, solver=solver)
+        return optax.chain(direction, optax.scale_by_learning_rate(0.1))
+
+    return trained_by(make)
 
 
 def contestant(words, number):
-    """A contestant of the comparison, at the given value of its tuned number."""
+    """Turn a contestant of the comparison into task ↦ method, at a value of its tuned number."""
     entry = parse(words)
 
     def method(task):
@@ -101,33 +103,30 @@ def contestant(words, number):
 
 
 def methods(quick):
-    """``(name, iterations or nothing, task ↦ method)``."""
-    for steps in (FEW, MANY):
-        yield "gnlin, `CG`", steps, solved_by(gnlin.CG(max_steps=steps, rtol=0.0))
+    """Yield ``(name, iterations or nothing, task ↦ method)``."""
+    for iterations in (FEW, MANY):
+        yield "gnlin, `CG`", iterations, solved_by(gnlin.CG(max_iterations=iterations, rtol=0.0))
         if not quick:
-            yield "jaxopt, `solve_cg`", steps, solved_by(jaxopt(steps))
+            yield "jaxopt, `solve_cg`", iterations, solved_by(jaxopt(iterations))
             if importlib.util.find_spec("lineax"):
-                yield "lineax, `CG`", steps, solved_by(lineax(steps))
-            words = f"somax-sgn:damping={DAMPING},rtol=0,max_steps={steps}"
-            yield "somax, `sgn`", steps, contestant(words, 0.1)
-            words = f"optimistix-gn:solver=cg,rtol=0,max_steps={steps}"
-            yield "optimistix, `GaussNewton`", steps, contestant(words, 1.0)
-    yield "gnlin, defaults", None, trained_by(lambda objective: gnlin.gauss_newton(1.0, objective))
+                yield "lineax, `CG`", iterations, solved_by(lineax(iterations))
+            words = f"somax-sgn:damping={DAMPING},rtol=0,max_iterations={iterations}"
+            yield "somax, `sgn`", iterations, contestant(words, 0.1)
+            words = f"optimistix-gn:solver=cg,rtol=0,max_steps={iterations}"
+            yield "optimistix, `GaussNewton`", iterations, contestant(words, 1.0)
+    yield "gnlin, defaults", None, trained_by(gnlin.gauss_newton)
     if not quick:
         yield "kfac-jax", None, contestant("kfac", 1.0)
 
 
 def compiled(method, params, state, batch, key, repetitions):
-    """``(executable, seconds to trace, lower and compile)``."""
+    """Return ``(executable, seconds to trace, lower and compile)``."""
     seconds = []
     for _ in range(repetitions):
         jax.clear_caches()
         start = time.perf_counter()
-        executable = (
-            jax.jit(lambda *arguments: method.step(*arguments))
-            .lower(params, state, batch, key)
-            .compile()
-        )
+        step = jax.jit(lambda *arguments: method.step(*arguments))
+        executable = step.lower(params, state, batch, key).compile()
         seconds.append(time.perf_counter() - start)
     return executable, min(seconds)
 
@@ -137,16 +136,16 @@ def measure(task, examples, quick):
     params, key = task.init(jax.random.key(0)), jax.random.key(1)
     gradient = jax.jit(task.objective.value_and_grad).lower(params, batch).compile()
     calls, compilation, seconds = {None: lambda: gradient(params, batch)}, {}, {None: []}
-    for name, steps, build in methods(quick):
+    repetitions = 1 if quick else 3
+    for name, iterations, build in methods(quick):
         method = build(task)
         if method is None:
             continue
         state = method.init(params, batch, key)
-        executable, compilation[name, steps] = compiled(
-            method, params, state, batch, key, 1 if quick else 3
-        )
-        calls[name, steps] = lambda run=executable, state=state: run(params, state, batch, key)
-        seconds[name, steps] = []
+        step, took = compiled(method, params, state, batch, key, repetitions)
+        compilation[name, iterations] = took
+        calls[name, iterations] = lambda run=step, state=state: run(params, state, batch, key)
+        seconds[name, iterations] = []
     for _ in range(3 if quick else 60):
         for name in random.sample(list(calls), len(calls)):
             start = time.perf_counter()
@@ -164,27 +163,23 @@ def main():
         "--quick", action="store_true", help="gnlin alone, few repetitions: half a minute"
     )
     quick = parser.parse_args().quick
-    for name, examples in (
-        [("diabetes", None)] if quick else [("digits", 256), ("digits", None), ("diabetes", None)]
-    ):
+    problems = [("digits", 256), ("digits", None), ("diabetes", None)]
+    for name, examples in problems[-1:] if quick else problems:
         task = TASKS[name]()
-        best, compilation = measure(task, examples or task.train_size, quick)
-        print(
-            f"\n{name}, {examples or task.train_size} examples; a gradient takes {best[None]:.2f} ms\n"
-        )
-        print(
-            "| method | ms for an iteration | ms for a step | compilation, s |\n|---|---:|---:|---:|"
-        )
-        for method, steps in compilation:
-            if steps != FEW:
-                iteration = (
-                    f"{(best[method, MANY] - best[method, FEW]) / (MANY - FEW):.3f}"
-                    if steps
-                    else ""
-                )
-                print(
-                    f"| {method} | {iteration} | {best[method, steps]:.2f} | {compilation[method, steps]:.2f} |"
-                )
+        size = examples or task.train_size
+        best, compilation = measure(task, size, quick)
+        print(f"\n{name}, {size} examples; a gradient takes {best[None]:.2f} ms\n")
+        print("| method | ms for an iteration | ms for a step | compilation, s |")
+        print("|---|---:|---:|---:|")
+        for method, iterations in compilation:
+            if iterations == FEW:
+                continue
+            iteration = ""
+            if iterations:
+                per_iteration = (best[method, MANY] - best[method, FEW]) / (MANY - FEW)
+                iteration = f"{per_iteration:.3f}"
+            print(f"| {method} | {iteration} | {best[method, iterations]:.2f} ", end="")
+            print(f"| {compilation[method, iterations]:.2f} |")
 
 
 if __name__ == "__main__":

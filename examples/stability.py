@@ -1,13 +1,12 @@
-"""`gnlin.gauss_newton(1.0, objective)`, nothing else said, on every task of the comparison: does
-its loss ever blow up?
+"""Run `gnlin.gauss_newton(objective)` on every task of the comparison: does its loss ever blow up?
 
-python examples/stability.py                               # every task, batches of 32, 128 and
-full; an hour or two python examples/stability.py digits poisson-pinn           # some tasks python
-examples/stability.py --quick                       # half a minute: one task, few steps
+    python examples/stability.py                        # everything; an hour or two
+    python examples/stability.py digits poisson-pinn    # some tasks
+    python examples/stability.py --quick                # one task: half a minute
 
-Each row is one run: the loss over the training data (its first 4096 examples where there are more)
-at the start, the largest and the last of 20 evaluations after it, and the share of steps that were
-refused.
+Batches are of 32, of 128 and of all data. Each row is one run. It has the loss over the training
+data at the start, and the largest and the last of 20 evaluations after it. The last cell is the
+share of refused steps. Where there are more than 4096 examples, the loss is over the first 4096.
 """
 
 import argparse
@@ -25,8 +24,8 @@ ON_DISK = ("mnist", "cifar10")  # wait for data that is not shipped
 
 
 def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[float], float]:
-    """``(loss at the start and at 20 points after it, share of steps refused)``."""
-    transform = gnlin.gauss_newton(1.0, task.objective)
+    """Return ``(loss at the start and at 20 points after it, share of refused steps)``."""
+    transform = gnlin.gauss_newton(task.objective)
 
     @jax.jit
     def step(params, state, batch):
@@ -41,11 +40,9 @@ def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[fl
     order = None if batch_size is None else task.batches(seed, steps, batch_size)
     found, accepted = [float(value(params, probe))], 0
     for number in range(steps):
-        batch = (
-            train
-            if order is None
-            else jax.tree.map(lambda leaf, rows=order[number]: leaf[rows], train)
-        )
+        batch = train
+        if order is not None:
+            batch = jax.tree.map(lambda leaf, examples=order[number]: leaf[examples], train)
         params, state = step(params, state, batch)
         accepted += bool(gnlin.metrics(state)["accepted"])
         if (number + 1) % max(1, steps // 20) == 0:
@@ -69,22 +66,17 @@ def main() -> None:
     names, steps, seeds = options.tasks or shipped, options.steps, options.seeds
     if options.quick:
         names, options.batches, steps, seeds = ["diabetes"], ["32", "full"], 20, 1
-    print(
-        "| task | batch | seed | start | largest after | last | refused |\n|---|---:|---:|---:|---:|---:|---:|"
-    )
+    print("| task | batch | seed | start | largest after | last | refused |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name in names:
         task = TASKS[name]()
         with task.precision():
             for size in options.batches:
                 for seed in range(seeds):
-                    (start, *after), refused = losses(
-                        task, None if size == "full" else int(size), seed, steps
-                    )
-                    print(
-                        f"| {name} | {size} | {seed} | {start:.3g} | {max(after):.3g} | {after[-1]:.3g} ",
-                        end="",
-                    )
-                    print(f"| {refused:.0%} |", flush=True)
+                    batch_size = None if size == "full" else int(size)
+                    (start, *after), refused = losses(task, batch_size, seed, steps)
+                    print(f"| {name} | {size} | {seed} | {start:.3g} ", end="")
+                    print(f"| {max(after):.3g} | {after[-1]:.3g} | {refused:.0%} |", flush=True)
 
 
 if __name__ == "__main__":
