@@ -1,17 +1,17 @@
-"""How accurately `scale_by_spectral_condition` knows the norms of updates while a network trains,
-and what it costs.
+"""How accurately `scale_by_spectral_condition` finds the norms of updates, and what it costs.
 
-python examples/spectral_norms.py                          # a few minutes
-python examples/spectral_norms.py --quick                  # seconds: one network, few steps
-python examples/spectral_norms.py --seconds                # and the clock, on an idle machine
+    python examples/spectral_norms.py                          # a few minutes
+    python examples/spectral_norms.py --quick                  # seconds: one network, few steps
+    python examples/spectral_norms.py --seconds                # and the clock, on an idle machine
 
-The first table: networks trained on scikit-learn's digits in mini-batches, by an optimiser of Optax
-whose updates are scaled. A number is the largest of 1 - (norm found / norm) over all matrices and
-all steps from the sixth on, in per
-cent: an update that is divided by the norm found exceeds its prescription by as much. All estimates
-see the same updates, and each starts from the vector that it found in the one before; k steps of
-Lanczos and k power iterations have the same products, two for each step. The second table:
-operations that XLA counts, beside those of one value-and-gradient.
+The first table: networks learn scikit-learn's digits in mini-batches. An optimiser of Optax makes
+the updates, and the transform scales them. A number is the largest of 1 - (norm found / norm) over
+all matrices and all steps from the sixth on, in per cent. An update is divided by the norm found,
+so it exceeds its prescription by as much. All estimators see the same updates. Each starts from the
+vector that it found in the update before. Lanczos with k steps and k power iterations have equally
+many products, two for each step.
+
+The second table: operations that XLA counts, beside those of one value-and-gradient.
 """
 
 import argparse
@@ -46,11 +46,11 @@ INNER = {
     "SGD": optax.identity(),
     "momentum": optax.trace(0.9),
 }
-FIRST = 5  # steps that a start from random vectors is given
+FIRST = 5  # steps that are not counted, after the start from random vectors
 
 
 def lanczos(matrix, start, steps):
-    """``(σ, v)`` as the transform finds them."""
+    """``(σ, v)`` as the transform finds them, from a vector `start`."""
     return spectral.leading_pair(matrix, start, 1.0, steps)
 
 
@@ -58,11 +58,12 @@ def power_iteration(matrix, start, steps):
     """``(σ, v)`` after as many products as `lanczos` has."""
     for _ in range(steps):
         start = (matrix @ start) @ matrix
-        start = start / jnp.maximum(jnp.linalg.norm(start), 1e-30)
+        start = start / jnp.maximum(jnp.linalg.norm(start), 1e-30)  # a matrix of zeros stays zero
     return jnp.linalg.norm(matrix @ start), start
 
 
-def estimators(counts):
+def estimators(counts) -> dict:
+    """A search by name and number of steps, for all of `counts`."""
     searches = {"Lanczos": lanczos, "power": power_iteration}
     return {(name, count): searches[name] for name in searches for count in counts}
 
@@ -70,7 +71,7 @@ def estimators(counts):
 def shortfalls(
     network: str, inner: str, batch_size: int, steps: int, counts, rate: float = 0.05
 ) -> dict:
-    """Of each estimator the shortfall at every step and matrix, (steps, matrices)."""
+    """The shortfall of each estimator at every step and matrix, (steps, matrices)."""
     task_name, init = NETWORKS[network]
     task = TASKS[task_name]()
     tx = optax.chain(
@@ -84,40 +85,38 @@ def shortfalls(
         ]
 
     @jax.jit
-    def step(params, state, kept, batch):
+    def step(params, state, starts, batch):
         grads = jax.grad(task.objective.value)(params, batch)
         updates, state = tx.update(grads, state, params)
         found, short = {}, {}
         exact = [jnp.linalg.norm(matrix, 2) for matrix in matrices(updates)]
-        for key, search in searches.items():
-            pairs = [
-                search(matrix, start, key[1])
-                for matrix, start in zip(matrices(updates), kept[key], strict=True)
-            ]
-            found[key] = [vector for _, vector in pairs]
-            short[key] = jnp.stack(
-                [1 - norm / true for (norm, _), true in zip(pairs, exact, strict=True)]
-            )
+        for (name, count), search in searches.items():
+            found[name, count], ratios = [], []
+            each = zip(matrices(updates), starts[name, count], exact, strict=True)
+            for matrix, start, true in each:
+                norm, vector = search(matrix, start, count)
+                found[name, count].append(vector)
+                ratios.append(1 - norm / true)
+            short[name, count] = jnp.stack(ratios)
         return optax.apply_updates(params, updates), state, found, short
 
     train = jax.tree.map(jnp.asarray, task.train)
     params = jax.jit(init)(jax.random.key(0))
     state = tx.init(params)
     generator = np.random.default_rng(0)
-    starts = [generator.standard_normal(leaf.shape[1]) for leaf in matrices(params)]
-    kept = {
-        key: [jnp.asarray(v / np.linalg.norm(v), jnp.float32) for v in starts] for key in searches
-    }
-    seen = []
+    random = [generator.standard_normal(leaf.shape[1]) for leaf in matrices(params)]
+    units = [jnp.asarray(vector / np.linalg.norm(vector), jnp.float32) for vector in random]
+    starts = dict.fromkeys(searches, units)
+    history = []
     for rows in task.batches(0, steps, batch_size):
-        params, state, kept, short = step(
-            params, state, kept, jax.tree.map(lambda leaf, r=rows: leaf[r], train)
-        )
-        seen.append(jax.device_get(short))
-    return {key: np.stack([short[key] for short in seen[FIRST:]]) for key in searches}
+        batch = jax.tree.map(lambda leaf, r=rows: leaf[r], train)
+        params, state, starts, short = step(params, state, starts, batch)
+        history.append(jax.device_get(short))
+    return {key: np.stack([short[key] for short in history[FIRST:]]) for key in searches}
 
 
 def accuracy(networks, inners, batch_sizes, steps, counts) -> None:
+    """Print the first table."""
     header = [f"{name} {count}" for name, count in estimators(counts)]
     print(f"| network | updates | batch | {' | '.join(header)} |")
     print("|---|---|---:|" + "---:|" * len(header))
@@ -140,11 +139,14 @@ def seconds(function, *args) -> float:
         start = time.perf_counter()
         jax.block_until_ready(compiled(*args))
         taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min(taken)  # other processes only add time
 
 
 def scaling_flops(params, steps: int) -> float:
-    """Operations of one update. XLA counts the body of a loop once, so the steps of Lanczos are counted apart."""
+    """Operations of one update.
+
+    XLA counts the body of a loop once, so the other steps of Lanczos are counted by hand.
+    """
     tx = gnlin.width.scale_by_spectral_condition(lanczos_steps=steps)
     once = flops(tx.update, params, tx.init(params))
     body = 0.0
@@ -156,6 +158,7 @@ def scaling_flops(params, steps: int) -> float:
 
 
 def cost(widths, batch_sizes, steps: int, clock: bool) -> None:
+    """Print the second table."""
     params = init_perceptron(jax.random.key(0), widths)
     tx = gnlin.width.scale_by_spectral_condition(lanczos_steps=steps)
     print("| network | batch | operations |" + (" seconds |" if clock else ""))
@@ -163,16 +166,11 @@ def cost(widths, batch_sizes, steps: int, clock: bool) -> None:
     for size in batch_sizes:
         batch = {"x": jnp.ones((size, widths[0])), "y": jnp.zeros(size, jnp.int32)}
 
-        def gradient(params, batch):
-            return jax.value_and_grad(lambda p: mean_cross_entropy(perceptron(p, batch), batch))(
-                params
-            )
-
+        gradient = jax.value_and_grad(lambda p, b: mean_cross_entropy(perceptron(p, b), b))
         cells = [f"{scaling_flops(params, steps) / flops(gradient, params, batch):.1%}"]
         if clock:
-            cells.append(
-                f"{seconds(tx.update, params, tx.init(params)) / seconds(gradient, params, batch):.0%}"
-            )
+            scaling = seconds(tx.update, params, tx.init(params))
+            cells.append(f"{scaling / seconds(gradient, params, batch):.0%}")
         print(f"| MLP {'-'.join(map(str, widths))} | {size} | {' | '.join(cells)} |", flush=True)
 
 

@@ -1,18 +1,20 @@
-"""Does the best learning rate stay put as a network widens? With and without the spectral
-condition.
+"""The best learning rate as a network widens, with the spectral condition and without.
 
-python examples/width_transfer.py                          # widths 64 and 256, one seed: a minute
-or two python examples/width_transfer.py --full                   # widths 64 to 2048, three seeds:
-some twenty minutes python examples/width_transfer.py --quick                  # seconds python
-examples/width_transfer.py --full --figure FILE.svg # and the losses by rate, drawn
+    python examples/width_transfer.py                          # widths 64 and 256, one seed: a
+                                                               # minute or two
+    python examples/width_transfer.py --full                   # widths 64 to 2048, three seeds:
+                                                               # some twenty minutes
+    python examples/width_transfer.py --quick                  # seconds
+    python examples/width_transfer.py --full --figure FILE.svg # and a figure of the losses by rate
 
-Perceptrons 64-width-width-10 with tanh on scikit-learn's digits, in mini-batches of 128, by rates
-that fall linearly to zero. For each optimiser and width the rate is searched in factors of two,
-from the best one of the width before, until the best has two worse ones on either side; what counts
-is the loss over the training data at the end, mean over seeds. A row shows the best rate at every
-width, then, at the widest, the loss with its own best rate and with the best rate of the narrowest.
-SGD has momentum 0.9. Optimisers with an asterisk start from `spectral_init`, the others from normal
-weights / √fan-in.
+Perceptrons 64-width-width-10 with tanh learn scikit-learn's digits in mini-batches of 128, at rates
+that fall linearly to zero. The rate is searched for each optimiser and width, in factors of two. A
+search starts from the best rate of the width before. It ends when the best has two worse rates on
+either side. Rates are compared by the loss over the training data at the end, mean over seeds.
+
+A row shows the best rate at every width. Then it shows two losses at the widest: with its own best
+rate, and with the best rate of the narrowest. SGD has momentum 0.9. Optimisers with an asterisk
+start from `spectral_init`, the others from normal weights / √fan-in.
 """
 
 import argparse
@@ -67,6 +69,7 @@ METHODS = {
 
 
 def start(key, width: int, by_condition: bool):
+    """Initial parameters; `by_condition` draws the weights with `spectral_init`."""
     params = init_perceptron(key, (64, width, width, 10))
     if by_condition:
         for layer, each in zip(params, jax.random.split(key, len(params)), strict=True):
@@ -75,7 +78,7 @@ def start(key, width: int, by_condition: bool):
 
 
 class Search:
-    """Losses by rate of one optimiser at one width; what was run once is kept."""
+    """Losses by rate of one optimiser at one width; each rate is run once."""
 
     def __init__(self, method: str, width: int, steps: int, seeds: int):
         build, by_condition, _ = METHODS[method]
@@ -89,9 +92,8 @@ class Search:
 
             def step(carry, rows):
                 params, state = carry
-                grads = jax.grad(task.objective.value)(
-                    params, jax.tree.map(lambda leaf: leaf[rows], train)
-                )
+                batch = jax.tree.map(lambda leaf: leaf[rows], train)
+                grads = jax.grad(task.objective.value)(params, batch)
                 updates, state = tx.update(grads, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
@@ -100,18 +102,20 @@ class Search:
             return task.objective.value(params, train)
 
         orders = [np.stack(list(task.batches(seed, steps, 128))) for seed in range(seeds)]
-        self.run = lambda rate: [
-            float(run(rate, jax.random.key(i), each)) for i, each in enumerate(orders)
-        ]
+        self.run, self.orders = run, orders
 
     def loss(self, rate: float) -> float:
+        """The mean over seeds, and infinity where a run diverges."""
         if rate not in self.found:
-            mean = float(np.mean(self.run(rate)))
+            losses = []
+            for seed, order in enumerate(self.orders):
+                losses.append(float(self.run(rate, jax.random.key(seed), order)))
+            mean = float(np.mean(losses))
             self.found[rate] = mean if math.isfinite(mean) else math.inf
         return self.found[rate]
 
     def best(self, begin: float) -> float:
-        """The rate 2ᵏ begin that is better than `WORSE` neighbours on either side."""
+        """The rate 2ᵏ · begin that is better than `WORSE` neighbours on either side."""
         best = begin
         while True:
             around = [best * 2.0**k for k in range(-WORSE, WORSE + 1)]
@@ -159,10 +163,9 @@ def main() -> None:
         widths, seeds = (64, 256, 1024, 2048), 3
     if options.quick:
         widths, methods, options.steps = (8, 16), ["Adam", "Adam, spectral *"], 10
-    last = f"{widths[-1]}, rate"
-    print(
-        f"| optimiser | {' | '.join(map(str, widths))} | loss at {last} its own | loss at {last} of {widths[0]} |"
-    )
+    last = f"loss at {widths[-1]}, rate"
+    columns = ["optimiser", *map(str, widths), f"{last} its own", f"{last} of {widths[0]}"]
+    print(f"| {' | '.join(columns)} |")
     print("|---|" + "---:|" * (len(widths) + 2))
     losses: dict[str, dict[int, dict[float, float]]] = {}
     for method in methods:

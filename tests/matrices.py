@@ -1,4 +1,4 @@
-"""Matrices for the tests of `gnlin.width`, their norms by NumPy in double precision, their scaling."""
+"""Matrices for the tests of `gnlin.width`: their norms by NumPy in float64, and their scaling."""
 
 import jax
 import numpy as np
