@@ -1,8 +1,11 @@
-"""Walking, running and sizing jaxprs: the one module that knows how JAX writes its programs down.
+"""Walking, running and sizing jaxprs: the only module that knows JAX's insides.
 
 A jaxpr is a list of equations. Each equation binds a primitive to its inputs and names its outputs.
 Some equations hold other jaxprs, which they call, choose among or repeat. JAX changes these names
 and parameters between versions. A change in JAX is then a change in this file.
+
+The meaning of a single primitive is known elsewhere, one function a primitive:
+`gnlin.structure.layers` has recognisers, `gnlin.structure.independence` has rules.
 """
 
 import functools
@@ -24,7 +27,10 @@ def primitive_names(jaxpr: Any) -> Iterator[str]:
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """Jaxprs among the parameters of an equation: of what it calls, its branches, a loop's body and condition."""
+    """Jaxprs among the parameters of an equation.
+
+    These are the jaxpr that it calls, its branches, or the body and the condition of a loop.
+    """
     for value in jax.tree.leaves(
         list(equation.params.values()), is_leaf=lambda value: _as_jaxpr(value) is not None
     ):
@@ -33,8 +39,41 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def _as_jaxpr(value: Any) -> Any:
+    """The jaxpr in a value, which may be closed over its constants; `None` where there is none."""
     value = getattr(value, "jaxpr", value)
     return value if hasattr(value, "eqns") else None
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an input of an equation is a number written into the jaxpr, not a variable."""
+    return hasattr(atom, "val")
+
+
+def constants_and_literals(closed: Any) -> list[Any]:
+    """Constants and literals of a closed jaxpr and of its inner ones, in their order."""
+    found = list(closed.consts)
+
+    def visit(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            found.extend(atom.val for atom in equation.invars if is_literal(atom))
+            parameters = list(equation.params.values())
+            for value in jax.tree.leaves(parameters, is_leaf=lambda node: hasattr(node, "consts")):
+                found.extend(getattr(value, "consts", ()))
+            for inner in inner_jaxprs(equation):
+                visit(inner)
+
+    visit(closed.jaxpr)
+    return found
+
+
+def has_custom_pull_back(jaxpr: Any) -> bool:
+    """Whether some function in a jaxpr has a `jax.custom_vjp`."""
+    return any(name.startswith("custom_vjp_call") for name in primitive_names(jaxpr))
+
+
+def has_custom_push_forward(jaxpr: Any) -> bool:
+    """Whether some function in a jaxpr has a `jax.custom_jvp`."""
+    return "custom_jvp_call" in primitive_names(jaxpr)
 
 
 def live_equations(jaxpr: Any) -> list[Any]:
@@ -50,7 +89,7 @@ def live_equations(jaxpr: Any) -> list[Any]:
 
 def _variables(atoms: Iterable[Any]) -> set[Any]:
     """All but the literals."""
-    return {atom for atom in atoms if not hasattr(atom, "val")}
+    return {atom for atom in atoms if not is_literal(atom)}
 
 
 def input_shapes(equation: Any) -> list[tuple[int, ...]]:
@@ -69,51 +108,90 @@ CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 
-# (path of an equation, the equation, its inputs) ↦ its outputs, or `None` to compute them.
-Replace = Callable[[tuple[int, ...], Any, list[Any]], list[Any] | None]
+# The place of an equation: its number in its jaxpr, after the numbers of the calls around it.
+Path = tuple[int, ...]
 
 
-def run_jaxpr(
-    jaxpr: Any,
-    constants: Sequence[Any],
-    arguments: Sequence[Any],
-    replace: Replace,
-    path: tuple[int, ...] = (),
+class Operation(NamedTuple):
+    """One equation of a jaxpr that is run, with the values of its inputs."""
+
+    path: Path
+    equation: Any
+    inputs: list[Any]
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the primitive, such as axes."""
+        return self.equation.params
+
+    @property
+    def output(self) -> jax.ShapeDtypeStruct:
+        """The first output, for most operations the only one."""
+        aval = self.equation.outvars[0].aval
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first output."""
+        return self.equation.outvars[0].aval.shape
+
+    def all_outputs(self, value: Callable[[], Any]) -> list[Any]:
+        """A ``value()`` for each output."""
+        return [value() for _ in self.equation.outvars]
+
+    def apply(self, inputs: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Outputs for these inputs; for its own where none are given."""
+        return apply_equation(self.equation, self.inputs if inputs is None else inputs)
+
+
+# Gives the outputs of an operation, or `None` to have them computed.
+Replace = Callable[[Operation], Sequence[Any] | None]
+
+
+def run_jaxpr(closed: Any, arguments: Sequence[Any], replace: Replace) -> list[Any]:
+    """Outputs of a closed jaxpr, where `replace` may give the outputs of any operation.
+
+    The inputs and outputs may be of any type that `replace` deals with. Calls of other jaxprs are
+    entered: `replace` sees the operations inside.
+    """
+    return _run(closed.jaxpr, closed.consts, arguments, replace, ())
+
+
+def _run(
+    jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], replace: Replace, path: Path
 ) -> list[Any]:
-    """Outputs of a jaxpr, into whose calls of other jaxprs it goes; `replace` may give the outputs of an equation."""
+    """Outputs of a jaxpr at the place `path`."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
 
-    def read(variable):
-        return (
-            variable.val if hasattr(variable, "val") else values[variable]
-        )  # a literal or a variable
+    def read(atom: Any) -> Any:
+        return atom.val if is_literal(atom) else values[atom]
 
     for place, equation in enumerate(jaxpr.eqns):
-        here, inputs = (*path, place), [read(variable) for variable in equation.invars]
+        here, inputs = (*path, place), [read(atom) for atom in equation.invars]
         name = equation.primitive.name
         if name in CALLS:
             called = equation.params[CALLS[name]]
-            outputs = run_jaxpr(
-                getattr(called, "jaxpr", called),
-                getattr(called, "consts", ()),
-                inputs,
-                replace,
-                here,
-            )
+            # Some calls hold a closed jaxpr, others a jaxpr without constants.
+            inner, inner_constants = getattr(called, "jaxpr", called), getattr(called, "consts", ())
+            outputs = _run(inner, inner_constants, inputs, replace, here)
         else:
-            outputs = replace(here, equation, inputs)
+            outputs = replace(Operation(here, equation, inputs))
         if outputs is None:
             outputs = apply_equation(equation, inputs)
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     """Outputs of one equation of a jaxpr."""
     bound = equation.primitive.get_bind_params(equation.params)
-    functions, params = (
-        bound if isinstance(bound, tuple) else ((), bound)
-    )  # from JAX 0.9 the parameters alone
+    # From JAX 0.9 on these are the parameters alone.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
     outputs = equation.primitive.bind(*functions, *inputs, **params)
     return outputs if equation.primitive.multiple_results else [outputs]
 
@@ -129,7 +207,7 @@ def run_live(
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
 
     def read(atom):
-        return atom.val if hasattr(atom, "val") else values[atom]  # a literal or a variable
+        return atom.val if is_literal(atom) else values[atom]
 
     for equation in live_equations(jaxpr):
         outputs = compute(equation, [read(atom) for atom in equation.invars])
@@ -145,7 +223,10 @@ def as_function(closed: Any) -> Callable[..., list[Any]]:
 
 
 class ScanSplit(NamedTuple):
-    """Which inputs of a scan are its constants, its carry, and what it goes over; the carry is first of its outputs."""
+    """Which inputs of a scan are its constants, which it carries, and which it goes over.
+
+    The carried values are the first of its outputs. The others are stacked.
+    """
 
     constants: range
     carried: range
@@ -153,17 +234,21 @@ class ScanSplit(NamedTuple):
 
 
 def split_scan(equation: Any) -> ScanSplit:
-    """Read off the ranks, for not all versions of JAX say it: what is scanned or stacked has an axis more outside."""
+    """Read off the ranks: an array that is scanned or stacked has one axis more outside.
+
+    The parameters of a scan would say it too, but not in all versions of JAX.
+    """
     body = equation.params["jaxpr"]
-    scanned = sum(
-        v.aval.ndim > aval.ndim for v, aval in zip(equation.invars, body.in_avals, strict=True)
-    )
-    stacked = sum(
-        v.aval.ndim > aval.ndim for v, aval in zip(equation.outvars, body.out_avals, strict=True)
-    )
-    carried, kept = len(body.out_avals) - stacked, len(body.in_avals) - scanned
+
+    def longer_outside(variables: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(variables, inside, strict=True)
+        return sum(variable.aval.ndim > aval.ndim for variable, aval in pairs)
+
+    scanned = longer_outside(equation.invars, body.in_avals)
+    stacked = longer_outside(equation.outvars, body.out_avals)
+    carried, before = len(body.out_avals) - stacked, len(body.in_avals) - scanned
     return ScanSplit(
-        range(kept - carried), range(kept - carried, kept), range(kept, kept + scanned)
+        range(before - carried), range(before - carried, before), range(before, before + scanned)
     )
 
 
@@ -273,33 +358,40 @@ _COPIES = 5
 _VIEWS = {"reshape", "squeeze", "expand_dims"}
 
 
-def numbers_in(jaxpr: Any) -> int:
-    """Bound on the numbers that a compiled jaxpr takes beside its arguments."""
+def numbers_held(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bound on the numbers that a compiled function holds at once beside its arguments."""
+    return numbers_held_by(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def numbers_held_by(jaxpr: Any) -> int:
+    """Bound on the numbers that a compiled jaxpr holds at once beside its arguments."""
     return _COPIES * max(_held(jaxpr), 1)
 
 
 def _held(jaxpr: Any) -> int:
     """Most numbers held at once where equations are run in order and free what is used up."""
-    last: dict[Any, int] = {
-        variable: len(jaxpr.eqns) for variable in jaxpr.outvars if not hasattr(variable, "val")
-    }
-    for place in reversed(range(len(jaxpr.eqns))):
-        for variable in jaxpr.eqns[place].invars:
-            if not hasattr(variable, "val"):
-                last.setdefault(variable, place)
-    size, held, most = {}, 0, 0
+    last = _last_uses(jaxpr)
+    size: dict[Any, int] = {}
+    held, most = 0, 0
     for place, equation in enumerate(jaxpr.eqns):
+        is_view = equation.primitive.name in _VIEWS
         for variable in equation.outvars:
-            size[variable] = (
-                0 if equation.primitive.name in _VIEWS else math.prod(variable.aval.shape)
-            )
+            size[variable] = 0 if is_view else math.prod(variable.aval.shape)
             held += size[variable]
         inside = max((_held(inner) for inner in inner_jaxprs(equation)), default=0)
         most = max(most, held + inside)
-        for variable in {
-            *equation.outvars,
-            *(each for each in equation.invars if not hasattr(each, "val")),
-        }:
+        for variable in {*equation.outvars, *_variables(equation.invars)}:
+            # An output that nothing reads is in no entry of `last`: it goes at once.
             if last.get(variable, place) == place:
                 held -= size.pop(variable, 0)
     return most
+
+
+def _last_uses(jaxpr: Any) -> dict[Any, int]:
+    """The last equation that reads each variable; the end, for the outputs."""
+    end = len(jaxpr.eqns)
+    last = dict.fromkeys(_variables(jaxpr.outvars), end)
+    for place in reversed(range(end)):
+        for variable in _variables(jaxpr.eqns[place].invars):
+            last.setdefault(variable, place)
+    return last

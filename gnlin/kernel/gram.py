@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import tree
-from gnlin.jaxprs import numbers_in
+from gnlin.jaxprs import numbers_held_by
 from gnlin.kernel.rows import (
     BUDGET,
     Found,
@@ -269,5 +269,5 @@ def columns(
                 pulled[index] = (leaf * weights[index].astype(leaf.dtype)).astype(leaf.dtype)
         return tree.flatten(push(jax.tree.unflatten(structure, pulled)), dtype)
 
-    size = numbers_in(jax.make_jaxpr(kernel_product)(jnp.int32(0)).jaxpr)
+    size = numbers_held_by(jax.make_jaxpr(kernel_product)(jnp.int32(0)).jaxpr)
     return map_together(kernel_product, count, max(1, budget // size)).T

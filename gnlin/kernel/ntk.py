@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.checks import check_number
-from gnlin.jaxprs import numbers_in
+from gnlin.jaxprs import numbers_held_by
 from gnlin.kernel.gram import Pairs, columns, contract, order_by_example
 from gnlin.kernel.rows import Found, LeftOutError, Rows, find_rows
 from gnlin.problem.linearisation import linearise
@@ -168,11 +168,11 @@ def _kernel(
     dtype = tree.accumulation_dtype(params)
     own = cut_of(model, params, batch)
     theirs = own if other is None else cut_of(model, params, other)
-    if own.colours != theirs.colours:
+    if own.outputs_per_example != theirs.outputs_per_example:
         raise ValueError(
-            f"`other` has {theirs.colours} outputs of an example, but `batch` has {own.colours}"
+            f"`other` has {theirs.outputs_per_example} outputs of an example, but `batch` has {own.outputs_per_example}"
         )
-    n, c, m = own.examples, own.colours, theirs.examples
+    n, c, m = own.examples, own.outputs_per_example, theirs.examples
     shape = {"full": (n, c, m, c), "diagonal": (c, n, m), "trace": (n, m)}[pairs]
     size = math.prod(shape)
     room = max_bytes // dtype.itemsize - size
@@ -222,7 +222,7 @@ def _in_one(
         rest = columns((a.jvp, a.vjp), (b.jvp, b.vjp), params, left, None, budget)[places[0]][
             :, places[1]
         ]
-        shapes = [(cut.examples, cut.colours) for cut in cuts]
+        shapes = [(cut.examples, cut.outputs_per_example) for cut in cuts]
         return total + jnp.einsum(_PICK[pairs], rest.reshape(*shapes[0], *shapes[1]))
 
     def needed(budget):
@@ -283,9 +283,9 @@ class _Side(NamedTuple):
                 return tree.flatten(self.objective.outputs_and_aux(*one)[0], dtype)
 
             _, pull_back = jax.vjp(outputs, {index: leaves[index] for index in sorted(left)})
-            (rows,) = jax.vmap(pull_back)(jnp.eye(self.cut.colours, dtype=dtype))
+            (rows,) = jax.vmap(pull_back)(jnp.eye(self.cut.outputs_per_example, dtype=dtype))
             return {
-                index: row.reshape(self.cut.colours, -1).astype(dtype)
+                index: row.reshape(self.cut.outputs_per_example, -1).astype(dtype)
                 for index, row in rows.items()
             }
 
@@ -373,7 +373,7 @@ def _part(array: jax.Array, start: Any, length: int) -> jax.Array:
 
 
 def _numbers(function: Callable[..., Any], *arguments: Any) -> int:
-    return numbers_in(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return numbers_held_by(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _longest(needed: Callable[[int], int], total: int, room: int) -> int | None:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnlin import tree
-from gnlin.jaxprs import numbers_in
-from gnlin.structure.independence.rules import ByExample, Summed, run_by_example
+from gnlin.jaxprs import numbers_held_by
+from gnlin.structure.independence import ByExample, Summed, run_by_example
 from gnlin.structure.layers import Layer, Reading, read_layers
 from gnlin.tree import Outputs, Params
 
@@ -168,7 +168,7 @@ def _rows_by_example(
 
     if not any(chosen):
         return {}, {}, idle
-    together = max(1, budget // numbers_in(pull_back.jaxpr))
+    together = max(1, budget // numbers_held_by(pull_back.jaxpr))
     return *map_together(kept_rows_of, colours, together), idle
 
 

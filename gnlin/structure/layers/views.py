@@ -1,0 +1,63 @@
+"""Recognisers of a leaf that is rearranged, and of a sum that is transposed."""
+
+from gnlin.jaxprs import Operation
+from gnlin.structure.layers.notes import Notes, Tangent, View
+
+
+def convert_element_type(operation: Operation, notes: Notes) -> View | None:
+    """A leaf in another dtype: the same view, for inputs and cotangents are cast where needed."""
+    del notes
+    (value,) = operation.inputs
+    return value if isinstance(value, View) else None
+
+
+def transpose(operation: Operation, notes: Notes) -> View | Tangent:
+    """A leaf or a sum with its axes in another order."""
+    (value,), order = operation.inputs, operation.params["permutation"]
+    if isinstance(value, View):
+        return value._replace(axes=tuple(value.axes[axis] for axis in order))
+    moved = [
+        addend._replace(order=tuple(addend.order[axis] for axis in order))
+        for addend in value.addends
+    ]
+    return notes.tangent(moved)
+
+
+def broadcast_in_dim(operation: Operation, notes: Notes) -> View | None:
+    """A leaf with new axes of length 1.
+
+    A longer new axis would repeat the leaf. It would be used once for each repetition.
+    """
+    del notes
+    value = operation.inputs[0]
+    if not isinstance(value, View):
+        return None
+    axes: list[tuple[int, ...]] = [()] * len(operation.shape)
+    places = operation.params["broadcast_dimensions"]
+    for place, group in zip(places, value.axes, strict=True):
+        axes[place] = group
+    view = value._replace(axes=tuple(axes))
+    return view if view.shape == operation.shape else None
+
+
+def reshape(operation: Operation, notes: Notes) -> View | None:
+    """A leaf with neighbouring axes merged, or with axes of length 1 that come and go.
+
+    `None` where an axis of the leaf would have to be split. Also for squeeze and expand_dims.
+    """
+    del notes
+    value = operation.inputs[0]
+    if not isinstance(value, View):
+        return None
+    remaining = [axis for group in value.axes for axis in group]
+    axes: list[tuple[int, ...]] = []
+    for length in operation.shape:
+        group: tuple[int, ...] = ()
+        while remaining and value.length(group) < length:
+            group += (remaining.pop(0),)
+        axes.append(group)
+    if not axes:
+        return None
+    axes[-1] += tuple(remaining)  # only axes of length 1, or the shape below is another
+    view = value._replace(axes=tuple(axes))
+    return view if view.shape == operation.shape else None
