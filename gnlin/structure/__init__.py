@@ -1,1 +1,7 @@
-"""What the jaxpr of a model proves of it: its layers, and which of its examples are independent."""
+"""The structure of a model, proved from its jaxpr: layers, and the independence of examples.
+
+* `layers`: which leaves are dense layers, and with which inputs and cotangents.
+* `independence`: which arrays depend on one example alone.
+* `same_program`: whether a model does the same for any number of examples.
+* `parts`: whether a batch may be cut, and how.
+"""

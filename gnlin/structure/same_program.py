@@ -1,17 +1,30 @@
-"""Whether two traces of a function are one program, but for how many examples they are of."""
+"""Sameness of programs: whether two traces of a function differ in the number of examples alone.
+
+Two closed jaxprs are alike if three things hold.
+
+* They have the same numbers in them: literals, and constants.
+* Their outputs are the same expressions: the same operations on the same operands.
+* Their equations pair up: the same primitives in the same order, with the same parameters, on
+  arrays of the same dtypes. An axis is as long in both, or longer by the ratio of the examples.
+
+Two liberties are taken where examples are few. `jnp.einsum` may contract in another order: sizes
+decide on that, and results do not depend on it. And the axis of a single example may come and go.
+"""
 
 import enum
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from gnlin.jaxprs import inner_jaxprs
+from gnlin.jaxprs import constants_and_literals, inner_jaxprs, is_literal
 
 MANY = 8191  # a prime: an axis of this length, or a multiple of it, holds examples and nothing else
-# What arrays of few examples are rearranged by may differ from what many are.
+
+# Arrays of few examples may be rearranged by other operations than those of many.
 _REARRANGING = {
     "broadcast_in_dim",
     "reshape",
@@ -25,137 +38,38 @@ _REARRANGING = {
 _LENGTHS = {"shape", "new_sizes", "limit_indices", "slice_sizes", "sizes"}
 
 
-def alike(one: Any, other: Any, examples: tuple[int, int]) -> bool:
-    """Whether a function, traced on two numbers of examples, does the same with both.
+class _Examples(NamedTuple):
+    """The numbers of examples of two traces."""
 
-    Closed jaxprs are alike that have the same operations in the same order, of the same operands
-    and with the same numbers in them, on arrays of the same types, whose axes are as long or as
-    many times longer as there are more examples. Two liberties are taken where examples are few:
-    `jnp.einsum` may contract in another order, as sizes decide on that and results do not depend on
-    it; and the axis of a single example may come and go.
+    one: int
+    other: int
+
+    @property
+    def are_few(self) -> bool:
+        """Whether one of the traces is on few examples, so that the liberties are taken."""
+        return min(self) < MANY
+
+    @property
+    def single(self) -> bool:
+        """Whether one of the traces is on a single example."""
+        return min(self) == 1
+
+
+def alike(one: Any, other: Any, examples: tuple[int, int]) -> bool:
+    """Whether a function does the same with two numbers of examples, from a closed jaxpr of each.
+
+    Args:
+        one: the trace on ``examples[0]`` examples.
+        other: the trace on ``examples[1]`` examples.
+        examples: both numbers.
     """
-    numbers = _numbers_in(one), _numbers_in(other)
+    of_both = _Examples(*examples)
+    numbers = constants_and_literals(one), constants_and_literals(other)
     if len(numbers[0]) != len(numbers[1]) or not all(map(_same_number, *numbers)):
         return False
     table: dict[Any, int] = {}
-    expressions = [_expressions(each.jaxpr, min(examples), table, {}) for each in (one, other)]
-    return expressions[0] == expressions[1] and _jaxprs_alike(one.jaxpr, other.jaxpr, examples)
-
-
-def _jaxprs_alike(one: Any, other: Any, examples: tuple[int, int]) -> bool:
-    """Whether the equations of two jaxprs pair up."""
-    few, single = min(examples) < MANY, min(examples) == 1
-
-    def kept(jaxpr):
-        return [each for each in jaxpr.eqns if not (few and each.primitive.name in _REARRANGING)]
-
-    def lengths_alike(a, b):
-        return len(a) == len(b) and all(
-            m == n or m * examples[1] == n * examples[0] for m, n in zip(a, b, strict=True)
-        )
-
-    def shape_of(variable):
-        shape = getattr(variable.aval, "shape", ())
-        return (math.prod(shape),) if single else shape
-
-    def arrays_alike(some, others):
-        if [getattr(a.aval, "dtype", None) for a in some] != [
-            getattr(b.aval, "dtype", None) for b in others
-        ]:
-            return False
-        return all(
-            lengths_alike(shape_of(a), shape_of(b)) for a, b in zip(some, others, strict=True)
-        )
-
-    def equations_alike(a, b):
-        if a.primitive.name != b.primitive.name or a.params.keys() != b.params.keys():
-            return False
-        contraction = few and a.primitive.name == "dot_general"
-        for name in a.params.keys() - ({"dimension_numbers"} if contraction else set()):
-            same = lengths_alike if name in _LENGTHS else list.__eq__
-            if not same(_plain(a.params[name]), _plain(b.params[name])):
-                return False
-        if not contraction and not arrays_alike([*a.invars, *a.outvars], [*b.invars, *b.outvars]):
-            return False
-        inner = list(inner_jaxprs(a)), list(inner_jaxprs(b))
-        return len(inner[0]) == len(inner[1]) and all(
-            _jaxprs_alike(*pair, examples) for pair in zip(*inner, strict=True)
-        )
-
-    equations = kept(one), kept(other)
-    return (
-        arrays_alike(one.outvars, other.outvars)
-        and len(equations[0]) == len(equations[1])
-        and all(map(equations_alike, *equations))
-    )
-
-
-def _expressions(
-    jaxpr: Any, examples: int, table: dict[Any, int], products: dict[int, list[int]]
-) -> list[int]:
-    """A number for each output, the same for the same operations on the same operands.
-
-    Args:
-        jaxpr: the function.
-        examples: how many it is traced on.
-        table: the numbers given so far, of all jaxprs that are compared.
-        products: the factors of those that are products.
-    """
-
-    def numbered(expression):
-        return table.setdefault(expression, len(table))
-
-    given = [*jaxpr.constvars, *jaxpr.invars]
-    numbers = {variable: numbered(("given", place)) for place, variable in enumerate(given)}
-
-    def number_of(variable):
-        return numbered("literal") if hasattr(variable, "val") else numbers[variable]
-
-    for equation in jaxpr.eqns:
-        name, operands = equation.primitive.name, list(map(number_of, equation.invars))
-        comes_and_goes = examples == 1 or (
-            examples < MANY and operands[:1] and operands[0] in products
-        )
-        if name in _REARRANGING and len(operands) == 1 and comes_and_goes:
-            numbers[equation.outvars[0]] = operands[0]
-            continue
-        if contraction := name == "dot_general" and examples < MANY:
-            operands = sorted(factor for each in operands for factor in products.get(each, [each]))
-        inner = tuple(
-            tuple(_expressions(each, examples, table, products)) for each in inner_jaxprs(equation)
-        )
-        for place, variable in enumerate(equation.outvars):
-            numbers[variable] = numbered((name, place, tuple(operands), inner))
-            if contraction:
-                products[numbers[variable]] = operands
-    return list(map(number_of, jaxpr.outvars))
-
-
-def _plain(parameter: Any) -> list[Any]:
-    """The numbers and names in a parameter of an equation; what is a function or a jaxpr is left out."""
-    return [
-        leaf
-        for leaf in jax.tree.leaves(parameter)
-        if isinstance(leaf, (int, float, str, enum.Enum))
-    ]
-
-
-def _numbers_in(closed: Any) -> list[Any]:
-    """Literals and constants of a closed jaxpr, in their order."""
-    found = list(closed.consts)
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            found.extend(variable.val for variable in equation.invars if hasattr(variable, "val"))
-            for value in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda node: hasattr(node, "consts")
-            ):
-                found.extend(getattr(value, "consts", ()))
-            for inner in inner_jaxprs(equation):
-                visit(inner)
-
-    visit(closed.jaxpr)
-    return found
+    expressions = [_Numbering(table, of_both).outputs(each.jaxpr) for each in (one, other)]
+    return expressions[0] == expressions[1] and _pair_up(one.jaxpr, other.jaxpr, of_both)
 
 
 def _same_number(a: Any, b: Any) -> bool:
@@ -164,4 +78,136 @@ def _same_number(a: Any, b: Any) -> bool:
     if isinstance(a, Tracer) or isinstance(b, Tracer) or np.shape(a) != np.shape(b):
         return False
     a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and bool(np.all((a == b) | ((a != a) & (b != b))))  # NaN is NaN
+    both_nan = (a != a) & (b != b)
+    return a.dtype == b.dtype and bool(np.all((a == b) | both_nan))
+
+
+# Expressions.
+
+
+class _Numbering:
+    """Gives a number to each expression, the same to the same operation on the same operands.
+
+    Args:
+        table: the numbers given so far. It is shared by the traces that are compared.
+        examples: of both traces.
+    """
+
+    def __init__(self, table: dict[Any, int], examples: _Examples):
+        self._table = table
+        self._examples = examples
+        self._factors: dict[int, list[int]] = {}  # of those expressions that are products
+
+    def outputs(self, jaxpr: Any) -> list[int]:
+        """The numbers of the outputs of a jaxpr."""
+        inputs = [*jaxpr.constvars, *jaxpr.invars]
+        numbers = {
+            variable: self._number(("given", place)) for place, variable in enumerate(inputs)
+        }
+
+        def read(atom: Any) -> int:
+            return self._number("literal") if is_literal(atom) else numbers[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            numbers.update(
+                zip(equation.outvars, self._of_equation(equation, operands), strict=True)
+            )
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _number(self, expression: Any) -> int:
+        return self._table.setdefault(expression, len(self._table))
+
+    def _of_equation(self, equation: Any, operands: list[int]) -> list[int]:
+        """The numbers of the outputs of one equation."""
+        name, few = equation.primitive.name, self._examples.are_few
+        rearranged = name in _REARRANGING and len(operands) == 1
+        # The axis of a single example comes and goes, and products in another order have their
+        # axes moved. The expression is still its operand.
+        if rearranged and (self._examples.single or (few and operands[0] in self._factors)):
+            return operands
+        is_product = few and name == "dot_general"
+        if is_product:
+            # All factors in one order, whatever the order of the contractions.
+            factors = [self._factors.get(operand, [operand]) for operand in operands]
+            operands = sorted(factor for each in factors for factor in each)
+        inner = tuple(tuple(self.outputs(each)) for each in inner_jaxprs(equation))
+        numbers = [
+            self._number((name, place, tuple(operands), inner))
+            for place in range(len(equation.outvars))
+        ]
+        if is_product:
+            self._factors.update(dict.fromkeys(numbers, operands))
+        return numbers
+
+
+# Pairs of equations.
+
+
+def _pair_up(one: Any, other: Any, examples: _Examples) -> bool:
+    """Whether the equations of two jaxprs are the same, one by one."""
+
+    def compared(jaxpr: Any) -> list[Any]:
+        skipped = _REARRANGING if examples.are_few else set()
+        return [equation for equation in jaxpr.eqns if equation.primitive.name not in skipped]
+
+    equations = compared(one), compared(other)
+    if not _arrays_alike(one.outvars, other.outvars, examples):
+        return False
+    if len(equations[0]) != len(equations[1]):
+        return False
+    return all(_equations_alike(a, b, examples) for a, b in zip(*equations, strict=True))
+
+
+def _equations_alike(a: Any, b: Any, examples: _Examples) -> bool:
+    """Whether two equations have the same primitive, parameters, arrays and inner jaxprs."""
+    if a.primitive.name != b.primitive.name or a.params.keys() != b.params.keys():
+        return False
+    # Of products in another order, the arrays and the axes that are contracted are others.
+    is_free = examples.are_few and a.primitive.name == "dot_general"
+    if not is_free and not _arrays_alike(
+        [*a.invars, *a.outvars], [*b.invars, *b.outvars], examples
+    ):
+        return False
+    for name in a.params:
+        values = _plain(a.params[name]), _plain(b.params[name])
+        is_length = name in _LENGTHS
+        same = _lengths_alike(*values, examples) if is_length else values[0] == values[1]
+        if not same and not (is_free and name == "dimension_numbers"):
+            return False
+    inner = list(inner_jaxprs(a)), list(inner_jaxprs(b))
+    if len(inner[0]) != len(inner[1]):
+        return False
+    return all(_pair_up(*pair, examples) for pair in zip(*inner, strict=True))
+
+
+def _arrays_alike(some: Sequence[Any], others: Sequence[Any], examples: _Examples) -> bool:
+    """Whether inputs or outputs have the same dtypes, and shapes that are alike."""
+
+    def dtypes(atoms: Sequence[Any]) -> list[Any]:
+        return [getattr(atom.aval, "dtype", None) for atom in atoms]
+
+    def shape(atom: Any) -> Sequence[int]:
+        shape = getattr(atom.aval, "shape", ())
+        return (math.prod(shape),) if examples.single else shape
+
+    if dtypes(some) != dtypes(others):
+        return False
+    pairs = zip(some, others, strict=True)
+    return all(_lengths_alike(shape(a), shape(b), examples) for a, b in pairs)
+
+
+def _lengths_alike(some: Sequence[int], others: Sequence[int], examples: _Examples) -> bool:
+    """Whether axes are as long, or longer by the ratio of the examples."""
+    if len(some) != len(others):
+        return False
+    for a, b in zip(some, others, strict=True):
+        if a != b and a * examples.other != b * examples.one:
+            return False
+    return True
+
+
+def _plain(parameter: Any) -> list[Any]:
+    """The numbers and names in a parameter of an equation. Functions and jaxprs are left out."""
+    leaves = jax.tree.leaves(parameter)
+    return [leaf for leaf in leaves if isinstance(leaf, (int, float, str, enum.Enum))]

@@ -1,9 +1,10 @@
 """Independence of examples: which arrays of a program depend on one example alone.
 
 A pull-back u ↦ Jᵀu takes a cotangent (N, ...) of the outputs of N examples to cotangents inside the
-network, and to sums over examples, the gradients. Where slice n of an array depends on slice n of u
-alone, one run with a cotangent for every example does the work of N runs. Shapes cannot tell: with
-batch normalisation or attention over the batch they are the same. So the equations are followed.
+network, and to sums over examples, the gradients. Say that slice n of an array depends on slice n
+of u alone. Then one run with a cotangent for every example does the work of N runs. Shapes cannot
+tell: with batch normalisation or attention over the batch they are the same. So the equations are
+followed.
 
 * `values`: the properties that an array can have.
 * `rules`: the table, from a primitive to its rule. Start here.

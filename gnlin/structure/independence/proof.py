@@ -3,9 +3,9 @@
 Output n of such a function depends on slice n of its batched arguments alone. Nothing is computed:
 the function is traced, and the properties of its arrays are followed.
 
-The trace is on `MANY` examples, a number that no other axis has. So an array that is known to the
-function, but has such an axis, may tell one example from another: `jnp.arange` over the examples
-does, and so does a dropout mask that is drawn for the whole batch. Neither passes.
+The trace is on `MANY` examples, a number that no other axis has. An array with such an axis may be
+known to the function. It may tell one example from another, so it does not pass. Examples are
+`jnp.arange` over the batch, and a dropout mask that is drawn for the whole of it.
 
 The function must also be the same whatever the number of examples. So a mean over them does not
 pass where it is written as a division by their number.

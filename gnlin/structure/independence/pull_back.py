@@ -1,7 +1,7 @@
 """A pull-back that is followed example by example.
 
-Where examples meet in a sum, the N addends are carried on: the sum stays open to the end, because
-all that follows is linear in it. So a gradient comes out with its N shares.
+Where examples meet in a sum, the N addends are carried on. The sum can stay open to the end,
+because all that follows is linear in it. So a gradient comes out as its N shares.
 """
 
 from collections.abc import Sequence
