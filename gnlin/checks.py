@@ -1,15 +1,18 @@
-"""What a number given as an argument may be."""
+"""Checks on arguments: numbers, parts that users write themselves, and how a factory is called."""
 
+import functools
+import inspect
 import math
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from jax.core import Tracer
 
 
 def check_number(name: str, value: Any, *, finite: bool = True, positive: bool = False) -> None:
-    """Raise unless `value` is a finite number ≥ 0. Traced arrays pass: their values are not known yet."""
+    """Raise unless `value` is a finite number ≥ 0. A traced array has no value to check."""
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
         raise TypeError(f"`{name}` must be a number; got {value!r}")
     shape = getattr(value, "shape", ())
@@ -20,9 +23,8 @@ def check_number(name: str, value: Any, *, finite: bool = True, positive: bool =
     if positive and not float(value) > 0:
         raise ValueError(f"`{name}` must be positive; got {value!r}")
     if not 0 <= float(value) <= (sys.float_info.max if finite else math.inf):
-        raise ValueError(
-            f"`{name}` must be {'finite and ' if finite else ''}at least 0; got {value!r}"
-        )
+        kind = "finite and at least 0" if finite else "at least 0"
+        raise ValueError(f"`{name}` must be {kind}; got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -36,3 +38,56 @@ def is_integer(value: Any) -> bool:
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     if not is_integer(value) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}")
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}"
+        )
+
+
+def check_part(name: str, part: Any, methods: Sequence[str], kind: str, example: str) -> None:
+    """Raise unless `part`, the argument called `name`, is a record with these methods.
+
+    Args:
+        name: of the argument.
+        part: a solver, a step rule, a policy, written by anybody.
+        methods: names of the methods that will be called.
+        kind: what the part is, in words.
+        example: code for one that serves.
+    """
+    if isinstance(part, type):
+        raise TypeError(f"`{name}` must be a record, not its class; write {part.__name__}(...)")
+    missing = [method for method in methods if not callable(getattr(part, method, None))]
+    if missing:
+        raise TypeError(
+            f"`{name}` must be {kind} such as {example}, with the methods {', '.join(methods)}; "
+            f"got {part!r}, which lacks {', '.join(missing)}"
+        )
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def shows_signature(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the error of a call that does not fit show the call that does.
+
+    The caller of an old signature, or of a misspelt option, then reads the right one.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            parameters = [
+                each.replace(annotation=each.empty) for each in signature.parameters.values()
+            ]
+            shown = inspect.Signature(parameters)
+            raise TypeError(f"{error}. Write {function.__name__}{shown}") from None
+        return function(*args, **kwargs)
+
+    return call

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_number
-from gnlin.problem.objective import Objective, check_objective, check_params, check_transformation
+from gnlin.checks import check_integer, check_number, check_transformation, shows_signature
+from gnlin.problem.objective import Objective, check_objective, check_params
 from gnlin.solve.dense import materialise
 from gnlin.tree import Batch, Params
 
@@ -39,6 +39,7 @@ class MinimiseInfo(NamedTuple):
     opt_state: Any
 
 
+@shows_signature
 def minimise(
     objective: Objective,
     params: Params,
@@ -92,7 +93,9 @@ def minimise(
         >>> tx = gnlin.levenberg_marquardt(objective)
         >>> def slope(y):
         ...     batch = {"x": jnp.array([1.0, 2.0]), "y": y}
-        ...     return gnlin.minimise(objective, jnp.zeros(1), tx, batch=batch, max_steps=20, tol=1e-5)[0][0]
+        ...     params, _ = gnlin.minimise(
+        ...         objective, jnp.zeros(1), tx, batch=batch, max_steps=20, tol=1e-5)
+        ...     return params[0]
         >>> slopes = jax.grad(slope)(jnp.array([1.0, 2.0]))   # x / Σx²
         >>> [round(float(value), 4) for value in slopes]
         [0.2, 0.4]
@@ -150,7 +153,10 @@ _LARGEST_DENSE = 1000
 
 
 def _solve_hessian(matvec: Callable[[Params], Params], rhs: Params) -> Params:
-    """Solve with the Hessian at a minimum: symmetric, positive definite, its diagonal often of many magnitudes."""
+    """Solve with the Hessian at a minimum.
+
+    It is symmetric and positive definite, and its diagonal is often of many magnitudes.
+    """
     dtype = tree.accumulation_dtype(rhs)
     if tree.size(rhs) > _LARGEST_DENSE:
         # Tighter than the driver's default, which is meant for well-scaled systems.

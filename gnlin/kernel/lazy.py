@@ -28,7 +28,7 @@ from jax.core import Tracer
 from gnlin import tree
 from gnlin.checks import check_integer, check_number
 from gnlin.kernel.gram import kernel_matrix
-from gnlin.problem.curvature import output_hessian
+from gnlin.problem.curvature import loss_derivatives
 from gnlin.problem.linearisation import Linearisation, linearise
 from gnlin.problem.objective import Objective, check_not_bound, check_objective
 from gnlin.tree import Batch, Params
@@ -163,7 +163,7 @@ def lazy_training(
         )
     linear = linearise(objective, params, batch)
     dtype = tree.accumulation_dtype(params, linear.outputs)
-    gradient, hessian = output_hessian(objective, linear.outputs, batch)
+    gradient, hessian = loss_derivatives(objective, linear.outputs, batch)
 
     def hessian_column(cotangent: jax.Array) -> jax.Array:
         return tree.flatten(hessian(tree.unflatten(cotangent, linear.outputs)), dtype)

@@ -1,26 +1,62 @@
 r"""Curvature of the loss through a linearised model.
 
 With z the outputs, J their Jacobian with respect to the parameters and H the Hessian of the loss
-with respect to z, the generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J: the Hessian of the loss
-on the linearised model. Every product is a push-forward, a product with H in output space, and a
-pull-back.
+with respect to z, the generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J. It is the Hessian of
+the loss on the linearised model. Every product with it is a push-forward, a product with H in
+output space, and a pull-back.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import jax
 import optax
 
 from gnlin import tree
 from gnlin.problem.linearisation import Linearisation, linearise, linearise_function
-from gnlin.problem.objective import Objective, with_constants
+from gnlin.problem.masking import with_constants
+from gnlin.problem.objective import Objective
 from gnlin.tree import Batch, Outputs, Params
 
-# Displacement δz of the outputs from those at the anchor ↦ (model of the loss there, its gradient
-# in δz).
-OutputLoss = Callable[[Outputs], tuple[jax.Array, Outputs]]
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """The damped Gauss-Newton system (JᵀHJ + λD) x = b.
+
+    `QuadraticModel.system` makes one; the solvers of `gnlin.solve` take it.
+
+    Attributes:
+        jvp: v ↦ Jv.
+        vjp: u ↦ Jᵀu.
+        output_hessian: u ↦ Hu, in output space.
+        damping: λ ≥ 0, a scalar.
+        scaling: D, a tree of non-negative diagonal entries shaped like the parameters, in their
+            accumulation dtype; `None` is the identity.
+    """
+
+    jvp: Callable[[Params], Outputs]
+    vjp: Callable[[Outputs], Params]
+    output_hessian: Callable[[Outputs], Outputs]
+    damping: chex.Numeric
+    scaling: Params | None = None
+
+    def ggn(self, vector: Params) -> Params:
+        """The product Gv = JᵀHJv, in the dtypes of the parameters."""
+        return self.vjp(self.output_hessian(self.jvp(vector)))
+
+    def matvec(self, vector: Params) -> Params:
+        """The product (JᵀHJ + λD) v, in the dtypes of the parameters."""
+        return tree.add_scaled(self.ggn(vector), self.damping, self.scale(vector))
+
+    def scale(self, vector: Params) -> Params:
+        """The product Dv."""
+        if self.scaling is None:
+            return vector
+        return jax.tree.map(
+            lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +67,15 @@ class QuadraticModel:
 
     Attributes:
         value: ℓ at the point.
-        linear: the model's linearisation there.
+        linear: the linearisation of the model there.
         cotangent: gradient of the loss with respect to the outputs.
-        hessian: u ↦ Hu, Hessian of the loss with respect to the outputs.
+        output_hessian: u ↦ Hu, Hessian of the loss with respect to the outputs.
     """
 
     value: jax.Array
     linear: Linearisation
     cotangent: Outputs
-    hessian: Callable[[Outputs], Outputs]
+    output_hessian: Callable[[Outputs], Outputs]
 
     def __call__(self, step: Params) -> jax.Array:
         """Predicted loss after `step`, shaped like the parameters."""
@@ -50,98 +86,48 @@ class QuadraticModel:
         return self.linear.vjp(self.cotangent)
 
     def ggn(self, vector: Params) -> Params:
-        """Gv, about 4/3 of a gradient's work."""
-        return self.linear.vjp(self.hessian(self.linear.jvp(vector)))
+        """Gv, about 4/3 of the work of a gradient."""
+        return self.system(0.0).ggn(vector)
 
     def change(self, step: Params) -> jax.Array:
-        """gᵀδ + ½ δᵀGδ by one push-forward; free of the cancellation in a difference of two losses."""
+        """gᵀδ + ½ δᵀGδ by one push-forward.
+
+        It is free of the cancellation in a difference of two losses.
+        """
         moved = self.linear.jvp(step)
-        return tree.inner(self.cotangent, moved) + tree.inner(moved, self.hessian(moved)) / 2
+        return tree.inner(self.cotangent, moved) + tree.inner(moved, self.output_hessian(moved)) / 2
+
+    def system(self, damping: chex.Numeric, scaling: Params | None = None) -> System:
+        """The damped system (G + λD) x = b of this model, for a right-hand side yet to come."""
+        return System(self.linear.jvp, self.linear.vjp, self.output_hessian, damping, scaling)
 
 
-def output_hessian(
-    objective: Objective, outputs: Outputs, batch: Batch = None
-) -> tuple[Outputs, Callable]:
-    """``(g, u ↦ Hu)``: gradient and Hessian products of the loss with respect to the outputs, at `outputs`."""
+def quadratic_model(objective: Objective, params: Params, batch: Batch = None) -> QuadraticModel:
+    r"""The Gauss-Newton model of the loss at `params`, a function of the step.
 
-    def gradient(outputs):
-        return jax.grad(objective.loss_of)(outputs, batch), None
+    ``-model.change(step)`` is the decrease that Gauss-Newton predicts for `step`.
 
-    # H is symmetric: a loss without a forward-mode rule is differentiated twice in reverse.
-    cotangent, hessian, _, _ = linearise_function(gradient, outputs)
-    return cotangent, hessian
+    Args:
+        objective: the problem.
+        params: parameters at which ℓ, g and G are taken.
+        batch: data; not needed where the objective is bound.
 
+    Returns:
+        A `QuadraticModel`.
 
-def exact_loss(objective: Objective, outputs: Outputs, batch: Batch = None) -> OutputLoss:
-    """δz ↦ ℓ(z + δz) and its gradient."""
+    Raises:
+        ValueError, TypeError: as `linearise`.
 
-    def value_and_grad(displacement):
-        return jax.value_and_grad(objective.loss_of)(tree.add(outputs, displacement), batch)
-
-    return value_and_grad
-
-
-def quadratic_loss(objective: Objective, outputs: Outputs, batch: Batch = None) -> OutputLoss:
-    """δz ↦ ℓ(z) + gᵀδz + ½ δzᵀ H δz and its gradient: the Gauss-Newton model, in output space."""
-    value = objective.loss_of(outputs, batch)
-    cotangent, hessian = output_hessian(objective, outputs, batch)
-
-    def value_and_grad(displacement):
-        curved = hessian(displacement)
-        change = tree.inner(cotangent, displacement) + tree.inner(displacement, curved) / 2
-        return value + change.astype(value.dtype), tree.add(cotangent, curved)
-
-    return value_and_grad
-
-
-LossModel = Literal["exact", "quadratic"]
-LOSS_MODELS = {"exact": exact_loss, "quadratic": quadratic_loss}
-
-
-def check_loss_model(loss_model: str) -> None:
-    if loss_model not in LOSS_MODELS:
-        raise ValueError(f"`loss_model` must be one of {sorted(LOSS_MODELS)}; got {loss_model!r}")
-
-
-def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., jax.Array]:
-    """Q as a function of the parameters, ``(params, batch=None) -> scalar``, with the loss modelled by `loss`."""
-
-    def value_fn(params, batch=None):
-        del (
-            batch
-        )  # inside `loss`; accepted because Optax's line searches want each extra argument consumed
-        return loss(
-            linear.jvp(tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor))
-        )[0]
-
-    return value_fn
-
-
-def partly_linearised_loss(
-    objective: Objective, anchor: Params, exact: Any, loss_model: LossModel, data: Batch
-) -> Callable[..., jax.Array]:
-    """Q as a function of all parameters, ``(params, batch=None) -> scalar``; those that are `exact`
-    are not linearised.
-
-    At parameters (a, b), b exact, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
+    Example:
+        >>> import gnlin, jax.numpy as jnp
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
+        >>> gnlin.quadratic_model(objective, jnp.array([1.0]))(jnp.array([-0.5]))   # ½ (1 − 2·0.5)²
+        Array(0., dtype=float32)
     """
-    objective.check_params(anchor)
-
-    def part(params, chosen):
-        return jax.tree.map(
-            lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact
-        )
-
-    fixed = part(anchor, chosen=False)
-
-    def value_fn(params, batch=None):
-        del batch  # as in `linearised_loss`
-        params = tree.cast_like(params, anchor)
-        linear = linearise(with_constants(objective, part(params, chosen=True)), fixed, data)
-        loss = LOSS_MODELS[loss_model](objective, linear.outputs, data)
-        return loss(linear.jvp(tree.subtract(part(params, chosen=False), fixed)))[0]
-
-    return value_fn
+    linear = linearise(objective, params, batch)
+    cotangent, output_hessian = loss_derivatives(objective, linear.outputs, batch)
+    value = objective.loss_of(linear.outputs, batch)
+    return QuadraticModel(value, linear, cotangent, output_hessian)
 
 
 def ggn_vector_product(
@@ -163,7 +149,7 @@ def ggn_vector_product(
         ValueError, TypeError: as `linearise`.
 
     Reference: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent,
-        2002.
+    2002.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -174,25 +160,91 @@ def ggn_vector_product(
     return quadratic_model(objective, params, batch).ggn
 
 
-def quadratic_model(objective: Objective, params: Params, batch: Batch = None) -> QuadraticModel:
-    r"""The Gauss-Newton model of the loss at `params`, a function of the step.
+def loss_derivatives(
+    objective: Objective, outputs: Outputs, batch: Batch = None
+) -> tuple[Outputs, Callable[[Outputs], Outputs]]:
+    """``(gradient, u ↦ Hu)`` of the loss with respect to the outputs, at `outputs`."""
 
-    ``-model.change(step)`` is the decrease that Gauss-Newton predicts for `step`.
+    def gradient(outputs):
+        return jax.grad(objective.loss_of)(outputs, batch), None
 
-    Args:
-        objective: the problem.
-        params: parameters at which ℓ, g and G are taken.
-        batch: data; not needed where the objective is bound.
+    # H is symmetric: a loss without a forward-mode rule is differentiated twice in reverse.
+    expansion = linearise_function(gradient, outputs)
+    return expansion.value, expansion.jvp
 
-    Raises:
-        ValueError, TypeError: as `linearise`.
 
-    Example:
-        >>> import gnlin, jax.numpy as jnp
-        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
-        >>> gnlin.quadratic_model(objective, jnp.array([1.0]))(jnp.array([-0.5]))   # ½ (1 − 2·0.5)²
-        Array(0., dtype=float32)
+# Models of the loss, as functions of the displacement δz of the outputs from those at the anchor.
+
+# δz ↦ (the model's value there, its gradient in δz).
+OutputLoss = Callable[[Outputs], tuple[jax.Array, Outputs]]
+LossModel = Literal["exact", "quadratic"]
+
+
+def exact_loss(objective: Objective, outputs: Outputs, batch: Batch = None) -> OutputLoss:
+    """δz ↦ ℓ(z + δz) and its gradient."""
+
+    def value_and_grad(displacement):
+        return jax.value_and_grad(objective.loss_of)(tree.add(outputs, displacement), batch)
+
+    return value_and_grad
+
+
+def quadratic_loss(objective: Objective, outputs: Outputs, batch: Batch = None) -> OutputLoss:
+    """δz ↦ ℓ(z) + gᵀδz + ½ δzᵀ H δz and its gradient: the Gauss-Newton model, in output space."""
+    value = objective.loss_of(outputs, batch)
+    cotangent, output_hessian = loss_derivatives(objective, outputs, batch)
+
+    def value_and_grad(displacement):
+        curved = output_hessian(displacement)
+        change = tree.inner(cotangent, displacement) + tree.inner(displacement, curved) / 2
+        return value + change.astype(value.dtype), tree.add(cotangent, curved)
+
+    return value_and_grad
+
+
+LOSS_MODELS = {"exact": exact_loss, "quadratic": quadratic_loss}
+
+
+def check_loss_model(loss_model: str) -> None:
+    if loss_model not in LOSS_MODELS:
+        raise ValueError(f"`loss_model` must be one of {sorted(LOSS_MODELS)}; got {loss_model!r}")
+
+
+# The linearised problem as a function of the parameters, for inner optimisers.
+
+
+def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., jax.Array]:
+    """Q, ``(params, batch=None) -> scalar``, with the loss modelled by `loss`."""
+
+    def value_fn(params, batch=None):
+        del batch  # inside `loss`; Optax's line searches want each extra argument consumed
+        offset = tree.subtract(tree.cast_like(params, linear.anchor), linear.anchor)
+        return loss(linear.jvp(offset))[0]
+
+    return value_fn
+
+
+def partly_linearised_loss(
+    objective: Objective, anchor: Params, exact: Any, loss_model: LossModel, data: Batch
+) -> Callable[..., jax.Array]:
+    """Q, ``(params, batch=None) -> scalar``, where the leaves marked `exact` are not linearised.
+
+    At parameters (a, b), b exact, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
     """
-    linear = linearise(objective, params, batch)
-    cotangent, hessian = output_hessian(objective, linear.outputs, batch)
-    return QuadraticModel(objective.loss_of(linear.outputs, batch), linear, cotangent, hessian)
+    objective.check_params(anchor)
+
+    def part(params, chosen):
+        return jax.tree.map(
+            lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact
+        )
+
+    fixed = part(anchor, chosen=False)
+
+    def value_fn(params, batch=None):
+        del batch  # as in `linearised_loss`
+        params = tree.cast_like(params, anchor)
+        linear = linearise(with_constants(objective, part(params, chosen=True)), fixed, data)
+        loss = LOSS_MODELS[loss_model](objective, linear.outputs, data)
+        return loss(linear.jvp(tree.subtract(part(params, chosen=False), fixed)))[0]
+
+    return value_fn

@@ -1,8 +1,12 @@
-"""The problem: a model, a convex loss of its outputs, and the checks on what users hand in."""
+"""The problem: a model and a convex loss of its outputs, with the checks on both.
+
+Every other module reads the problem through `Objective.outputs_and_aux` and `Objective.loss_of`.
+These two call the functions of the user and check their results.
+"""
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,13 +20,13 @@ from gnlin.tree import Batch, Outputs, Params
 class Objective:
     r"""The training problem :math:`\ell(f(\theta, \text{batch}), \text{batch})`.
 
-    The whole batch reaches both functions, so masks, example weights, dropout keys and frozen batch
-    statistics travel in it. `loss` owns all averaging: nothing else in the package divides by a
+    Both functions receive the whole batch. Masks, example weights, dropout keys and frozen batch
+    statistics travel in it. The loss owns all averaging: nothing else in the package divides by a
     number of examples. Automatic differentiation supplies every derivative, so any convex loss
     serves.
 
-    The record is hashable (it may be a static argument of `jax.jit`) and deliberately not callable
-    (`optax.inject_hyperparams` takes callables for schedules).
+    The record is hashable, so it may be a static argument of `jax.jit`. It is not callable, because
+    `optax.inject_hyperparams` takes callables for schedules.
 
     Args:
         model: ``model(params, batch) -> outputs``, any pytree of real floating arrays, for instance
@@ -31,6 +35,9 @@ class Objective:
         has_aux: whether `model` returns auxiliary data beside its outputs.
         is_bound: whether the data is already inside `model` and `loss`, so that no `batch` is
             needed. `bind` and `least_squares` set it.
+
+    Raises:
+        TypeError: `model` or `loss` is no function.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -58,9 +65,12 @@ class Objective:
         r"""Objective :math:`\tfrac12\sum_i r_i(\theta)^2` over all leaves of the residuals.
 
         Args:
-            residuals: ``residuals(params, batch) -> pytree``; with the one argument
+            residuals: ``residuals(params, batch) -> pytree``. With the one argument
                 ``residuals(params)`` the objective is already bound to its data. Arguments with a
                 default are data, unless named ``batch``.
+
+        Raises:
+            TypeError: `residuals` is no function.
 
         Example:
             >>> import gnlin, jax.numpy as jnp
@@ -76,16 +86,16 @@ class Objective:
         return cls(residuals, half_sum_of_squares)
 
     def value(self, params: Params, batch: Batch = None) -> jax.Array:
-        """Loss at `params`, a scalar; any auxiliary data is dropped.
+        """Loss at `params`, a scalar; auxiliary data is dropped.
 
-        Its signature is what Optax line searches want: ``tx.update(..., value_fn=objective.value,
-        batch=batch)``.
+        Optax's line searches take it as it is:
+        ``tx.update(..., value_fn=objective.value, batch=batch)``.
         """
         outputs, _ = self.outputs_and_aux(params, batch)
         return self.loss_of(outputs, batch)
 
     def value_and_grad(self, params: Params, batch: Batch = None) -> tuple[Any, Params]:
-        """Loss and gradient, or ``((loss, aux), gradient)`` with `has_aux`, as `jax.value_and_grad` has it."""
+        """Loss and gradient; the first is ``(loss, aux)`` with `has_aux`, as in JAX."""
 
         def value_and_aux(params):
             outputs, aux = self.outputs_and_aux(params, batch)
@@ -95,38 +105,40 @@ class Objective:
         return ((value, aux), grads) if self.has_aux else (value, grads)
 
     def bind(self, batch: Batch) -> "Objective":
-        """The same objective with its data closed over; it needs no `batch` and ignores one that is
-        given.
+        """The same objective with its data closed over; it needs no `batch` and ignores one.
 
-        Bound objectives serve drivers that pass nothing but parameters (`jaxopt.OptaxSolver`,
-        `optax.lookahead`). Bind inside the compiled function where the data is a traced argument.
+        Bound objectives serve drivers that pass parameters alone (`jaxopt.OptaxSolver`,
+        `optax.lookahead`). Where the data is a traced argument, bind inside the compiled function.
+
+        Raises:
+            ValueError: the objective is bound already.
         """
         if self.is_bound:
             raise ValueError(
-                "`bind`: this objective is bound to its data already; bind the one without data instead."
+                "`bind`: this objective is bound to its data already; "
+                "bind the one without data instead."
             )
         return dataclasses.replace(
             self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True
         )
 
-    # What the rest of the package calls: the user's functions, checked.
+    # The functions of the user, checked.
 
     def outputs_and_aux(self, params: Params, batch: Batch = None) -> tuple[Outputs, Any]:
-        """``(outputs, aux)`` of the model, `aux` being `None` without `has_aux`."""
+        """``(outputs, aux)`` of the model; `aux` is `None` without `has_aux`."""
         self.check_params(params)
         self.check_batch(batch)
-        returned = _call("model", self.model, params, batch)
+        outputs, aux = _call("model", self.model, params, batch), None
         if self.has_aux:
-            if not (isinstance(returned, tuple) and len(returned) == 2):
+            if not (isinstance(outputs, tuple) and len(outputs) == 2):
                 raise TypeError("`model` must return the pair (outputs, aux) when has_aux=True")
-            outputs, aux = returned
-        else:
-            outputs, aux = returned, None
+            outputs, aux = outputs
         for path, leaf in jax.tree.leaves_with_path(outputs):
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            dtype = jnp.result_type(leaf)
+            if not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(
-                    f"`model` must return real floating arrays; outputs{jax.tree_util.keystr(path)} has dtype "
-                    f"{jnp.result_type(leaf)}. Return other data as aux (has_aux=True)."
+                    f"`model` must return real floating arrays; outputs{jax.tree_util.keystr(path)}"
+                    f" has dtype {dtype}. Return other data as aux (has_aux=True)."
                 )
         return outputs, aux
 
@@ -135,18 +147,19 @@ class Objective:
         value = jnp.asarray(_call("loss", self.loss, outputs, batch))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
-                f"`loss` must return one real scalar; got shape {value.shape} and dtype {value.dtype}. "
-                "Average or sum over examples inside `loss`."
+                f"`loss` must return one real scalar; got shape {value.shape} and dtype "
+                f"{value.dtype}. Average or sum over examples inside `loss`."
             )
         return value
 
     def check_params(self, params: Params) -> None:
-        check_params(params, allow_holes=isinstance(self.model, _Filled))
+        check_params(params, allow_holes=getattr(self.model, "fills_holes", False))
 
     def check_batch(self, batch: Batch) -> None:
         if batch is None and not self.is_bound:
             raise ValueError(
-                "`batch` is missing: pass batch=... (to update: tx.update(grads, opt_state, params, batch=batch)), "
+                "`batch` is missing: pass batch=... "
+                "(to update: tx.update(grads, opt_state, params, batch=batch)), "
                 "or close over the data with objective.bind(batch)."
             )
 
@@ -157,119 +170,13 @@ def half_sum_of_squares(residuals: Outputs, batch: Batch = None) -> jax.Array:
     return tree.inner(residuals, residuals) / 2
 
 
-def without_binding(objective: Objective, batch: Batch) -> tuple[Objective, Batch]:
-    """The objective as a function of data, and its data, where `bind` has closed over it."""
-    model, loss = objective.model, objective.loss
-    if not (isinstance(model, _Bound) and isinstance(loss, _Bound)):
-        return objective, batch
-    return dataclasses.replace(
-        objective, model=model.function, loss=loss.function, is_bound=False
-    ), model.batch
-
-
-def check_not_bound(name: str, objective: Objective, data: Batch) -> None:
-    if objective.is_bound and data is not None:
-        raise ValueError(
-            f"`{name}` needs an objective without data of its own; this one is bound to its batch. Leave `{name}` "
-            "out, or pass the objective as it was before `bind`"
-        )
-
-
-def check_objective(objective: Any) -> None:
-    if not isinstance(objective, Objective):
-        raise TypeError(f"`objective` must be a gnlin.Objective(model, loss); got {objective!r}")
-
-
-def check_params(params: Params, *, allow_holes: bool = False) -> None:
-    """Raise unless `params` is a tree of real floating leaves, without the holes of `optax.masked` unless allowed."""
-    if params is None:
-        raise ValueError(
-            "`params` is missing: call tx.update(grads, opt_state, params, batch=batch)."
-        )
-    if not allow_holes and tree.has_holes(params):
-        raise ValueError(
-            "`params` has optax.MaskedNode holes (from optax.masked or optax.partition), so the model cannot be "
-            "evaluated. Pass the whole tree: tx.update(grads, opt_state, params, batch=batch, all_params=params)."
-        )
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {leaf!r}; make it an array, jnp.asarray({leaf!r})."
-            )
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {dtype}; every parameter must be a real floating array. "
-                "Keep integers in the batch, and split complex numbers into two real leaves."
-            )
-
-
-def check_like_params(name: str, value: Any, params: Params, remedy: str) -> None:
-    """Raise unless `value` has the tree structure and the shapes of `params`."""
-    same = jax.tree.structure(value) == jax.tree.structure(params)
-    if same and jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, params):
-        return
-    raise ValueError(
-        f"`{name}` does not match `params`; {remedy}.\n  {name}: {_shapes(value)}\n  params: {_shapes(params)}"
-    )
-
-
-def check_transformation(name: str, tx: Any) -> None:
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(
-            f"`{name}` must be an optax.GradientTransformation such as optax.adam(1e-3); got {tx!r}"
-        )
-
-
-def check_line_search(line_search: Any) -> tuple[float, ...] | None:
-    if line_search is None:
-        return None
-    if isinstance(line_search, str) or not isinstance(line_search, Iterable):
-        raise TypeError(
-            f"`line_search` must be a sequence of step fractions such as (1.0, 0.5); got {line_search!r}"
-        )
-    alphas = tuple(float(alpha) for alpha in line_search)
-    if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
-        raise ValueError(
-            f"`line_search` must be a non-empty sequence of positive step fractions; got {line_search!r}"
-        )
-    return alphas
-
-
-def without_loss(extra_args: dict[str, Any]) -> dict[str, Any]:
-    """Extra arguments without those that the linearised problem replaces."""
-    return {
-        name: value
-        for name, value in extra_args.items()
-        if name not in ("value", "grad", "value_fn")
-    }
-
-
-def visible_objective(objective: Objective, params: Params, all_params: Params | None) -> Objective:
-    """The objective as a function of the leaves of `params` that `optax.masked` left visible.
-
-    The holes are filled, as constants, from `all_params`. Without holes the objective is returned
-    as it is.
-    """
-    if params is None or all_params is None or not tree.has_holes(params):
-        return objective
-    if tree.has_holes(all_params):
-        raise ValueError(
-            "`all_params` has optax.MaskedNode holes, so the model cannot be evaluated. Leave "
-            "mask_compatible_extra_args=False in optax.masked, which otherwise masks `all_params` too."
-        )
-    check_params(all_params)
-    try:
-        tree.fill_holes(params, all_params)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"`all_params` must be the whole tree of parameters that was masked: {error}"
-        ) from error
-    return with_constants(objective, all_params)
+# Data inside an objective.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Bound:
+    """A function of (argument, batch) with its batch closed over."""
+
     function: Callable[..., Any]
     batch: Batch
 
@@ -280,6 +187,8 @@ class _Bound:
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutBatch:
+    """A function of one argument that takes a batch and ignores it."""
+
     function: Callable[..., Any]
 
     def __call__(self, argument, batch=None):
@@ -287,22 +196,71 @@ class _WithoutBatch:
         return self.function(argument)
 
 
-def with_constants(objective: Objective, constants: Params) -> Objective:
-    """The objective as a function of the parameters that are holes in `constants`; those have holes elsewhere."""
-    return dataclasses.replace(objective, model=_Filled(objective.model, constants))
+def without_binding(objective: Objective, batch: Batch) -> tuple[Objective, Batch]:
+    """``(objective as a function of data, the data)``, with the data that `bind` closed over."""
+    model, loss = objective.model, objective.loss
+    if not (isinstance(model, _Bound) and isinstance(loss, _Bound)):
+        return objective, batch
+    free = dataclasses.replace(objective, model=model.function, loss=loss.function, is_bound=False)
+    return free, model.batch
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Filled:
-    model: Callable[..., Any]
-    all_params: Params
+# Checks.
 
-    def __call__(self, visible, batch=None):
-        return self.model(tree.fill_holes(visible, self.all_params), batch)
+
+def check_objective(objective: Any) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"`objective` must be a gnlin.Objective(model, loss); got {objective!r}")
+
+
+def check_not_bound(name: str, objective: Objective, data: Batch) -> None:
+    if objective.is_bound and data is not None:
+        raise ValueError(
+            f"`{name}` needs an objective without data of its own; this one is bound to its batch. "
+            f"Leave `{name}` out, or pass the objective as it was before `bind`"
+        )
+
+
+def check_params(params: Params, *, allow_holes: bool = False) -> None:
+    """Raise unless `params` is a tree of real floating leaves; holes must be allowed for."""
+    if params is None:
+        raise ValueError(
+            "`params` is missing: call tx.update(grads, opt_state, params, batch=batch)."
+        )
+    if not allow_holes and tree.has_holes(params):
+        raise ValueError(
+            "`params` has optax.MaskedNode holes (from optax.masked or optax.partition), so the "
+            "model cannot be evaluated. Pass the whole tree: "
+            "tx.update(grads, opt_state, params, batch=batch, all_params=params)."
+        )
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"{name} is {leaf!r}; make it an array, jnp.asarray({leaf!r}).")
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name} has dtype {dtype}; every parameter must be a real floating array. "
+                "Keep integers in the batch, and split complex numbers into two real leaves."
+            )
+
+
+def check_like_params(name: str, value: Any, params: Params, remedy: str) -> None:
+    """Raise unless `value` has the tree structure and the shapes of `params`."""
+    same = jax.tree.structure(value) == jax.tree.structure(params)
+    if same and jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, params):
+        return
+    raise ValueError(
+        f"`{name}` does not match `params`; {remedy}.\n"
+        f"  {name}: {_shapes(value)}\n  params: {_shapes(params)}"
+    )
 
 
 def _positional_count(function: Callable[..., Any]) -> int | None:
-    """Number of positional parameters without a default or named batch; `None` where the signature is hidden."""
+    """Number of positional parameters that have no default or are named ``batch``.
+
+    `None` where the signature cannot be read.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -312,23 +270,24 @@ def _positional_count(function: Callable[..., Any]) -> int | None:
 
 
 def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) -> Any:
-    """Call the user's `model` or `loss`; a shape or type error inside it then names the shapes it met."""
+    """Call `model` or `loss`; a shape or type error inside it then names the shapes it met."""
     try:
         return function(argument, batch)
     except (TypeError, ValueError, KeyError) as error:
-        if isinstance(
-            error, jax.errors.JAXTypeError
-        ):  # a traced value used as a Python one: speaks for itself
+        # A traced value that is used as a Python one has a message of its own.
+        if isinstance(error, jax.errors.JAXTypeError):
             raise
         first = "params" if name == "model" else "outputs"
         raise ValueError(
             f"`{name}({first}, batch)` failed: {type(error).__name__}: {error}\n"
             f"  {first}: {_shapes(argument)}\n  batch: {_shapes(batch)}\n"
-            f"Make the names and shapes in `batch` agree with each other and with what `{name}` expects."
+            f"Make the names and shapes in `batch` agree with each other and with those that "
+            f"`{name}` expects."
         ) from error
 
 
 def _shapes(data: Any) -> str:
+    """``['w'] float32[3, 4], ...`` for the arrays of a tree."""
     described = [
         f"{jax.tree_util.keystr(path) or 'array'} {leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree.leaves_with_path(data)

@@ -7,7 +7,7 @@ from gnlin.solve.dual import Dual
 from gnlin.solve.jacobi import Jacobi
 from gnlin.solve.kronecker import Kronecker
 from gnlin.solve.nystrom import Nystrom
-from gnlin.solve.system import Preconditioner, RadiusSolver, Solution, Solver, System
+from gnlin.solve.protocols import Preconditioner, Preparation, RadiusSolver, Solution, Solver
 
 __all__ = [
     "CG",
@@ -18,8 +18,8 @@ __all__ = [
     "Kronecker",
     "Nystrom",
     "Preconditioner",
+    "Preparation",
     "RadiusSolver",
     "Solution",
     "Solver",
-    "System",
 ]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.solve.system import Solution, Solver, System, check_solver
+from gnlin.problem.curvature import System
+from gnlin.solve.protocols import Solution, Solver, Stats, check_solver
 from gnlin.tree import Params
 
 
@@ -49,10 +50,10 @@ class Blocks:
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective.least_squares(lambda p: p["a"] + 2.0 * p["b"] - 1.0)
         >>> by_name = gnlin.Blocks(gnlin.Dense(), lambda params: {name: name for name in params})
-        >>> tx = gnlin.gauss_newton(1.0, objective, damping=0.0, solver=by_name)
+        >>> tx = gnlin.scale_by_gauss_newton(objective, damping=0.0, solver=by_name)
         >>> params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
         >>> updates, _ = tx.update(None, tx.init(params), params)
-        >>> updates["a"].round(4), updates["b"].round(4)   # each as if the other stood still
+        >>> -updates["a"].round(4), -updates["b"].round(4)   # each as if the other stood still
         (Array([1.], dtype=float32), Array([0.5], dtype=float32))
     """
 
@@ -63,37 +64,46 @@ class Blocks:
         for solver in self.solver.values() if isinstance(self.solver, Mapping) else [self.solver]:
             check_solver("solver", solver)
 
-    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
-        leaves = jax.tree.leaves(params)
-        begun = [
-            self._solver_of(k).init(_take(leaves, at)) for k, at in self._indices(params).items()
-        ]
-        return tuple(carry for carry, _ in begun), _combined([stats for _, stats in begun])
+    @property
+    def direction_only(self) -> bool:
+        """Whether a block's direction has no length of its own."""
+        solvers = self.solver.values() if isinstance(self.solver, Mapping) else [self.solver]
+        return any(getattr(solver, "direction_only", False) for solver in solvers)
 
-    def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
+    def init(self, params: Params) -> tuple[tuple[Any, ...], Stats]:
+        leaves = jax.tree.leaves(params)
+        states, stats = [], []
+        for label, at in self._indices(params).items():
+            state, of_block = self._solver_of(label).init(_take(leaves, at))
+            states.append(state)
+            stats.append(of_block)
+        return tuple(states), _combined(stats)
+
+    def solve(self, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
         leaves, structure = jax.tree.flatten(rhs)
         scaling = None if system.scaling is None else jax.tree.leaves(system.scaling)
-        steps, stats, carries = list(leaves), [], []
-        for (label, at), kept in zip(self._indices(rhs).items(), carry, strict=True):
+        directions, stats, states = list(leaves), [], []
+        for (label, at), of_block in zip(self._indices(rhs).items(), state, strict=True):
             block = dataclasses.replace(
                 system,
                 jvp=_push_forward(system, rhs, at),
                 vjp=_pull_back(system, at),
                 scaling=None if scaling is None else _take(scaling, at),
             )
-            solution, kept = self._solver_of(label).solve(block, _take(leaves, at), kept)
-            for index, step in zip(at, solution.step, strict=True):
-                steps[index] = step
+            solution, of_block = self._solver_of(label).solve(block, _take(leaves, at), of_block)
+            for index, direction in zip(at, solution.direction, strict=True):
+                directions[index] = direction
             stats.append(solution.stats)
-            carries.append(kept)
-        return Solution(jax.tree.unflatten(structure, steps), _combined(stats)), tuple(carries)
+            states.append(of_block)
+        return Solution(jax.tree.unflatten(structure, directions), _combined(stats)), tuple(states)
 
     def _solver_of(self, label: Hashable) -> Solver:
         if not isinstance(self.solver, Mapping):
             return self.solver
         if label not in self.solver:
             raise ValueError(
-                f"`solver` must have a record for every label; got {list(self.solver)}, without {label!r}"
+                f"`solver` must have a record for every label; got {list(self.solver)}, "
+                f"without {label!r}"
             )
         return self.solver[label]
 
@@ -104,8 +114,8 @@ class Blocks:
             spread = tree.spread(labels, params)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"`labels` must be a tree of labels of the form of `params`, or a prefix of it; got {labels!r} "
-                f"for {jax.tree.structure(params)}"
+                "`labels` must be a tree of labels of the form of `params`, or a prefix of it; "
+                f"got {labels!r} for {jax.tree.structure(params)}"
             ) from error
         found: dict[Hashable, list[int]] = {}
         for index, label in enumerate(spread):
@@ -120,7 +130,10 @@ def _take(leaves: list[jax.Array], at: list[int]) -> list[jax.Array]:
 
 
 def _push_forward(system: System, like: Params, at: list[int]) -> Callable:
-    """Block v_k ↦ J_k v_k. Tangents of other leaves are zeros that JAX knows of: nothing is computed for them."""
+    """Block v_k ↦ J_k v_k.
+
+    JAX knows that the tangents of other leaves are zeros, and computes nothing for them.
+    """
     leaves, structure = jax.tree.flatten(tree.zeros_like(like))
 
     def embedded(block):
@@ -137,7 +150,7 @@ def _pull_back(system: System, at: list[int]) -> Callable:
     return lambda cotangent: _take(jax.tree.leaves(system.vjp(cotangent)), at)
 
 
-def _combined(stats: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def _combined(stats: list[Stats]) -> Stats:
     names = dict.fromkeys(name for each in stats for name in each)
     return {
         name: _reduced(jnp.stack([each[name] for each in stats if name in each])) for name in names

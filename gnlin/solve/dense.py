@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.solve.system import Solution, System
+from gnlin.problem.curvature import System
+from gnlin.solve.protocols import Solution, Stats
 from gnlin.tree import Params
 
 
@@ -25,8 +26,8 @@ class Dense:
 
     Then :math:`R'^\top R' x = b` by two triangular solves and one step of refinement (the corrected
     semi-normal equations), good for any right-hand side. Memory: M·P numbers, time O(M P²). A
-    system that is singular to working precision gives ``converged`` false, and a zero step where
-    the residual is not even halved.
+    system that is singular to working precision gives ``converged`` false. Where the residual is
+    not even halved the direction is zero.
 
     Statistics: ``dense/residual`` (relative), ``dense/converged`` (residual at most √ε).
 
@@ -35,31 +36,30 @@ class Dense:
     Example:
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([3.0, 4.0]) * p - 1.0)
-        >>> tx = gnlin.gauss_newton(1.0, objective, damping=0.0, solver=gnlin.Dense())
+        >>> tx = gnlin.scale_by_gauss_newton(objective, damping=0.0, solver=gnlin.Dense())
         >>> params = jnp.zeros(2)
         >>> updates, _ = tx.update(None, tx.init(params), params)
-        >>> updates.round(4)   # a linear problem: solved in one step
+        >>> -updates.round(4)   # a linear problem: solved in one step
         Array([0.3333, 0.25  ], dtype=float32)
     """
 
-    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
+    def init(self, params: Params) -> tuple[Any, Stats]:
         del params
         return (), _stats(0.0, False)
 
-    def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
+    def solve(self, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
         dtype = tree.accumulation_dtype(rhs)
         b, unit = _to_unit_size(rhs, dtype)
         curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)
-        return _solve(curvature, diagonal, system.damping, b, unit, rhs), carry
+        return _solve(curvature, diagonal, system.damping, b, unit, rhs), state
 
     def solve_within(
-        self, system: System, rhs: Params, carry: Any, radius: chex.Numeric
+        self, system: System, rhs: Params, state: Any, radius: chex.Numeric
     ) -> tuple[Solution, Any, jax.Array]:
         """Solve with the least λ for which ‖D^½ x‖ ≤ `radius`; also returns that λ.
 
-        The damping of `system` is not looked at. λ stays above ε‖D^-½ G D^-½‖, the resolution of
-        the right-hand side: below it rounding errors in b would be amplified to the size of the
-        step.
+        The damping of `system` is not used. λ stays above ε‖D^-½ G D^-½‖, the resolution of the
+        right-hand side. Below it rounding errors in b would grow to the size of the direction.
         """
         dtype = tree.accumulation_dtype(rhs)
         b, unit = _to_unit_size(rhs, dtype)
@@ -68,14 +68,14 @@ class Dense:
         scaled = b / root
         _, singular_values, rows = jnp.linalg.svd(curvature / root[None, :], full_matrices=False)
         coefficients = rows @ scaled
-        # What of b has no curvature belongs to a singular value of zero.
+        # The part of b without curvature belongs to a singular value of zero.
         flat = jnp.linalg.norm(scaled - rows.T @ coefficients)
         damping = _damping_within(
             jnp.append(singular_values, 0),
             jnp.append(coefficients, flat),
             jnp.asarray(radius, dtype) / unit,
         )
-        return _solve(curvature, diagonal, damping, b, unit, rhs), carry, damping
+        return _solve(curvature, diagonal, damping, b, unit, rhs), state, damping
 
 
 def _to_unit_size(rhs: Params, dtype) -> tuple[jax.Array, jax.Array]:
@@ -103,7 +103,7 @@ def _curvature_factor(system: System, like: Params, dtype) -> jax.Array:
     )(q.T)
     projected = hq @ q
     eigenvalues, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
-    # Convexity of the loss makes H positive semi-definite; what is below zero is rounding.
+    # Convexity of the loss makes H positive semi-definite: below zero there is only rounding.
     return jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None] * (vectors.T @ r)
 
 
@@ -127,12 +127,12 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     relative = jnp.where(
         b_norm > 0, jnp.linalg.norm(residual_of(x)) / jnp.where(b_norm > 0, b_norm, 1), 0
     )
-    step = tree.unflatten(x * unit, like)
-    # A step that leaves half of b unexplained is rounding errors, not a solution.
-    usable = tree.all_finite(step) & (relative < 0.5)
-    step = tree.select(usable, step, tree.zeros_like(step))
+    direction = tree.unflatten(x * unit, like)
+    # A direction that leaves half of b unexplained is rounding errors, not a solution.
+    usable = tree.all_finite(direction) & (relative < 0.5)
+    direction = tree.select(usable, direction, tree.zeros_like(direction))
     converged = usable & (relative <= jnp.finfo(b.dtype).eps ** 0.5)
-    return Solution(step, _stats(jnp.where(usable, relative, 1.0), converged))
+    return Solution(direction, _stats(jnp.where(usable, relative, 1.0), converged))
 
 
 def _damping_within(
@@ -166,12 +166,12 @@ def _damping_within(
         # A NaN ends it, too.
         return (jnp.abs(length - radius) > 1e-5 * radius) & (count < 30) & (following > eps)
 
-    def step(now):
+    def iterate(now):
         _, _, following, count = now
         return following, *length_and_next(following), count + 1
 
     floor = jnp.asarray(eps, squares.dtype)
-    _, _, following, _ = jax.lax.while_loop(outside, step, (floor, *length_and_next(floor), 0))
+    _, _, following, _ = jax.lax.while_loop(outside, iterate, (floor, *length_and_next(floor), 0))
     return scale * jnp.maximum(following, floor)
 
 
@@ -182,7 +182,7 @@ def materialise(function, like: Params, dtype) -> jax.Array:
     )
 
 
-def _stats(residual, converged) -> dict[str, jax.Array]:
+def _stats(residual, converged) -> Stats:
     return {
         "dense/residual": jnp.asarray(residual, float),
         "dense/converged": jnp.asarray(converged, bool),

@@ -11,8 +11,14 @@ from jax.core import Tracer
 from gnlin import tree
 from gnlin.checks import check_integer
 from gnlin.kernel.gram import inverse_of, kernel_matrix
-from gnlin.solve.system import Solution, Solver, System, check_solver
+from gnlin.problem.curvature import System
+from gnlin.solve.protocols import Solution, Solver, Stats, check_solver
 from gnlin.tree import Params
+
+
+class DualState(NamedTuple):
+    last: Any  # p, the last solution; () without momentum
+    otherwise: Any  # state of the other solver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Dual:
     otherwise (batch normalisation, embeddings) one pull-back and one push-forward for each of the M
     outputs. For dense layers of width w the work is about
 
-    .. math:: 5 + \frac{C}{3} + \frac{MC}{3w} + \frac{M^2 C}{6P} \quad \text{gradients, against } 1 + \tfrac43 k
+    .. math:: 5 + \frac{C}{3} + \frac{MC}{3w} + \frac{M^2 C}{6P}
+              \quad \text{gradients, against } 1 + \tfrac43 k
 
     of k steps of `CG`: function space is for few outputs per example, wide networks and small λ. A
     scaling D costs another :math:`MC/3`. Memory is about :math:`6 M^2` numbers.
@@ -69,10 +76,10 @@ class Dual:
     Example:
         >>> import gnlin, jax.numpy as jnp
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([[3.0, 4.0]]) @ p - 1.0)
-        >>> tx = gnlin.gauss_newton(1.0, objective, damping=1e-4, solver=gnlin.Dual())
+        >>> tx = gnlin.scale_by_gauss_newton(objective, damping=1e-4, solver=gnlin.Dual())
         >>> params = jnp.zeros(2)
         >>> updates, _ = tx.update(None, tx.init(params), params)
-        >>> [round(float(update), 3) for update in updates]   # the shortest step that solves the one equation
+        >>> [round(-float(x), 3) for x in updates]   # the shortest that solves the equation
         [0.12, 0.16]
     """
 
@@ -81,51 +88,55 @@ class Dual:
     otherwise: Solver | None = None
 
     def __post_init__(self):
-        # Whether anything is carried is part of the form of the state: a traced number cannot say.
+        # Whether p is kept is part of the form of the state: a traced number cannot decide it.
         if isinstance(self.momentum, bool | Tracer) or not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` must lie in [0, 1); got {self.momentum!r}")
         check_integer("max_outputs", self.max_outputs)
         if self.otherwise is not None:
             check_solver("otherwise", self.otherwise)
 
-    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
+    def init(self, params: Params) -> tuple["DualState", Stats]:
         last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.momentum else ()
-        carry, stats = ((), {}) if self.otherwise is None else self.otherwise.init(params)
-        return (last, carry), {**stats, **_stats(0.0, False)}
+        state, stats = ((), {}) if self.otherwise is None else self.otherwise.init(params)
+        return DualState(last, state), {**stats, **_stats(0.0, False)}
 
-    def solve(self, system: System, rhs: Params, carry: Any) -> tuple[Solution, Any]:
-        last, kept = carry
+    def solve(
+        self, system: System, rhs: Params, state: "DualState"
+    ) -> tuple[Solution, "DualState"]:
         dtype = tree.accumulation_dtype(rhs)
-        start = tree.scale(self.momentum, last) if self.momentum else None
+        start = tree.scale(self.momentum, state.last) if self.momentum else None
         stats = {} if self.otherwise is None else self.otherwise.init(rhs)[1]
         count = tree.size(jax.eval_shape(system.jvp, rhs))
+        other_state = state.otherwise
         if count <= self.max_outputs:
             found, usable, own = _solve(system, rhs, start)
             stats = {**stats, **own}
         elif self.otherwise is not None:
             total = _with_start(system, tree.cast(rhs, dtype), start)
-            solution, kept = self.otherwise.solve(system, tree.cast_like(total, rhs), kept)
-            found, stats = tree.cast(solution.step, dtype), {**_stats(0.0, False), **solution.stats}
+            total = tree.cast_like(total, rhs)
+            solution, other_state = self.otherwise.solve(system, total, other_state)
+            found = tree.cast(solution.direction, dtype)
+            stats = {**_stats(0.0, False), **solution.stats}
             usable = tree.all_finite(found)
         else:
+            needed = 6 * count**2 * dtype.itemsize / 2**30
             raise ValueError(
-                f"`max_outputs` is {self.max_outputs}, but the batch has {count} outputs, whose kernel matrix and its "
-                f"factors take {6 * count**2 * dtype.itemsize / 2**30:.3g} GiB: take a smaller batch (or a smaller "
-                "`curvature_batch`), gnlin.CG() as the solver or as `otherwise`, or raise `max_outputs`"
+                f"`max_outputs` is {self.max_outputs}, but the batch has {count} outputs, whose "
+                f"kernel matrix and its factors take {needed:.3g} GiB: take a smaller batch (or a "
+                "smaller `curvature_batch`), gnlin.CG() as the solver or as `otherwise`, or raise "
+                "`max_outputs`"
             )
-        step = tree.select(usable, found, tree.zeros_like(found))
-        last = tree.select(usable, found, last) if self.momentum else ()
-        return Solution(tree.cast_like(step, rhs), stats), (last, kept)
+        direction = tree.select(usable, found, tree.zeros_like(found))
+        last = tree.select(usable, found, state.last) if self.momentum else ()
+        return Solution(tree.cast_like(direction, rhs), stats), DualState(last, other_state)
 
 
 def _with_start(system: System, b: Params, start: Params | None) -> Params:
     """The right-hand side b + λDμp."""
-    return b if start is None else tree.add_scaled(b, system.damping, system.damp_direction(start))
+    return b if start is None else tree.add_scaled(b, system.damping, system.scale(start))
 
 
-def _solve(
-    system: System, rhs: Params, start: Params | None
-) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
+def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, jax.Array, Stats]:
     """``(x, whether it is usable, statistics)``, x in the accumulation dtype."""
     dtype = tree.accumulation_dtype(rhs)
     size = tree.max_abs(rhs)
@@ -159,7 +170,7 @@ def _solve(
     first = _Refinement(x, *measured(x), jnp.asarray(True), jnp.zeros([], jnp.int32))
     final = jax.lax.while_loop(unfinished, refine, first)
     x = tree.scale(unit, final.x)
-    # A step that leaves half of b unexplained is rounding errors, not a solution.
+    # A direction that leaves half of b unexplained is rounding errors, not a solution.
     usable = tree.all_finite(tree.cast_like(x, rhs)) & (final.relative < 0.5)
     converged = usable & (final.relative <= target)
     return (
@@ -238,7 +249,7 @@ def _factorise(
     return direct, pull_backs
 
 
-def _stats(residual, converged, refinements=0, pull_backs=0) -> dict[str, jax.Array]:
+def _stats(residual, converged, refinements=0, pull_backs=0) -> Stats:
     return {
         "dual/residual": jnp.asarray(residual, float),
         "dual/converged": jnp.asarray(converged, bool),

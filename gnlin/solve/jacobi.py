@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.checks import check_integer
-from gnlin.solve.kronecker import root_sample
-from gnlin.solve.system import System
+from gnlin.problem.curvature import System
+from gnlin.solve.protocols import Preparation, Stats
+from gnlin.solve.sampling import root_sample
 from gnlin.structure.layers import Reading, read_layers
 from gnlin.tree import Outputs, Params
 
@@ -61,11 +62,12 @@ class Jacobi:
 
     Example:
         >>> import gnlin, jax.numpy as jnp
-        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.array([100.0, 1.0, 0.01]) * p - 1.0)
+        >>> scales = jnp.array([100.0, 1.0, 0.01])
+        >>> objective = gnlin.Objective.least_squares(lambda p: scales * p - 1.0)
         >>> solver = gnlin.CG(rtol=1e-6, preconditioner=gnlin.Jacobi(exponent=1.0, probes=4))
-        >>> tx = gnlin.gauss_newton(1.0, objective, damping=0.0, solver=solver)
+        >>> tx = gnlin.scale_by_gauss_newton(objective, damping=0.0, solver=solver)
         >>> updates, _ = tx.update(None, tx.init(jnp.zeros(3)), jnp.zeros(3))
-        >>> updates.round(2)
+        >>> -updates.round(2)
         Array([1.e-02, 1.e+00, 1.e+02], dtype=float32)
     """
 
@@ -82,19 +84,15 @@ class Jacobi:
         for name, least in (("probes", 1), ("seed", 0)):
             check_integer(name, getattr(self, name), least)
 
-    def init_state(self, params: Params) -> JacobiState:
-        return JacobiState(
-            jnp.zeros([], jnp.int32), tree.zeros_like(params, tree.accumulation_dtype(params))
-        )
+    def init(self, params: Params) -> tuple[JacobiState, Stats]:
+        diagonal = tree.zeros_like(params, tree.accumulation_dtype(params))
+        return JacobiState(jnp.zeros([], jnp.int32), diagonal), {}
 
     def prepare(
         self, system: System, params: Params, state: JacobiState
-    ) -> tuple[Callable[[Params], Params], JacobiState]:
-        """``(v ↦ M⁻¹v, next state)``."""
+    ) -> tuple[Preparation, JacobiState]:
         dtype = tree.accumulation_dtype(params)
-        keys = jax.random.split(
-            jax.random.fold_in(jax.random.key(self.seed), state.count), self.probes
-        )
+        key = jax.random.fold_in(jax.random.key(self.seed), state.count)
         reading, like = read_layers(system.jvp, params), jax.eval_shape(system.jvp, params)
 
         def estimate(key):
@@ -102,15 +100,18 @@ class Jacobi:
             squares = _squares(reading, tree.cast_like(sample, like), dtype)
             return [squares[index] for index in range(len(squares))]
 
-        latest = jax.tree.map(lambda samples: jnp.mean(samples, axis=0), jax.vmap(estimate)(keys))
+        samples = jax.vmap(estimate)(jax.random.split(key, self.probes))
+        latest = [jnp.mean(each, axis=0) for each in samples]
         leaves, structure = jax.tree.flatten(state.diagonal)
+        # A plain mean, until the average over steps has as much of the past as `decay` says.
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
         averaged = [
             keep * old + (1 - keep) * new.reshape(old.shape)
             for old, new in zip(leaves, latest, strict=True)
         ]
         diagonal = jax.tree.unflatten(structure, averaged)
-        return _inverse(system, diagonal, self.exponent), JacobiState(state.count + 1, diagonal)
+        apply = _inverse(system, diagonal, self.exponent)
+        return Preparation(apply, {}), JacobiState(state.count + 1, diagonal)
 
 
 def _squares(reading: Reading, sample: Outputs, dtype) -> dict[int, jax.Array]:

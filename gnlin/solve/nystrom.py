@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from gnlin import tree
 from gnlin.checks import check_integer
-from gnlin.solve.system import System
+from gnlin.problem.curvature import System
+from gnlin.solve.protocols import Preparation, Stats
 from gnlin.tree import Params
 
 # U must stay orthonormal and M⁻¹ definite: products in TF32 or bfloat16, accelerators' default, are
@@ -65,12 +66,14 @@ class Nystrom:
     Example:
         >>> import gnlin, jax.numpy as jnp
         >>> scales = 10.0 ** -jnp.arange(0.0, 3.0, 0.1)   # condition number 10⁶
-        >>> objective, params = gnlin.Objective.least_squares(lambda p: scales * p - 1.0), jnp.zeros(30)
-        >>> def steps(preconditioner):
-        ...     solver = gnlin.CG(max_steps=200, preconditioner=preconditioner)
+        >>> objective = gnlin.Objective.least_squares(lambda p: scales * p - 1.0)
+        >>> params = jnp.zeros(30)
+        >>> def iterations(preconditioner):
+        ...     solver = gnlin.CG(max_iterations=200, preconditioner=preconditioner)
         ...     tx = gnlin.scale_by_gauss_newton(objective, damping=1e-4, solver=solver)
-        ...     return int(gnlin.metrics(tx.update(None, tx.init(params), params)[1])["cg/steps"])
-        >>> steps(gnlin.Nystrom(rank=20)) < steps(None) / 3
+        ...     _, state = tx.update(None, tx.init(params), params)
+        ...     return int(gnlin.metrics(state)["cg/iterations"])
+        >>> iterations(gnlin.Nystrom(rank=20)) < iterations(None) / 3
         True
     """
 
@@ -83,45 +86,42 @@ class Nystrom:
         for name, least in (("rank", 1), ("refresh_every", 1), ("batch_size", 1), ("seed", 0)):
             check_integer(name, getattr(self, name), least)
 
-    def init_state(self, params: Params) -> NystromState:
+    def init(self, params: Params) -> tuple[NystromState, Stats]:
         dtype, size = tree.accumulation_dtype(params), tree.size(params)
         rank = min(self.rank, size)
-        return NystromState(
-            jnp.zeros([], jnp.int32), jnp.zeros([size, rank], dtype), jnp.zeros([rank], dtype)
-        )
+        count = jnp.zeros([], jnp.int32)
+        return NystromState(count, jnp.zeros([size, rank], dtype), jnp.zeros([rank], dtype)), {}
 
     def prepare(
         self, system: System, params: Params, state: NystromState
-    ) -> tuple[Callable[[Params], Params], NystromState]:
-        """``(v ↦ M⁻¹v, next state)``."""
+    ) -> tuple[Preparation, NystromState]:
         root = _root_of_scaling(system, params)
 
         def refreshed():
             key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-            return _approximate(
-                *self._sketch(system, params, root, key, state.vectors), _resolution(params)
-            )
+            sketch = self._sketch(system, params, root, key, state.vectors)
+            return _approximate(*sketch, _resolution(params))
 
         def kept():
             return state.vectors, state.eigenvalues
 
-        due = state.count % self.refresh_every == 0
-        vectors, eigenvalues = (
-            refreshed() if self.refresh_every == 1 else jax.lax.cond(due, refreshed, kept)
-        )
+        if self.refresh_every == 1:
+            vectors, eigenvalues = refreshed()
+        else:
+            due = state.count % self.refresh_every == 0
+            vectors, eigenvalues = jax.lax.cond(due, refreshed, kept)
         next_state = NystromState(state.count + 1, vectors, eigenvalues)
-        return _inverse(
-            vectors, eigenvalues, jnp.asarray(system.damping, root.dtype), root
-        ), next_state
+        apply = _inverse(vectors, eigenvalues, jnp.asarray(system.damping, root.dtype), root)
+        return Preparation(apply, {}), next_state
 
     def _sketch(self, system, params, root, key, last) -> tuple[jax.Array, jax.Array]:
         """``(Ω, Y)``, both (P, rank)."""
         dtype = root.dtype
 
         def product(column):
-            # What is multiplied is rounded to the dtypes of the parameters, and so is Ω then.
+            # The vector is rounded to the dtypes of the parameters, so Ω is rounded likewise.
             vector = tree.unflatten(column / root, params)
-            image = system.vjp(system.output_hessian(system.jvp(vector)))
+            image = system.ggn(vector)
             return tree.flatten(vector, dtype) * root, tree.flatten(image, dtype) / root
 
         noise = jax.random.normal(key, last.shape, dtype) / jnp.sqrt(
@@ -170,7 +170,7 @@ def _approximate(
 def _inverse(vectors, eigenvalues, damping, root) -> Callable[[Params], Params]:
     eps, dtype = jnp.finfo(root.dtype).eps, root.dtype
     largest = jnp.max(eigenvalues, initial=0)
-    # I − UUᵀ is zero on the span of U up to rounding, which must not outweigh what takes its place.
+    # I − UUᵀ is zero on the span of U up to rounding, which must not outweigh the first term.
     damping = jnp.maximum(damping, jnp.where(largest == 0, 1, 100 * eps * largest))
     least = jnp.min(eigenvalues, initial=jnp.inf)
     taken = 1 - (least + damping) / (eigenvalues + damping)

@@ -1,8 +1,13 @@
-"""How much damping: a number, a schedule, or a rule that listens to the gain ratio."""
+"""How much damping: a number, a schedule, or a policy that follows the gain ratio.
+
+A policy also decides which steps are taken. `gauss_newton` and `levenberg_marquardt` hand it a
+`Trial` of every step.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -10,27 +15,95 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_number, check_positive
+from gnlin.checks import check_number, check_part, check_positive
+from gnlin.solve.protocols import Stats
 from gnlin.tree import Params
 
+# A number, or a schedule: count of updates ↦ number.
+Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]
 
-class DampingState(NamedTuple):
-    damping: jax.Array  # λ for the next step
-    growth: jax.Array  # factor that λ takes at the next rejection
-
-
-class RadiusState(NamedTuple):
-    radius: jax.Array  # Δ for the next step; 0 before the first
+# Least gain ratio of a step that is taken, where a policy does not say.
+ACCEPT = 1e-4
 
 
 class Trial(NamedTuple):
-    """What came of one step δ, all scalars."""
+    """One step δ and its outcome; all scalars.
+
+    Attributes:
+        gain_ratio: ρ = actual decrease / predicted decrease; −∞ where it cannot be told.
+        decrease: ℓ(θ) − ℓ(θ + δ).
+        slope: ∇ℓᵀδ.
+        length: ‖D^½ δ‖.
+        radius: the Δ that bounded the step; infinite without a bound.
+    """
 
     gain_ratio: jax.Array
-    decrease: jax.Array  # ℓ(θ) − ℓ(θ + δ)
-    slope: jax.Array  # ∇ℓᵀδ
-    length: jax.Array  # ‖D^½ δ‖
-    radius: chex.Numeric  # the Δ that bounded it
+    decrease: jax.Array
+    slope: jax.Array
+    length: jax.Array
+    radius: chex.Numeric
+
+
+@runtime_checkable
+class DampingPolicy(Protocol):
+    """A frozen record that chooses λ and decides which steps are taken.
+
+    It is the argument `damping` of `gauss_newton` and of `levenberg_marquardt`.
+
+    Example:
+        >>> import dataclasses, gnlin, jax.numpy as jnp
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class UpAndDown:   # Marquardt's rule: λ / 10 after a good step, 10 λ after a bad one
+        ...     initial: float = 1e-2
+        ...     def init(self, params):
+        ...         return jnp.asarray(self.initial, float), {}
+        ...     def damping(self, state, count):
+        ...         return state
+        ...     def after(self, state, trial):
+        ...         accepted = trial.gain_ratio > 0
+        ...         return jnp.where(accepted, state / 10, state * 10), accepted, {}
+        >>> objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 2.0)
+        >>> tx = gnlin.gauss_newton(objective, damping=UpAndDown())
+        >>> _, state = tx.update(None, tx.init(jnp.zeros(1)), jnp.zeros(1))
+        >>> float(state.damping.round(4))
+        0.001
+    """
+
+    def init(self, params: Params) -> tuple[Any, Stats]:
+        """``(state, stats)`` before the first step."""
+        ...
+
+    def damping(self, state: Any, count: jax.Array) -> jax.Array:
+        """λ of the update with this count."""
+        ...
+
+    def after(self, state: Any, trial: Trial) -> tuple[Any, jax.Array, Stats]:
+        """``(next state, whether the step is taken, stats)``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """λ as it is given, a number or a schedule; steps that do not lower the loss are refused."""
+
+    value: Damping
+
+    def init(self, params: Params) -> tuple[tuple, Stats]:
+        del params
+        return (), {}
+
+    def damping(self, state: tuple, count: jax.Array) -> jax.Array:
+        del state
+        value = self.value(count) if callable(self.value) else self.value
+        return jnp.asarray(value, float)
+
+    def after(self, state: tuple, trial: Trial) -> tuple[tuple, jax.Array, Stats]:
+        return state, trial.gain_ratio > ACCEPT, {}
+
+
+class GainRatioState(NamedTuple):
+    damping: jax.Array  # λ for the next step
+    growth: jax.Array  # ν, the factor that λ takes at the next rejection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +114,19 @@ class GainRatio:
     With the gain ratio ρ = actual decrease / predicted decrease,
 
     .. math:: \lambda \leftarrow \begin{cases}
-                \lambda \max\!\big(\tfrac13,\; 1 - (2\rho - 1)^3\big),\ \nu \leftarrow 2 & \rho >
-                \text{accept} \\ \lambda\,\nu,\ \nu \leftarrow 2\nu & \text{otherwise (NaN
-                included)}\end{cases}
+        \lambda \max\!\big(\tfrac13,\; 1 - (2\rho - 1)^3\big),\quad \nu \leftarrow 2
+            & \rho > \text{accept} \\
+        \lambda\,\nu,\quad \nu \leftarrow 2\nu & \text{otherwise (NaN included).}
+        \end{cases}
 
-    a continuous version of Marquardt's up and down factors: λ barely moves while ρ is near ½, and
-    repeated failures raise it faster and faster.
+    It is a continuous version of Marquardt's up and down factors. λ barely moves while ρ is near ½,
+    and repeated failures raise it faster and faster.
 
     Args:
         initial: first λ.
         accept: least gain ratio of a step that counts as good.
         minimum: smallest λ, and at least the smallest normal number of its dtype.
-        maximum: largest λ, and at most what its dtype can hold.
+        maximum: largest λ, and at most the largest number of its dtype that can still grow.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -66,40 +140,52 @@ class GainRatio:
     """
 
     initial: float
-    accept: float = 1e-4
+    accept: float = ACCEPT
     minimum: float = 1e-20
     maximum: float = 1e20
 
     def __post_init__(self):
-        for name in ("initial", "minimum", "maximum"):
-            check_positive(name, getattr(self, name))
-        check_acceptance(self.accept)
-        known = not any(
-            isinstance(limit, Tracer) for limit in (self.minimum, self.initial, self.maximum)
-        )
+        limits = self.minimum, self.initial, self.maximum
+        for name, limit in zip(("minimum", "initial", "maximum"), limits, strict=True):
+            check_positive(name, limit)
+        _check_acceptance(self.accept)
+        known = not any(isinstance(limit, Tracer) for limit in limits)
         if known and not self.minimum <= self.initial <= self.maximum:
             raise ValueError(
-                f"`initial` must lie between `minimum` and `maximum`; got {self.initial!r}, {self.minimum!r} and "
-                f"{self.maximum!r}"
+                f"`initial` must lie between `minimum` and `maximum`; got {self.initial!r}, "
+                f"{self.minimum!r} and {self.maximum!r}"
             )
 
-    def init(self) -> DampingState:
+    def init(self, params: Params) -> tuple[GainRatioState, Stats]:
+        del params
         dtype = jnp.result_type(float)
-        return DampingState(_representable(self.initial, dtype), jnp.asarray(2.0, dtype))
+        growth = jnp.asarray(2.0, dtype)
+        return GainRatioState(_representable(self.initial, dtype), growth), {}
 
-    def update(self, state: DampingState, gain_ratio: jax.Array) -> DampingState:
-        good = gain_ratio > self.accept  # false for NaN
+    def damping(self, state: GainRatioState, count: jax.Array) -> jax.Array:
+        del count
+        return state.damping
+
+    def after(self, state: GainRatioState, trial: Trial) -> tuple[GainRatioState, jax.Array, Stats]:
+        good = trial.gain_ratio > self.accept  # false for NaN
         # ρ > 1 says no more than ρ = 1: the factor is ⅓ from ρ ≈ 0.94 on.
-        bounded = jnp.clip(jnp.where(good, gain_ratio, 0.0), 0.0, 1.0).astype(state.damping.dtype)
+        bounded = jnp.clip(jnp.where(good, trial.gain_ratio, 0.0), 0.0, 1.0)
+        bounded = bounded.astype(state.damping.dtype)
         shrink = jnp.maximum(1 / 3, 1 - (2 * bounded - 1) ** 3)
         damping = state.damping * jnp.where(good, shrink, state.growth)
+        # Without a bound ν itself would overflow in a long run of rejections.
         growth = jnp.where(good, 2.0, jnp.minimum(2 * state.growth, 2.0**20))
-        limits = (_representable(limit, damping.dtype) for limit in (self.minimum, self.maximum))
-        return DampingState(jnp.clip(damping, *limits), growth)
+        least, most = (
+            _representable(limit, damping.dtype) for limit in (self.minimum, self.maximum)
+        )
+        return GainRatioState(jnp.clip(damping, least, most), growth), good, {}
 
 
 def _representable(limit: chex.Numeric, dtype) -> jax.Array:
-    """`limit` as a normal number of `dtype` that can still grow: λ must neither vanish nor overflow for good."""
+    """`limit` as a normal number of `dtype` that can still grow.
+
+    λ must neither vanish nor overflow for good.
+    """
     info = jnp.finfo(dtype)
     least, most = float(info.tiny), float(info.max * info.eps)
     if isinstance(limit, Tracer):
@@ -107,27 +193,33 @@ def _representable(limit: chex.Numeric, dtype) -> jax.Array:
     return jnp.asarray(min(max(float(limit), least), most), dtype)
 
 
+class RadiusState(NamedTuple):
+    radius: jax.Array  # Δ for the next step; 0 before the first
+
+
 @dataclasses.dataclass(frozen=True)
 class TrustRegion:
-    r"""Damping that keeps each step within a radius, and a radius that follows the gain ratio
-    (Moré's rule).
+    r"""Damping that keeps each step within a radius, which follows the gain ratio (Moré's rule).
 
     λ is the least value at which the step obeys
 
-    .. math:: \|D^{1/2}\delta(\lambda)\| \le \Delta, \qquad (G + \lambda D)\,\delta = -\nabla\ell,
+    .. math:: \|D^{1/2}\delta(\lambda)\| \le \Delta, \qquad (G + \lambda D)\,\delta = -\nabla\ell.
 
-    Where the curvature changes by orders of magnitude from one point to the next, as it does in
-    curve fits from poor starting values, a length stays meaningful and the last λ does not. With
-    the gain ratio ρ and the decrease d of the loss,
+    In curve fits from poor starting values the curvature changes by orders of magnitude from one
+    point to the next. There a length stays meaningful and the last λ does not. With the gain ratio
+    ρ, the decrease d of the loss and :math:`s = \nabla\ell^\top\delta`,
 
     .. math:: \Delta \leftarrow \begin{cases}
-                \max\!\big(\tfrac1{10},\; \tfrac12 s / (s + \min(d, 0))\big)\, \min(\Delta,\,
-                  10\,\|D^{1/2}\delta\|) & \rho \le \tfrac14,\quad s = \nabla\ell^\top\delta \\
-                2\,\|D^{1/2}\delta\| & \rho \ge \tfrac34 \text{ or the step ended inside} \\
-                \Delta & \text{otherwise.}\end{cases}
+        \max\!\big(\tfrac1{10},\; \tfrac12 s / (s + \min(d, 0))\big)\,
+            \min(\Delta,\, 10\,\|D^{1/2}\delta\|) & \rho \le \tfrac14 \\
+        2\,\|D^{1/2}\delta\| & \rho \ge \tfrac34 \text{ or the step ended inside} \\
+        \Delta & \text{otherwise.}
+        \end{cases}
 
-    After a step uphill the factor is where the parabola through both losses and the slope s has its
-    minimum.
+    After a step uphill the factor is the place of the minimum of a parabola, the one through both
+    losses with the slope s.
+
+    Metric: ``radius``, Δ of the last step.
 
     Args:
         radius: first Δ, in units of :math:`\|D^{1/2}\theta\|` (or absolute, where θ is zero).
@@ -145,77 +237,122 @@ class TrustRegion:
     """
 
     radius: float = 1.0
-    accept: float = 1e-4
+    accept: float = ACCEPT
 
     def __post_init__(self):
         check_positive("radius", self.radius)
-        check_acceptance(self.accept)
+        _check_acceptance(self.accept)
 
-    def init(self) -> RadiusState:
-        return RadiusState(jnp.asarray(0.0, float))
+    def init(self, params: Params) -> tuple[RadiusState, Stats]:
+        del params
+        return RadiusState(jnp.asarray(0.0, float)), {"radius": jnp.asarray(0.0, float)}
 
     def bound(self, state: RadiusState, size: jax.Array) -> jax.Array:
         """Δ of the next step; `size` is ‖D^½ θ‖."""
         first = self.radius * jnp.where(size > 0, size, 1).astype(state.radius.dtype)
         return jnp.where(state.radius > 0, state.radius, first)
 
-    def update(self, state: RadiusState, trial: Trial) -> RadiusState:
+    def after(self, state: RadiusState, trial: Trial) -> tuple[RadiusState, jax.Array, Stats]:
+        accepted = trial.gain_ratio > self.accept
         trial = tree.cast(trial, state.radius.dtype)
         uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
         factor = jnp.maximum(0.5 * trial.slope / (trial.slope + uphill), 0.1)
         factor = jnp.where(jnp.isfinite(factor), factor, 0.1)
-        # Without this a first radius far beyond the reach of the model would take many rejections
-        # to come down.
+        # A first radius far beyond the reach of the model would take many rejections to come down.
         radius = jnp.where(state.radius > 0, trial.radius, jnp.minimum(trial.radius, trial.length))
         smaller = factor * jnp.minimum(radius, 10 * trial.length)
         inside = trial.length < 0.99 * trial.radius
         radius = jnp.where((trial.gain_ratio >= 0.75) | inside, 2 * trial.length, radius)
         radius = jnp.where(trial.gain_ratio > 0.25, radius, smaller)  # also where the ratio is NaN
-        return RadiusState(radius)
+        return RadiusState(radius), accepted, {"radius": trial.radius}
 
 
-Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]
+# Checks.
+
+
+def policy_of(damping: Any) -> DampingPolicy:
+    """The policy that the argument `damping` of `gauss_newton` stands for."""
+    if isinstance(damping, TrustRegion):
+        raise TypeError(
+            "`damping` must give λ; a TrustRegion gives a radius, which is for "
+            "gnlin.levenberg_marquardt(objective, damping=TrustRegion(), solver=gnlin.Dense())"
+        )
+    if callable(damping) or isinstance(damping, (int, float)) or hasattr(damping, "dtype"):
+        check_damping(damping)
+        return Given(damping)
+    check_policy(damping)
+    return damping
+
+
+def check_policy(damping: Any) -> None:
+    check_part(
+        "damping",
+        damping,
+        ("init", "damping", "after"),
+        "a number, a schedule or a policy",
+        "gnlin.GainRatio(1e-2)",
+    )
 
 
 def check_damping(damping: Any) -> None:
+    """Raise unless `damping` is a number or a schedule."""
     if isinstance(damping, type):
         raise TypeError(
             f"`damping` must be a number, a schedule or a record, not a class; got {damping!r}"
+        )
+    if isinstance(damping, (GainRatio, TrustRegion)):
+        raise TypeError(
+            f"`damping` must be a number or a schedule here, for no step is compared with its "
+            f"prediction; {damping!r} is for gnlin.gauss_newton or gnlin.levenberg_marquardt"
         )
     if not callable(damping):
         check_number("damping", damping)
 
 
-def check_acceptance(accept: float) -> None:
+def _check_acceptance(accept: float) -> None:
     if not isinstance(accept, Tracer) and not 0 <= accept < 1:
         raise ValueError(f"`accept` must lie in [0, 1); got {accept!r}")
 
 
-def damping_at(damping: Damping, count: jax.Array) -> jax.Array:
-    """λ at this update, in the default floating dtype."""
-    return jnp.asarray(damping(count) if callable(damping) else damping, float)
+# The gain ratio.
 
 
 def resolution(value: jax.Array) -> jax.Array:
-    """Differences of losses of this size are rounding: 8 units in the last place, for a sum is rounded a few times."""
+    """Differences of losses up to this size are rounding.
+
+    It is 8 units in the last place, for a sum is rounded a few times.
+    """
     return 8 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+
+
+def trial_of(
+    value: jax.Array,
+    new_value: jax.Array,
+    change: jax.Array,
+    step: Params,
+    rhs: Params,
+    length: jax.Array,
+    radius: chex.Numeric = math.inf,
+) -> Trial:
+    """The outcome of a step, from the losses before and after it."""
+    ratio = gain_ratio(value, new_value, change, step, rhs)
+    return Trial(ratio, value - new_value, tree.inner(rhs, step), length, radius)
 
 
 def gain_ratio(
     value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params
 ) -> jax.Array:
-    """ρ = actual decrease / predicted decrease; −∞ where either is not finite or none was
-    predicted.
+    """ρ = actual decrease / predicted decrease; −∞ where it is not finite or none was predicted.
 
     Near a minimum both decreases drop below the resolution of the loss itself, and their quotient
-    is noise. The loss then cannot speak against the step and the gradient, which is still accurate,
-    speaks for it: ρ is 1. No step although there was a right-hand side, a solve that failed, is no
-    such case.
+    is noise. The loss then says nothing against the step. The gradient, which is still accurate,
+    speaks for it: ρ is 1. A step of zeros for a right-hand side that is not zero, from a solve that
+    failed, is no such case.
 
     Args:
         value: loss before the step.
         new_value: loss after it.
-        change: what the model says of their difference, new − old.
+        change: prediction of the model for their difference, new − old.
         step: δ.
         rhs: the right-hand side that δ was solved for.
     """

@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, check_transformation, shows_signature
 from gnlin.kernel.alignment import kernel_alignment, kernel_distance
 from gnlin.kernel.ntk import empirical_ntk
 from gnlin.kernel.rows import number_of_examples
+from gnlin.problem.masking import visible_problem
 from gnlin.problem.objective import (
     Objective,
     check_not_bound,
     check_objective,
     check_params,
-    check_transformation,
-    visible_objective,
     without_binding,
 )
 from gnlin.transforms.iterative_linearisation import linearised_state
@@ -36,6 +35,7 @@ class KernelDriftState(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+@shows_signature
 def measure_kernel_drift(
     inner: optax.GradientTransformation,
     objective: Objective,
@@ -84,7 +84,8 @@ def measure_kernel_drift(
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
-        >>> objective = gnlin.Objective(lambda p, x: jnp.tanh(x @ p), lambda z, x: jnp.sum((z - 1) ** 2))
+        >>> objective = gnlin.Objective(
+        ...     lambda p, x: jnp.tanh(x @ p), lambda z, x: jnp.sum((z - 1) ** 2))
         >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
         >>> tx = gnlin.measure_kernel_drift(optax.sgd(0.1), objective, x, every=10)
         >>> params = jnp.zeros((2, 3)); state = tx.init(params)
@@ -102,48 +103,41 @@ def measure_kernel_drift(
         raise ValueError("`probe` is missing: pass the examples whose kernel is to be followed")
     check_integer("every", every)
 
+    def examples_of(params) -> int:
+        if jax.tree.leaves(params) and not tree.has_holes(params):
+            outputs = jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params)
+            return number_of_examples(outputs)
+        # Without all parameters there are no outputs to count.
+        if reference is None:
+            return _length(without_binding(objective, probe)[1])
+        return jnp.shape(reference)[0] if jnp.ndim(reference) else 0
+
     def init_fn(params):
         check_params(params, allow_holes=True)
-        if jax.tree.leaves(params) and not tree.has_holes(params):
-            examples = number_of_examples(
-                jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params)
-            )
-        elif reference is None:
-            examples = _length(
-                without_binding(objective, probe)[1]
-            )  # it takes all parameters to have the outputs
-        else:
-            examples = jnp.shape(reference)[0] if jnp.ndim(reference) else 0
+        examples, dtype = examples_of(params), tree.accumulation_dtype(params)
+        first = jnp.zeros([examples, examples], dtype)
         if reference is not None:
             _check_shape(reference, examples)
-        dtype = tree.accumulation_dtype(params)
-        first = (
-            jnp.zeros([examples, examples], dtype)
-            if reference is None
-            else jnp.array(reference, dtype)
-        )
+            first = jnp.array(reference, dtype)
         kinds = "alignment", "centred_alignment", "distance"
         metrics = {f"kernel/{kind}": jnp.asarray(0.0, float) for kind in kinds}
         metrics["kernel/age"] = jnp.zeros([], jnp.int32)
         return KernelDriftState(inner.init(params), jnp.zeros([], jnp.int32), first, metrics)
 
     def update_fn(updates, state, params: Params = None, *, all_params=None, **extra_args):
-        problem = visible_objective(objective, params, all_params)
-        problem.check_params(params)
+        problem = visible_problem(objective, params, all_params)
         updates, inner_state = inner.update(
             updates, state.inner, params, all_params=all_params, **extra_args
         )
         found = linearised_state(inner_state)
         trained = params if found is None else tree.fill_holes(found.anchor, params)
 
-        def measured(trained):
-            kernel = empirical_ntk(problem, trained, probe, outputs="trace")
+        def measure(trained):
+            kernel = empirical_ntk(problem, trained, probe, pairs="trace")
             _check_shape(state.reference, kernel.shape[0])
-            first = (
-                jnp.where(state.count == 0, kernel, state.reference)
-                if reference is None
-                else state.reference
-            )
+            first = state.reference
+            if reference is None:
+                first = jnp.where(state.count == 0, kernel, first)
             values = {
                 "kernel/alignment": kernel_alignment(kernel, first, centred=False),
                 "kernel/centred_alignment": kernel_alignment(kernel, first),
@@ -151,13 +145,13 @@ def measure_kernel_drift(
             }
             return first, {**tree.cast(values, float), "kernel/age": jnp.zeros([], jnp.int32)}
 
-        def kept(_):
-            return state.reference, {**state.metrics, "kernel/age": state.metrics["kernel/age"] + 1}
+        def keep(_):
+            age = state.metrics["kernel/age"] + 1
+            return state.reference, {**state.metrics, "kernel/age": age}
 
-        first, metrics = jax.lax.cond(state.count % every == 0, measured, kept, trained)
-        return updates, KernelDriftState(
-            inner_state, optax.safe_increment(state.count), first, metrics
-        )
+        first, metrics = jax.lax.cond(state.count % every == 0, measure, keep, trained)
+        count = optax.safe_increment(state.count)
+        return updates, KernelDriftState(inner_state, count, first, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -174,7 +168,8 @@ def _length(probe: Batch) -> int:
     lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(probe) if jnp.ndim(leaf)}
     if len(lengths) != 1:
         raise ValueError(
-            "`reference` is needed where parameters are masked and the leaves of the probe differ in length: how many "
-            f"examples there are cannot be told from {jax.tree.map(jnp.shape, probe)}"
+            "`reference` is needed where parameters are masked and the leaves of the probe differ "
+            "in length: how many examples there are cannot be told from "
+            f"{jax.tree.map(jnp.shape, probe)}"
         )
     return lengths.pop()

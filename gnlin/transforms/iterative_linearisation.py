@@ -1,5 +1,4 @@
-r"""Iterative linearisation: train the model linearised at an anchor φ, and move the anchor every K
-steps.
+r"""Iterative linearisation: train the linearised model, and move its anchor every K steps.
 
 Written as two loops, over cycles and over the steps of a cycle,
 
@@ -9,21 +8,21 @@ Written as two loops, over cycles and over the steps of a cycle,
             g ← ∇Q_φ(θ),  Q_φ(θ) = ℓ(f(φ) + J(φ)(θ − φ))
             θ ← θ − inner(g)
 
-A gradient transformation is asked for one update at a time, so the loops are flattened: the state
-carries φ and the number of steps that φ still has to serve, and the head of the outer loop becomes
-a test at the head of the update,
+A gradient transformation makes one update at a time, so the loops are flattened. The state carries
+φ and a flag, whether the next update moves it. The head of the outer loop becomes a test at the
+head of the update,
 
-    φ, remaining ← (θ, K) if remaining = 0 else (φ, remaining)
-    g ← ∇Q_φ(θ);  remaining ← remaining − 1
+    φ ← θ  if moves  else φ
+    g ← ∇Q_φ(θ);   moves ← rule
 
-It stands at the head and not at the end because a chain element does not know the parameters that
-its update will lead to: later elements still change the step. Hence, between two updates, remaining
-= 0 says that the next update will start from the true model at θ, and `predict` then evaluates the
-true model. K = 1 has φ = θ always, where ∇Q_φ(θ) = Jᵀ∇ℓ(f(θ)) is the true gradient; K = ∞ never
-returns to the head.
+The test stands at the head and not at the end. A chain element does not know the parameters that
+its update will lead to: later elements still change the step. Between two updates, `moves` says
+that the next one starts from the true model at θ, and `predict` then evaluates the true model.
+K = 1 has φ = θ always, where ∇Q_φ(θ) = Jᵀ∇ℓ(f(θ)) is the true gradient. K = ∞ never returns to the
+head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
+from gnlin.checks import check_transformation, shows_signature
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import (
     LOSS_MODELS,
@@ -40,29 +40,21 @@ from gnlin.problem.curvature import (
     partly_linearised_loss,
 )
 from gnlin.problem.linearisation import Linearisation, linearise
-from gnlin.problem.objective import (
-    Objective,
-    check_like_params,
-    check_line_search,
-    check_objective,
-    check_params,
-    check_transformation,
-    visible_objective,
-    without_loss,
-)
-from gnlin.transforms.period import LayerPeriods, Period, RelativeGap, check_period, cycle_length
-from gnlin.tree import Batch, Params
+from gnlin.problem.masking import visible_problem
+from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
+from gnlin.transforms.layer_periods import LayerPeriods
+from gnlin.transforms.period import Every, Period, PeriodRule, Served, rule_of
+from gnlin.tree import Batch, Outputs, Params
 
-# A cycle of K steps saves one push-forward, a fraction 2/(5K) of its work; beyond this K that is
+# A cycle of K steps saves one push-forward, a fraction 2/(5K) of its work. Beyond this K that is
 # not worth a branch.
 _LONGEST_SKIPPING_PERIOD = 10
 
 
 class LinearisedGradientsState(NamedTuple):
     count: jax.typing.ArrayLike
-    remaining: Any  # updates that the anchor still serves, 0: the next one moves it; of `LayerPeriods` for each leaf
     anchor: Params
-    gap: Any  # `GapState` of a `RelativeGap`
+    period: Any  # of the rule; its `moves` says whether the next update moves the anchor
     metrics: dict[str, jax.Array]
 
 
@@ -72,34 +64,36 @@ class IterativeLinearisationState(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+@shows_signature
 def linearise_gradients(
     objective: Objective, period: Period, *, loss_model: LossModel = "exact"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replace the incoming gradient by that of the linearised problem: the chain element of
-    iterative linearisation.
+    r"""Replace the incoming gradient by that of the linearised problem.
 
-    .. math:: \nabla Q_\phi(\theta) = J(\phi)^\top \nabla\ell\big(f(\phi) + J(\phi)(\theta - \phi)\big)
+    This is the chain element of iterative linearisation:
 
-    The anchor φ is moved to θ at the first update and then every `period` updates. What follows in
-    the chain (Adam, momentum, ...) descends on it:
+    .. math:: \nabla Q_\phi(\theta) =
+              J(\phi)^\top \nabla\ell\big(f(\phi) + J(\phi)(\theta - \phi)\big)
+
+    The anchor φ moves to θ at the first update and then every `period` updates. The rest of the
+    chain (Adam, momentum, ...) descends on it:
     ``optax.chain(gnlin.linearise_gradients(objective, 16), optax.adam(1e-3))``. The incoming
     gradient is ignored, may be `None`, and costs nothing under `jit`. To accumulate micro-batches
-    put this element outside: ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner,
-    k).gradient_transformation())``, so that each micro-batch is linearised.
+    put this element outside, so that each micro-batch is linearised:
+    ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner, k).gradient_transformation())``.
 
     A step costs 5/3 of a gradient, and with ``period=1`` exactly a gradient.
 
     Metrics: ``linearise/loss`` (Q at the parameters given), ``linearise/refreshes`` (times the
-    anchor moved), ``linearise/age`` (updates since then); with `RelativeGap` also ``linearise/gap``
-    (what its last look found, 0 before the first at an anchor); with `LayerPeriods` refreshes and
-    age for each label, ``linearise/refreshes/<label>``.
+    anchor moved), ``linearise/age`` (updates since then), and those of the rule. With
+    `LayerPeriods`, refreshes and age have the label at their end, ``linearise/refreshes/<label>``.
 
     Args:
         objective: the problem.
-        period: K ≥ 1; `None` for never (linearised training); a schedule, evaluated at the count of
-            updates each time the anchor moves and rounded to at least 1; a `RelativeGap`, to move
-            the anchor when the linearisation no longer holds; or `LayerPeriods`, to linearise some
-            layers only, or each group at its own pace.
+        period: K ≥ 1; `None` for never (linearised training); a schedule of the count of updates,
+            evaluated each time the anchor moves and rounded to at least 1; a rule such as
+            `RelativeGap`, or any `PeriodRule`; or `LayerPeriods`, to linearise some layers only, or
+            each group at its own pace.
         loss_model: ``"exact"`` keeps the loss; ``"quadratic"`` expands it too, to second order at
             f(φ): the Gauss-Newton model of Abreu et al.
 
@@ -124,42 +118,35 @@ def linearise_gradients(
         Array([1.414], dtype=float32)
     """
     check_objective(objective)
-    period = check_period(period)
+    rule = rule_of(period)
     check_loss_model(loss_model)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
+        period_state, stats = rule.init(params)
+        metrics = {"linearise/loss": jnp.asarray(0.0, float)}
+        if not isinstance(rule, LayerPeriods):
+            metrics["linearise/refreshes"] = jnp.zeros([], jnp.int32)
+            metrics["linearise/age"] = jnp.zeros([], jnp.int32)
         return LinearisedGradientsState(
             count=jnp.zeros([], jnp.int32),
-            remaining=_each_leaf(period, params, lambda label: jnp.zeros([], jnp.int32)),
             anchor=tree.copy(params),
-            gap=period.init() if isinstance(period, RelativeGap) else (),
-            metrics={
-                "linearise/loss": jnp.asarray(0.0, float),
-                **{
-                    name + suffix: jnp.zeros([], jnp.int32)
-                    for suffix in _suffixes(period)
-                    for name in ("linearise/refreshes", "linearise/age")
-                },
-                **(
-                    {"linearise/gap": jnp.asarray(0.0, float)}
-                    if isinstance(period, RelativeGap)
-                    else {}
-                ),
-            },
+            period=tree.copy(period_state),
+            metrics={**metrics, **tree.copy(stats)},
         )
 
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates, extra_args
-        problem = visible_objective(objective, params, all_params)
-        _, grads, _, state = _linearised_step(problem, period, loss_model, state, params, batch)
-        return grads, state
+        problem = visible_problem(objective, params, all_params)
+        update = _linearised_update(problem, rule, loss_model, state, params, batch)
+        return update.grads, update.state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@shows_signature
 def iterative_linearisation(
     inner: optax.GradientTransformation,
     objective: Objective,
@@ -171,21 +158,21 @@ def iterative_linearisation(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Iterative linearisation around an inner optimiser that it owns.
 
-    As `linearise_gradients` followed by `inner`, and able to do what a chain element cannot: start
-    the inner optimiser afresh with each anchor, and choose how far to go at the end of a cycle,
-    where θ is replaced by the best of
+    It is `linearise_gradients` followed by `inner`, and does two things more than a chain can. It
+    can start the inner optimiser afresh with each anchor. It can choose how far to go at the end of
+    a cycle, where θ is replaced by the best of
 
     .. math:: \phi + \alpha\,(\theta - \phi), \qquad \alpha \in \{0\} \cup \text{line\_search},
 
-    on the true loss of the last batch, so never worse on it than not having moved, as far as θ can
+    on the true loss of the last batch. The result is never worse on it than φ, as far as θ can
     still resolve φ: an update is added to θ, and is lost where θ has become too large. With a line
-    search stand last in a chain.
+    search the transform must stand last in a chain.
 
     The inner optimiser also receives ``value``, ``grad`` and ``value_fn`` of the linearised problem
     (and ``batch``), so that ``optax.lbfgs()`` works.
 
     Metrics: as `linearise_gradients`, and with a line search ``line_search/alpha``, the last α
-        chosen.
+    chosen.
 
     Args:
         inner: optimiser of the linearised problem, its learning rate included.
@@ -201,7 +188,7 @@ def iterative_linearisation(
 
     Raises:
         ValueError, TypeError: as `linearise_gradients`; `line_search` is empty or has an α that is
-        not positive.
+            not positive.
 
     References: Goldwaser & Ge, arXiv 2211.12345; Abreu et al., arXiv 2510.09378 (the line search).
 
@@ -209,7 +196,8 @@ def iterative_linearisation(
         >>> import gnlin, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
         >>> tx = gnlin.iterative_linearisation(
-        ...     optax.sgd(0.1, momentum=0.5), objective, period=5, reset_inner=True, line_search=(1.0, 0.5))
+        ...     optax.sgd(0.1, momentum=0.5), objective, period=5, reset_inner=True,
+        ...     line_search=(1.0, 0.5))
         >>> params = jnp.ones(1); state = tx.init(params)
         >>> for _ in range(60):
         ...     updates, state = tx.update(None, state, params)
@@ -219,13 +207,16 @@ def iterative_linearisation(
     """
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    alphas = check_line_search(line_search)
-    if isinstance(period, LayerPeriods) and (reset_inner or alphas is not None):
+    check_objective(objective)
+    rule = rule_of(period)
+    alphas = _check_line_search(line_search)
+    if isinstance(rule, LayerPeriods) and (reset_inner or alphas is not None):
         name = "reset_inner" if reset_inner else "line_search"
         raise ValueError(
-            f"`{name}` wants cycles that end for all layers at once; give one `period`, not LayerPeriods"
+            f"`{name}` wants cycles that end for all layers at once; give one `period`, "
+            "not LayerPeriods"
         )
-    linearised = linearise_gradients(objective, period, loss_model=loss_model)
+    linearised = linearise_gradients(objective, rule, loss_model=loss_model)
 
     def init_fn(params):
         metrics = {} if alphas is None else {"line_search/alpha": jnp.asarray(0.0, float)}
@@ -237,181 +228,176 @@ def iterative_linearisation(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates
-        extra_args = without_loss(extra_args)
-        problem = visible_objective(objective, params, all_params)
-        value, grads, value_fn, after = _linearised_step(
-            problem, period, loss_model, state.linearised, params, batch
-        )
+        problem = visible_problem(objective, params, all_params)
+        update = _linearised_update(problem, rule, loss_model, state.linearised, params, batch)
         inner_state = state.inner
         if reset_inner:
-            inner_state = tree.select(
-                state.linearised.remaining == 0, inner.init(params), inner_state
-            )
-        updates, inner_state = inner.update(
-            grads,
-            inner_state,
-            params,
-            value=value,
-            grad=grads,
-            value_fn=value_fn,
-            batch=batch,
-            **extra_args,
-        )
-        metrics = state.metrics
+            moved = state.linearised.period.moves
+            inner_state = tree.select(moved, inner.init(params), inner_state)
+        of_problem = {"value": update.value, "grad": update.grads, "value_fn": update.value_fn}
+        extra_args = {**extra_args, **of_problem, "batch": batch}
+        updates, inner_state = inner.update(update.grads, inner_state, params, **extra_args)
+        metrics, after = state.metrics, update.state
         if alphas is not None:
 
-            def at_end(updates, alphas=alphas):
+            def at_end(updates):
                 return _best_along(problem, after.anchor, params, updates, alphas, batch)
 
             def within(updates):
                 return updates, metrics["line_search/alpha"]
 
-            updates, alpha = jax.lax.cond(
-                after.remaining == 0, at_end, within, tree.cast_like(updates, params)
-            )
+            updates = tree.cast_like(updates, params)
+            updates, alpha = jax.lax.cond(after.period.moves, at_end, within, updates)
             metrics = {"line_search/alpha": alpha}
         return updates, IterativeLinearisationState(after, inner_state, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# The head of the flattened loops.
+# One update of the flattened loops.
 
 
-def _linearised_step(
+class _Update(NamedTuple):
+    value: jax.Array  # Q(θ)
+    grads: Params  # ∇Q(θ)
+    value_fn: Callable[..., jax.Array]  # Q
+    state: LinearisedGradientsState
+
+
+def _linearised_update(
     objective: Objective,
-    period: Period,
+    rule: PeriodRule,
     loss_model: LossModel,
     state: LinearisedGradientsState,
     params: Params,
     batch: Batch,
-) -> tuple[jax.Array, Params, Callable, LinearisedGradientsState]:
-    """``(Q(θ), ∇Q(θ), Q, state)`` of one update."""
-    check_params(params, allow_holes=True)
-    check_like_params(
-        "opt_state", state.anchor, params, "call tx.init(params) for these parameters"
-    )
-    always = isinstance(period, int) and period == 1
+) -> _Update:
+    remedy = "call tx.init(params) for these parameters"
+    check_like_params("opt_state", state.anchor, params, remedy)
+    always = _fixed_period(rule) == 1
     anchor = params if always else next_anchor(state, params)
-    if isinstance(period, LayerPeriods):
-        exact = _each_leaf(period, anchor, lambda label: check_period(period.periods[label]) == 1)
+    if isinstance(rule, LayerPeriods):
+        exact = rule.exact(anchor)
         value_fn = partly_linearised_loss(objective, anchor, exact, loss_model, batch)
         value, grads = jax.value_and_grad(value_fn)(params)
-        return value, grads, value_fn, _after(period, state, anchor, value)
-    fresh = state.remaining == 0
+        after = _state_after(rule, state, params, anchor, value, {})
+        return _Update(value, grads, value_fn, after)
     linear = linearise(objective, anchor, batch)
     loss = LOSS_MODELS[loss_model](objective, linear.outputs, batch)
     if always:
         # θ = φ: the displacement is zero, and both models of the loss have the gradient of the loss
         # itself.
+        displacement = tree.zeros_like(linear.outputs)
         value, cotangent = jax.value_and_grad(objective.loss_of)(linear.outputs, batch)
     else:
-        moved = _displacement(linear, params, fresh, period)
-        value, cotangent = loss(moved)
-    after = _after(period, state, anchor, value)
-    if isinstance(period, RelativeGap):
-        gap, stale = period.look(
-            state.gap,
-            after.metrics["linearise/age"],
-            moved,
-            lambda: objective.outputs_and_aux(params, batch)[0],
-            linear.outputs,
-        )
-        remaining = jnp.where(stale, 0, after.remaining)
-        after = after._replace(
-            remaining=remaining, gap=gap, metrics={**after.metrics, "linearise/gap": gap.gap}
-        )
-    return value, linear.vjp(cotangent), linearised_loss(linear, loss), after
+        displacement = _displacement(linear, params, state.period.moves, rule)
+        value, cotangent = loss(displacement)
+    seen = {
+        "outputs": linear.outputs,
+        "displacement": displacement,
+        "network": lambda: objective.outputs_and_aux(params, batch)[0],
+    }
+    after = _state_after(rule, state, params, anchor, value, seen)
+    return _Update(value, linear.vjp(cotangent), linearised_loss(linear, loss), after)
+
+
+def _state_after(
+    rule: PeriodRule,
+    state: LinearisedGradientsState,
+    params: Params,
+    anchor: Params,
+    value: jax.Array,
+    seen: dict[str, Any],
+) -> LinearisedGradientsState:
+    """State after an update with this anchor, at which Q was `value`.
+
+    `seen` are the fields of `Served` that only a linearisation of the whole network has.
+    """
+    metrics = {**state.metrics, "linearise/loss": value.astype(float)}
+    age = jnp.zeros([], jnp.int32)
+    if not isinstance(rule, LayerPeriods):  # which counts by label
+        moved = state.period.moves
+        age = jnp.where(moved, 0, optax.safe_increment(metrics["linearise/age"]))
+        metrics["linearise/refreshes"] += moved.astype(jnp.int32)
+        metrics["linearise/age"] = age
+    whole = {"outputs": None, "displacement": None, "network": lambda: None, **seen}
+    served = Served(count=state.count, age=age, params=params, anchor=anchor, **whole)
+    period_state, stats = rule.after(state.period, served)
+    return LinearisedGradientsState(
+        count=optax.safe_increment(state.count),
+        anchor=anchor,
+        period=period_state,
+        metrics={**metrics, **stats},
+    )
 
 
 def next_anchor(state: LinearisedGradientsState, params: Params) -> Params:
-    """The anchor of an update at `params`; what it was not seen of, through a mask, is there."""
-    anchor = tree.fill_holes(state.anchor, params)
-    if jax.tree_util.treedef_is_leaf(jax.tree.structure(state.remaining)):
-        return tree.select(state.remaining == 0, params, anchor)
-    remaining = tree.fill_holes(
-        state.remaining, params
-    )  # any number will do where both are the same
-    return jax.tree.map(
-        lambda left, new, old: jnp.where(left == 0, new, old), remaining, params, anchor
-    )
+    """The anchor of an update at `params`; leaves that a mask hid from `state` are those there."""
+    anchor, moves = tree.fill_holes(state.anchor, params), state.period.moves
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(moves)):
+        return tree.select(moves, params, anchor)
+    # Where the anchor has a hole, both choices are the same, and any flag will do.
+    moves = tree.fill_holes(moves, jax.tree.map(lambda leaf: True, params))
+    return jax.tree.map(jnp.where, moves, params, anchor)
 
 
 def linearised_state(opt_state: Any) -> LinearisedGradientsState | None:
-    """The state of iterative linearisation in `opt_state`, however nested; `None` where there is none."""
-    nodes = jax.tree.leaves(
-        opt_state, is_leaf=lambda node: isinstance(node, LinearisedGradientsState)
-    )
-    found = [node for node in nodes if isinstance(node, LinearisedGradientsState)]
+    """The state of iterative linearisation in `opt_state`, however nested; `None` for none."""
+
+    def is_state(node):
+        return isinstance(node, LinearisedGradientsState)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
     if len(found) > 1:
         raise ValueError(
-            f"`opt_state` holds {len(found)} anchors, so the model being trained is not one linearisation. "
-            "Pass the part of the state that belongs to one transform."
+            f"`opt_state` holds {len(found)} anchors, so the model being trained is not one "
+            "linearisation. Pass the part of the state that belongs to one transform."
         )
     return found[0] if found else None
 
 
-def _after(period: Period, state: LinearisedGradientsState, anchor: Params, value: jax.Array):
-    """State after an update with this anchor, at which Q was `value`."""
-
-    def count_down(period, left):
-        served = jnp.where(left == 0, cycle_length(period, state.count), left)
-        return jnp.where(served > 0, served - 1, served)
-
-    metrics = {**state.metrics, "linearise/loss": value.astype(float)}
-    if isinstance(period, LayerPeriods):
-        labels, left = period.label_of_leaves(anchor), jax.tree.leaves(state.remaining)
-        counters = dict(zip(labels, left, strict=True))  # those of one label are equal
-        remaining = jax.tree.unflatten(
-            jax.tree.structure(anchor),
-            [
-                count_down(period.periods[label], each)
-                for label, each in zip(labels, left, strict=True)
-            ],
-        )
-    else:
-        counters, remaining = {"": state.remaining}, count_down(period, state.remaining)
-    for label, left in counters.items():
-        suffix = f"/{label}" if isinstance(period, LayerPeriods) else ""
-        refreshes, age = f"linearise/refreshes{suffix}", f"linearise/age{suffix}"
-        metrics[refreshes] += (left == 0).astype(jnp.int32)
-        metrics[age] = jnp.where(left == 0, 0, optax.safe_increment(metrics[age]))
-    return state._replace(
-        count=optax.safe_increment(state.count), remaining=remaining, anchor=anchor, metrics=metrics
-    )
+def _fixed_period(rule: PeriodRule) -> int | None:
+    """K, where it is known when the update is traced."""
+    return rule.period if isinstance(rule, Every) and isinstance(rule.period, int) else None
 
 
-def _displacement(linear: Linearisation, params: Params, fresh: jax.Array, period: Period) -> Any:
-    """J(φ)(θ − φ), not computed right after a re-linearisation (θ = φ) where leaving it out pays."""
+def _displacement(
+    linear: Linearisation, params: Params, fresh: jax.Array, rule: PeriodRule
+) -> Outputs:
+    """J(φ)(θ − φ); right after the anchor moved it is zero, and not computed where that pays."""
     offset = tree.subtract(params, linear.anchor)
-    if not _skipping_pays(linear, period):
+    if not _skipping_pays(linear, rule):
         return linear.jvp(offset)
     return jax.lax.cond(fresh, lambda _: tree.zeros_like(linear.outputs), linear.jvp, offset)
 
 
-def _skipping_pays(linear: Linearisation, period: Period) -> bool:
-    if not isinstance(period, int) or period > _LONGEST_SKIPPING_PERIOD:
+def _skipping_pays(linear: Linearisation, rule: PeriodRule) -> bool:
+    period = _fixed_period(rule)
+    if period is None or period > _LONGEST_SKIPPING_PERIOD:
         return False
     # XLA on CPU runs a convolution inside `cond` several times slower than outside.
     names = primitive_names(jax.make_jaxpr(linear.jvp)(linear.anchor).jaxpr)
     return "conv_general_dilated" not in names
 
 
-# Layers at their own pace.
+# The end of a cycle.
 
 
-def _suffixes(period: Period) -> list[str]:
-    """What the names of metrics end with."""
-    return [f"/{label}" for label in period.periods] if isinstance(period, LayerPeriods) else [""]
-
-
-def _each_leaf(period: Period, params: Params, value: Callable[[Any], Any]) -> Any:
-    """A value for the whole network, or for each leaf by its label."""
-    if not isinstance(period, LayerPeriods):
-        return value(None)
-    return jax.tree.unflatten(
-        jax.tree.structure(params), [value(each) for each in period.label_of_leaves(params)]
-    )
+def _check_line_search(line_search: Any) -> tuple[float, ...] | None:
+    if line_search is None:
+        return None
+    if isinstance(line_search, str) or not isinstance(line_search, Iterable):
+        raise TypeError(
+            "`line_search` must be a sequence of step fractions such as (1.0, 0.5); got "
+            f"{line_search!r}"
+        )
+    alphas = tuple(float(alpha) for alpha in line_search)
+    if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
+        raise ValueError(
+            "`line_search` must be a non-empty sequence of positive step fractions; got "
+            f"{line_search!r}"
+        )
+    return alphas
 
 
 def _best_along(
@@ -422,11 +408,10 @@ def _best_along(
     alphas: Sequence[float],
     batch: Batch,
 ) -> tuple[Params, jax.Array]:
-    """Updates that lead to the best φ + α(θ' − φ), θ' = params + updates, on the true loss; and its
-    α.
+    """``(updates, α)`` to the best φ + α(θ' − φ), θ' = params + updates, on the true loss.
 
-    The losses are those where the updates, rounded, lead. α = 0 is φ itself and no product with
-    what may be infinite.
+    The losses are those at the parameters to which the rounded updates lead. α = 0 is φ itself, and
+    no product with a direction that may be infinite.
     """
     direction = tree.subtract(tree.add(params, updates), anchor)
     best, best_alpha = tree.subtract(anchor, params), jnp.asarray(0.0, float)
@@ -434,8 +419,7 @@ def _best_along(
     for alpha in alphas:
         candidate = tree.subtract(tree.add_scaled(anchor, alpha, direction), params)
         loss = objective.value(tree.add(params, candidate), batch)
-        better = loss < lowest  # false for NaN; of equals the first stays
-        best, best_alpha, lowest = tree.select(
-            better, (candidate, jnp.asarray(alpha, float), loss), (best, best_alpha, lowest)
-        )
+        better = loss < lowest  # false for NaN; among equals the first stays
+        found = candidate, jnp.asarray(alpha, float), loss
+        best, best_alpha, lowest = tree.select(better, found, (best, best_alpha, lowest))
     return best, best_alpha

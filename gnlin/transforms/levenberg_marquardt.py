@@ -2,44 +2,42 @@
 
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from gnlin import tree
+from gnlin.checks import check_number, check_positive, shows_signature
 from gnlin.jaxprs import primitive_names
-from gnlin.problem.curvature import QuadraticModel, quadratic_model
-from gnlin.problem.objective import Objective, check_objective, check_params, visible_objective
-from gnlin.solve import CG, RadiusSolver, Solver, System
-from gnlin.solve.system import check_solver
+from gnlin.problem.curvature import QuadraticModel, System, quadratic_model
+from gnlin.problem.masking import visible_problem
+from gnlin.problem.objective import Objective, check_objective, check_params
+from gnlin.solve import CG, RadiusSolver, Solution, Solver
+from gnlin.solve.protocols import check_lengths, check_solver, solve_soundly
 from gnlin.transforms.damping import (
-    DampingState,
+    DampingPolicy,
     GainRatio,
-    RadiusState,
-    Trial,
     TrustRegion,
-    check_number,
-    check_positive,
-    gain_ratio,
+    check_policy,
+    trial_of,
 )
-from gnlin.transforms.gauss_newton import solve_damped
 from gnlin.tree import Batch, Params
 
 
 class LevenbergMarquardtState(NamedTuple):
     count: jax.typing.ArrayLike
-    damping: DampingState | RadiusState
-    scaling: (
-        Any  # largest diagonal of G seen so far, shaped like the parameters; () for the identity
-    )
+    damping: Any
+    scaling: Any  # largest diagonal of G so far, shaped like the parameters; () for the identity
     solver: Any
     metrics: dict[str, jax.Array]
 
 
+@shows_signature
 def levenberg_marquardt(
     objective: Objective,
     *,
-    initial_damping: float | GainRatio | TrustRegion | None = None,
+    damping: float | DampingPolicy | TrustRegion | None = None,
     scaling: Literal["identity", "marquardt"] = "identity",
     solver: Solver = CG(),
     geodesic_acceleration: float | None = None,
@@ -47,40 +45,41 @@ def levenberg_marquardt(
     r"""Damped Gauss-Newton with real acceptance.
 
     Each update solves :math:`(G + \lambda D)\,\delta = -\nabla\ell(\theta)` at the current
-    parameters and compares the loss at θ + δ with what the quadratic model promised. A step whose
+    parameters. It compares the loss at θ + δ with the promise of the quadratic model. A step whose
     gain ratio is too small is rejected inside the update: the updates returned are exact zeros, and
     the next step is shorter. Otherwise δ is returned. λ follows the gain ratio, by itself
-    (`GainRatio`) or through a radius for the step (`TrustRegion`). The incoming updates are
-    ignored, and the transform must stand last in a chain: scaling its step afterwards would undo
-    the comparison. Under `jit` the ignored gradient is never computed.
+    (`GainRatio`) or through a radius for the step (`TrustRegion`).
 
-    The batch of an update decides its acceptance, so use the full batch or a large one.
+    The incoming updates are ignored; under `jit` the ignored gradient is never computed. The
+    transform must stand last in a chain: scaling its step afterwards would undo the comparison. The
+    batch of an update decides its acceptance, so use the full batch or a large one.
 
     Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used),
     ``rejections`` (since the last accepted step), those of the solver, with a `TrustRegion`
-    ``radius`` and with acceleration ``acceleration`` (its size relative to the step's). Rejections
-    say nothing about convergence; the gradient does.
+    ``radius`` and with acceleration ``acceleration`` (its size relative to that of the step).
+    Rejections say nothing about convergence; the gradient does.
 
     Args:
         objective: the problem.
-        initial_damping: first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a
-            policy: `GainRatio`, which a number stands for, or `TrustRegion`, which needs `Dense`
-            and copes with poor starting values. `None` is ``TrustRegion()`` with `Dense` and
+        damping: the first λ (relative to the diagonal of G with ``scaling="marquardt"``), or a
+            policy. A number stands for ``GainRatio(number)``. `TrustRegion` needs `Dense` and copes
+            with poor starting values. `None` is ``TrustRegion()`` with `Dense` and
             ``GainRatio(1e-3)`` with other solvers.
-        scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G seen so far, which
+        scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G so far, which
             makes the iterates independent of the units of the parameters (Moré 1978). The diagonal
             costs one push-forward for each parameter, so it is for small problems.
-        solver: a record from `gnlin.solve`; `Dense` for small classical problems.
+        solver: a record from `gnlin.solve` that solves the system, or any `Solver`; `Dense` for
+            small classical problems.
         geodesic_acceleration: largest size, relative to the step, of a second-order correction
-            along the step, 0.75 being usual; `None` for none. It costs a second solve and needs a
-            model with forward-mode derivatives.
+            along the step; 0.75 is usual, `None` is none. It costs a second solve and needs a model
+            with forward-mode derivatives.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; `update` takes ``batch`` and ``all_params``.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; at update: `params` or `batch` is
-        missing.
+            missing.
 
     References: Levenberg 1944; Marquardt 1963; Moré, The Levenberg-Marquardt algorithm:
     implementation and theory, 1978; Nielsen 1999; Transtrum & Sethna, arXiv 1201.5885
@@ -91,13 +90,15 @@ def levenberg_marquardt(
         >>> rosenbrock = gnlin.Objective.least_squares(
         ...     lambda p: jnp.stack([10 * (p[1] - p[0] ** 2), 1 - p[0]]))
         >>> tx = gnlin.levenberg_marquardt(rosenbrock, solver=gnlin.Dense())
-        >>> params, info = gnlin.minimise(rosenbrock, jnp.array([-1.2, 1.0]), tx, max_steps=50, tol=1e-6)
+        >>> start = jnp.array([-1.2, 1.0])
+        >>> params, info = gnlin.minimise(rosenbrock, start, tx, max_steps=50, tol=1e-6)
         >>> params.round(4)
         Array([1., 1.], dtype=float32)
     """
     check_objective(objective)
     check_solver("solver", solver)
-    policy = _policy(initial_damping, solver)
+    check_lengths("solver", solver)
+    policy = _policy(damping, solver)
     if scaling not in ("identity", "marquardt"):
         raise ValueError(f'`scaling` must be "identity" or "marquardt"; got {scaling!r}')
     if geodesic_acceleration is not None:
@@ -105,7 +106,8 @@ def levenberg_marquardt(
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        carry, stats = solver.init(params)
+        solver_state, solver_stats = solver.init(params)
+        damping_state, damping_stats = policy.init(params)
         zero = jnp.asarray(0.0, float)
         metrics = {
             "loss": zero,
@@ -113,98 +115,114 @@ def levenberg_marquardt(
             "gain_ratio": zero,
             "damping": zero,
             "rejections": jnp.zeros([], jnp.int32),
-            **({"radius": zero} if isinstance(policy, TrustRegion) else {}),
-            **({"acceleration": zero} if geodesic_acceleration is not None else {}),
-            **stats,
+            **({} if geodesic_acceleration is None else {"acceleration": zero}),
+            **damping_stats,
+            **solver_stats,
         }
-        metrics = tree.copy(metrics)
-        largest = (
-            tree.zeros_like(params, tree.accumulation_dtype(params))
-            if scaling == "marquardt"
-            else ()
-        )
-        return LevenbergMarquardtState(
-            jnp.zeros([], jnp.int32), policy.init(), largest, carry, metrics
-        )
+        largest: Any = ()
+        if scaling == "marquardt":
+            largest = tree.zeros_like(params, tree.accumulation_dtype(params))
+        count = jnp.zeros([], jnp.int32)
+        state = LevenbergMarquardtState(count, damping_state, largest, solver_state, metrics)
+        return tree.copy(state)  # a buffer that appears twice could not be donated
 
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates, extra_args
-        problem = visible_objective(objective, params, all_params)
+        problem = visible_problem(objective, params, all_params)
         model = quadratic_model(problem, params, batch)
+        rhs = model.gradient()
         largest, diagonal = state.scaling, None
         if scaling == "marquardt":
             largest = jax.tree.map(jnp.maximum, largest, _ggn_diagonal(model))
             # A parameter without influence so far is damped as if its diagonal were 1.
             diagonal = jax.tree.map(lambda d: jnp.where(d > 0, d, 1), largest)
 
-        rhs = model.gradient()
-        extra_metrics = {}
-        if isinstance(policy, TrustRegion) and isinstance(solver, RadiusSolver):
+        if isinstance(policy, TrustRegion):
             radius = policy.bound(state.damping, _length(params, diagonal))
-            system = System(model.linear.jvp, model.linear.vjp, model.hessian, 0.0, diagonal)
-            solution, carry, strength = solver.solve_within(system, rhs, state.solver, radius)
-            extra_metrics["radius"] = radius
+            solved = _solve_within(solver, model, diagonal, rhs, radius, state.solver)
         else:
-            strength = state.damping.damping
-            solution, carry = solve_damped(model, solver, strength, rhs, state.solver, diagonal)
-        step = tree.scale(-1, solution.step)
+            given = policy.damping(state.damping, state.count)
+            solved = _solve_damped(solver, model, diagonal, rhs, given, state.solver)
+        step = tree.scale(-1, solved.solution.direction)
+        metrics = {}
         if geodesic_acceleration is not None:
-            correction, size = _acceleration(
-                problem, model, batch, step, solver, strength, diagonal
-            )
+            system = model.system(solved.damping, diagonal)
+            correction, size = _acceleration(problem, model, batch, step, solver, system)
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
-            extra_metrics["acceleration"] = size.astype(float)
+            metrics["acceleration"] = size.astype(float)
 
         new_value = problem.value(tree.add(params, step), batch)
-        ratio = gain_ratio(model.value, new_value, model.change(step), step, rhs)
-        if isinstance(policy, TrustRegion):
-            trial = Trial(
-                ratio,
-                model.value - new_value,
-                tree.inner(rhs, step),
-                _length(solution.step, diagonal),
-                radius,
-            )
-            adapted = policy.update(state.damping, trial)
-        else:
-            adapted = policy.update(state.damping, ratio)
-        accepted = ratio > policy.accept
-        # A loss or gradient that is not finite here is the batch's fault, not the step's: the state
-        # stays as it is.
+        length = _length(solved.solution.direction, diagonal)
+        change = model.change(step)
+        trial = trial_of(model.value, new_value, change, step, rhs, length, solved.radius)
+        adapted, accepted, damping_stats = policy.after(state.damping, trial)
+        # A loss or gradient that is not finite here is the fault of the batch and not of the step:
+        # the state stays as it is.
         sound = jnp.isfinite(model.value) & tree.all_finite(rhs)
-        damping = tree.select(sound, adapted, state.damping)
-        largest = tree.select(sound & tree.all_finite(largest), largest, state.scaling)
-        metrics = {
+        metrics |= {
             "loss": model.value.astype(float),
             "accepted": accepted,
-            "gain_ratio": ratio.astype(float),
-            "damping": strength.astype(float),
+            "gain_ratio": trial.gain_ratio.astype(float),
+            "damping": jnp.asarray(solved.damping, float),
             "rejections": jnp.where(accepted, 0, state.metrics["rejections"] + 1),
-            **extra_metrics,
-            **solution.stats,
+            **damping_stats,
+            **solved.solution.stats,
         }
-        step = tree.select(accepted, step, tree.zeros_like(step))
-        return step, LevenbergMarquardtState(
-            optax.safe_increment(state.count), damping, largest, carry, metrics
+        taken = tree.select(accepted, step, tree.zeros_like(step))
+        return taken, LevenbergMarquardtState(
+            count=optax.safe_increment(state.count),
+            damping=tree.select(sound, adapted, state.damping),
+            scaling=tree.select(sound & tree.all_finite(largest), largest, state.scaling),
+            solver=solved.state,
+            metrics=metrics,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _policy(initial_damping, solver: Solver) -> GainRatio | TrustRegion:
-    if initial_damping is None:
+def _policy(damping: Any, solver: Solver) -> Any:
+    """The policy that the argument `damping` stands for with this solver."""
+    if damping is None:
         return TrustRegion() if isinstance(solver, RadiusSolver) else GainRatio(1e-3)
-    if isinstance(initial_damping, TrustRegion) and not isinstance(solver, RadiusSolver):
+    if isinstance(damping, TrustRegion):
+        if not isinstance(solver, RadiusSolver):
+            raise TypeError(
+                "`damping=TrustRegion(...)` needs a solver that finds λ from a radius, such as "
+                f"gnlin.Dense(); got {solver!r}. Take `Dense`, or a number for `damping`"
+            )
+        return damping
+    if isinstance(damping, (bool, int, float)) or hasattr(damping, "dtype"):
+        check_positive("damping", damping)
+        return GainRatio(damping)
+    if callable(damping):
         raise TypeError(
-            f"`initial_damping=TrustRegion(...)` needs a solver that finds λ from a radius, such as gnlin.Dense(); "
-            f"got {solver!r}. Take `Dense`, or a number for `initial_damping`"
+            "`damping` must be the first λ or a policy such as gnlin.GainRatio(1e-3): λ then "
+            f"follows the gain ratio, and no schedule; got {damping!r}"
         )
-    if isinstance(initial_damping, (GainRatio, TrustRegion)):
-        return initial_damping
-    check_positive("initial_damping", initial_damping)
-    return GainRatio(initial_damping)
+    check_policy(damping)
+    return damping
+
+
+class _Solved(NamedTuple):
+    """The solve of one update."""
+
+    solution: Solution
+    state: Any  # the solver's
+    damping: chex.Numeric  # λ, given or found
+    radius: chex.Numeric  # Δ
+
+
+def _solve_damped(solver, model, diagonal, rhs, damping, state) -> _Solved:
+    solution, state = solve_soundly(solver, model.system(damping, diagonal), rhs, state)
+    return _Solved(solution, state, damping, jnp.inf)
+
+
+def _solve_within(solver, model, diagonal, rhs, radius, state) -> _Solved:
+    system = model.system(0.0, diagonal)
+    solution, state, damping = solver.solve_within(system, rhs, state, radius)
+    return _Solved(solution, state, damping, radius)
 
 
 def _length(step: Params, diagonal: Params | None) -> jax.Array:
@@ -221,7 +239,7 @@ def _ggn_diagonal(model: QuadraticModel) -> Params:
 
     def entry(basis_vector):
         column = model.linear.jvp(tree.cast_like(tree.unflatten(basis_vector, anchor), anchor))
-        return tree.inner(column, model.hessian(column)).astype(dtype)
+        return tree.inner(column, model.output_hessian(column)).astype(dtype)
 
     diagonal = jax.vmap(entry)(jnp.eye(tree.size(anchor), dtype=dtype))
     return tree.unflatten(jnp.maximum(diagonal, 0), tree.zeros_like(anchor, dtype))
@@ -233,29 +251,30 @@ def _acceleration(
     batch: Batch,
     velocity: Params,
     solver: Solver,
-    damping,
-    scaling,
+    system: System,
 ) -> tuple[Params, jax.Array]:
-    """``(½a, 2|a|/|v|)`` with (G + λD) a = −JᵀH ∂²f[v, v], the curvature of the model's path along v."""
+    """``(½a, 2‖a‖/‖v‖)`` with (G + λD) a = −JᵀH ∂²f[v, v].
+
+    The right-hand side is the curvature of the path of the model along v.
+    """
     anchor = model.linear.anchor
 
     def outputs(params):
         return objective.outputs_and_aux(params, batch)[0]
 
-    if any(
-        name.startswith("custom_vjp_call")
-        for name in primitive_names(jax.make_jaxpr(outputs)(anchor).jaxpr)
-    ):
+    names = primitive_names(jax.make_jaxpr(outputs)(anchor).jaxpr)
+    if any(name.startswith("custom_vjp_call") for name in names):
         raise TypeError(
-            "`geodesic_acceleration` needs forward-mode derivatives, and `model` has a custom_vjp; use None"
+            "`geodesic_acceleration` needs forward-mode derivatives, and `model` has a custom_vjp; "
+            "use None"
         )
 
     def push_forward(params):
         return jax.jvp(outputs, (params,), (velocity,))[1]
 
     bend = jax.jvp(push_forward, (anchor,), (velocity,))[1]
-    rhs = tree.scale(-1, model.linear.vjp(model.hessian(bend)))
-    solution, _ = solve_damped(model, solver, damping, rhs, solver.init(anchor)[0], scaling)
+    rhs = tree.scale(-1, model.linear.vjp(model.output_hessian(bend)))
+    solution, _ = solve_soundly(solver, system, rhs, solver.init(anchor)[0])
     length = tree.norm(velocity)
-    size = 2 * tree.norm(solution.step) / jnp.where(length > 0, length, 1)
-    return tree.scale(0.5, solution.step), size
+    size = 2 * tree.norm(solution.direction) / jnp.where(length > 0, length, 1)
+    return tree.scale(0.5, solution.direction), size

@@ -1,13 +1,11 @@
-"""How long an anchor is kept: a number of updates, a schedule, or a rule that looks how well the
-linearisation holds.
+"""How long an anchor is kept: a number of updates, a schedule, or a period rule.
 
-Each may be said of the whole network, and numbers and schedules of some layers, others moving at
-their own pace.
+A rule sees every update as a `Served`. Its state says whether the next update moves the anchor.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -16,50 +14,158 @@ import numpy as np
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_positive, is_integer
+from gnlin.checks import check_integer, check_part, check_positive, is_integer
+from gnlin.solve.protocols import Stats
 from gnlin.tree import Outputs, Params
 
 FOREVER = -1  # updates left of an anchor that never moves
 
 
+class Served(NamedTuple):
+    """One update, as a period rule sees it.
+
+    Attributes:
+        count: updates before this one.
+        age: updates since the anchor moved, 0 at the one that moved it.
+        params: θ.
+        anchor: φ.
+        outputs: f(φ).
+        displacement: J(φ)(θ − φ).
+        network: () ↦ f(θ), which costs a forward pass where it is called.
+    """
+
+    count: jax.Array
+    age: jax.Array
+    params: Params
+    anchor: Params
+    outputs: Outputs
+    displacement: Outputs
+    network: Callable[[], Outputs]
+
+
+@runtime_checkable
+class PeriodRule(Protocol):
+    """A frozen record that decides when the anchor moves.
+
+    Its state is a named tuple with a field ``moves``: whether the next update moves the anchor, a
+    flag. The first update always does.
+
+    Example:
+        >>> import dataclasses, gnlin, jax.numpy as jnp, optax
+        >>> from typing import Any, NamedTuple
+        >>> class Moves(NamedTuple):
+        ...     moves: Any
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Distance:   # re-linearise once θ is so far from φ
+        ...     limit: float
+        ...     def init(self, params):
+        ...         return Moves(jnp.asarray(True)), {}
+        ...     def after(self, state, served):
+        ...         moved = optax.tree.norm(optax.tree.sub(served.params, served.anchor))
+        ...         return Moves(moved > self.limit), {}
+        >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
+        >>> tx = optax.chain(gnlin.linearise_gradients(objective, Distance(0.2)), optax.sgd(0.1))
+        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> for _ in range(40):
+        ...     updates, state = tx.update(None, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int(gnlin.metrics(state)["linearise/refreshes"])
+        2
+    """
+
+    def init(self, params: Params) -> tuple[Any, Stats]:
+        """``(state, stats)`` before the first update."""
+        ...
+
+    def after(self, state: Any, served: Served) -> tuple[Any, Stats]:
+        """``(next state, stats)``, once the gradient of an update is known."""
+        ...
+
+
+# A number of updates.
+
+
+class EveryState(NamedTuple):
+    moves: jax.Array
+    remaining: jax.Array  # updates that the anchor still serves
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """A number K, `None` for never, or a schedule that is evaluated when the anchor moves."""
+
+    period: Any
+
+    def init(self, params: Params) -> tuple[EveryState, Stats]:
+        del params
+        return EveryState(jnp.asarray(True), jnp.zeros([], jnp.int32)), {}
+
+    def after(self, state: EveryState, served: Served) -> tuple[EveryState, Stats]:
+        remaining = count_down(self.period, state.moves, state.remaining, served.count)
+        return EveryState(remaining == 0, remaining), {}
+
+
+def count_down(period: Any, moved: jax.Array, remaining: jax.Array, count: jax.Array) -> jax.Array:
+    """Updates that are left after one; `moved` says whether it moved the anchor."""
+    left = jnp.where(moved, _cycle_length(period, count), remaining)
+    return jnp.where(left > 0, left - 1, left)
+
+
+def _cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
+    """Updates that an anchor serves that is moved at this one."""
+    if period is None:
+        return jnp.asarray(FOREVER, jnp.int32)
+    length = period(count) if callable(period) else period
+    return jnp.maximum(jnp.round(jnp.asarray(length, float)), 1).astype(jnp.int32)
+
+
+# A rule that checks the linearisation.
+
+
 class GapState(NamedTuple):
-    exceeded: jax.Array  # looks in a row that found the gap beyond the limit
-    gap: jax.Array  # what the last look found
+    moves: jax.Array
+    remaining: jax.Array  # updates until the longest cycle ends
+    exceeded: jax.Array  # checks in a row that found the gap beyond the limit
+    gap: jax.Array  # result of the last check
 
 
 @dataclasses.dataclass(frozen=True)
 class RelativeGap:
     r"""Keep the anchor as long as the linearisation holds.
 
-    It holds on a batch where the network is off the linearised model by no more than a share of
-    what that has moved,
+    It holds on a batch where the network differs from the linearised model by no more than a share
+    of the movement of the outputs,
 
-    .. math:: \frac{\|f(\theta) - f_\mathrm{lin}(\theta)\|}{\|J(\phi)(\theta - \phi)\|} \le \text{limit}.
+    .. math:: \frac{\|f(\theta) - f_\mathrm{lin}(\theta)\|}{\|J(\phi)(\theta - \phi)\|}
+              \le \text{limit}.
 
     The anchor moves at the update after one that found the gap beyond the limit `patience` times in
-    a row, so that one odd batch does not move it, and in any case after `longest` updates. The gap
-    is 0 at a new anchor, so that a second limit, from which on it would count as small again, is
-    not needed. A look costs a forward pass: an update with one takes the work of 2 gradients,
-    others that of 5/3. Near the anchor the gap is proportional to the distance: half the limit is
-    about half as long a cycle.
+    a row, so that one odd batch does not move it. It moves in any case after `longest` updates. The
+    gap is 0 at a new anchor, so no second limit is needed from which on it counts as small again. A
+    check costs a forward pass: an update with one takes the work of 2 gradients, others that of
+    5/3. Near the anchor the gap is proportional to the distance: half the limit is about half as
+    long a cycle.
+
+    Metric: ``linearise/gap``, the result of the last check, 0 before the first at an anchor.
 
     Args:
         limit: largest relative gap.
-        patience: looks in a row that must exceed it.
-        every: updates from one look to the next.
+        patience: checks in a row that must exceed it.
+        every: updates from one check to the next.
         longest: most updates that an anchor serves, more than patience · every; `None` for no
             bound.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
 
-    Reference: the fixed period of Goldwaser & Ge, arXiv 2211.12345, is what it takes the place of;
-        the rule is ours.
+    Reference: it takes the place of the fixed period of Goldwaser & Ge, arXiv 2211.12345; the rule
+    is ours.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
-        >>> tx = optax.chain(gnlin.linearise_gradients(objective, gnlin.RelativeGap(0.1)), optax.sgd(0.1))
+        >>> period = gnlin.RelativeGap(0.1)
+        >>> tx = optax.chain(gnlin.linearise_gradients(objective, period), optax.sgd(0.1))
         >>> params = jnp.ones(1); state = tx.init(params)
         >>> for _ in range(40):
         ...     updates, state = tx.update(None, state, params)
@@ -78,150 +184,60 @@ class RelativeGap:
         for name in ("patience", "every", "longest"):
             if name != "longest" or self.longest is not None:
                 check_integer(name, getattr(self, name))
-        if self.longest is not None and self.longest <= self.patience * self.every:
+        least = self.patience * self.every
+        if self.longest is not None and self.longest <= least:
             raise ValueError(
-                f"`longest` must be more than patience * every = {self.patience * self.every}, or the gap never has a "
+                f"`longest` must be more than patience * every = {least}, or the gap never has a "
                 f"say; got {self.longest}"
             )
 
-    def init(self) -> GapState:
-        return GapState(jnp.zeros([], jnp.int32), jnp.asarray(0.0, float))
+    def init(self, params: Params) -> tuple[GapState, Stats]:
+        del params
+        none = jnp.zeros([], jnp.int32)
+        state = GapState(jnp.asarray(True), none, none, jnp.asarray(0.0, float))
+        return state, {"linearise/gap": state.gap}
 
-    def look(
-        self,
-        state: GapState,
-        age: jax.Array,
-        moved: Outputs,
-        outputs: Callable[[], Outputs],
-        at_anchor: Outputs,
-    ) -> tuple[GapState, jax.Array]:
-        """State after an update, and whether the anchor has to move at the next.
+    def after(self, state: GapState, served: Served) -> tuple[GapState, Stats]:
+        def check(_):
+            linearised = tree.add(served.outputs, served.displacement)
+            return _relative_gap(served.network(), linearised, served.displacement).astype(float)
 
-        Args:
-            state: before it.
-            age: updates since the anchor moved, 0 at the one that moved it.
-            moved: J(φ)(θ − φ).
-            outputs: f(θ), computed when it is looked at.
-            at_anchor: f(φ).
-        """
-
-        def found(_):
-            return _relative_gap(outputs(), tree.add(at_anchor, moved), moved).astype(float)
-
-        due = (age > 0) & (age % self.every == 0)
-        gap = jax.lax.cond(due, found, lambda state: state.gap, state)
-        exceeded = jnp.where(
-            due, jnp.where(gap > self.limit, state.exceeded + 1, 0), state.exceeded
-        )
+        fresh = served.age == 0
+        due = ~fresh & (served.age % self.every == 0)
+        gap = jax.lax.cond(due, check, lambda state: state.gap, state)
+        longer = jnp.where(gap > self.limit, state.exceeded + 1, 0)
+        exceeded = jnp.where(due, longer, state.exceeded)
         stale = due & (exceeded >= self.patience)
-        return GapState(
-            jnp.where(stale | (age == 0), 0, exceeded), jnp.where(age == 0, 0, gap)
-        ), stale
+        remaining = count_down(self.longest, state.moves, state.remaining, served.count)
+        next_state = GapState(
+            moves=stale | (remaining == 0),
+            remaining=remaining,
+            exceeded=jnp.where(stale | fresh, 0, exceeded),
+            gap=jnp.where(fresh, 0, gap),
+        )
+        return next_state, {"linearise/gap": next_state.gap}
 
 
 def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.Array:
-    """0 where the two agree but for rounding; infinite where the network is not finite, so that it is left."""
+    """The gap, and 0 where the two differ by rounding alone.
+
+    It is infinite where the network is not finite, so that this anchor is left.
+    """
     gap = tree.norm(tree.subtract(outputs, linearised))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(outputs))
     seen = gap > 8 * eps * tree.norm(linearised)
     return jnp.where(jnp.isfinite(gap), jnp.where(seen, gap / tree.norm(moved), 0), jnp.inf)
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerPeriods:
-    r"""A period for each group of layers: which layers learn features, and how often.
+# The argument.
 
-    A group of period 1 is not linearised at all: with θ = (a, b), where a are the parameters that
-    are linearised and b those that are not,
-
-    .. math:: f_\mathrm{lin}(a, b) = f(\phi, b) + \frac{\partial f}{\partial a}(\phi, b)\,(a - \phi),
-
-    and both follow the gradient of :math:`\ell(f_\mathrm{lin}(a, b))`. For each group of a longer
-    period φ moves to θ by itself. An update costs between 5/3 and 1.9 gradients, and more where the
-    first layers are exact than the last. A group that is not to be trained at all is one for Optax:
-    ``optax.partition({"train": inner, "freeze": optax.set_to_zero()}, labels)`` after the
-    linearised gradient.
-
-    Args:
-        periods: label ↦ K ≥ 1, `None` for never, or a schedule.
-        labels: the label of each leaf, as `optax.partition` has it: a tree like the parameters, or
-            one of its upper part, or a function from parameters to such a tree. A mask is a tree of
-            the labels True and False.
-
-    Raises:
-        ValueError, TypeError: there are no periods, or one is below 1; when used: a leaf has no
-        label with a period.
-
-    Reference: after Goldwaser & Ge, arXiv 2211.12345, who linearise all layers at once.
-
-    Example:
-        >>> import gnlin, jax.numpy as jnp, optax
-        >>> objective = gnlin.Objective(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], lambda z, x: jnp.sum(z ** 2))
-        >>> layers = gnlin.LayerPeriods({"features": 64, "readout": 1}, {"in": "features", "out": "readout"})
-        >>> tx = optax.chain(gnlin.linearise_gradients(objective, layers), optax.sgd(0.1))
-        >>> params = {"in": jnp.ones((2, 3)), "out": jnp.ones((3, 1))}
-        >>> _, state = tx.update(None, tx.init(params), params, batch=jnp.ones((4, 2)))
-        >>> {name: int(value) for name, value in gnlin.metrics(state).items() if "refreshes" in name}
-        {'linearise/refreshes/features': 1, 'linearise/refreshes/readout': 1}
-    """
-
-    periods: Mapping[Hashable, Any]
-    labels: Any
-
-    def __post_init__(self):
-        if not isinstance(self.periods, Mapping) or not self.periods:
-            raise ValueError(f"`periods` must map each label to its period; got {self.periods!r}")
-        if len(set(map(str, self.periods))) < len(self.periods):
-            raise ValueError(f"`periods` has labels that are written alike: {list(self.periods)!r}")
-        for label, period in self.periods.items():
-            if isinstance(period, RelativeGap | LayerPeriods):
-                raise TypeError(
-                    f"`periods` of layers must be integers, None or schedules; got {period!r} for {label!r}: how well "
-                    "the linearisation holds is a question to the whole network"
-                )
-            try:
-                check_period(period)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"{error} (of {label!r} in `periods`)") from None
-
-    def label_of_leaves(self, params: Params) -> list[Hashable]:
-        """Labels in the order of the leaves of `params`."""
-        labels = self.labels(params) if callable(self.labels) else self.labels
-        try:
-            found = tree.spread(labels, params)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                "`labels` must be a tree like the parameters, or of their upper part; got "
-                f"{jax.tree.structure(labels)} for {jax.tree.structure(params)}"
-            ) from error
-        known = {
-            label: label for label in self.periods
-        }  # of equal labels, such as 1 and True, those of `periods`
-        try:
-            unknown = dict.fromkeys(label for label in found if label not in known)
-        except TypeError as error:
-            raise TypeError(
-                f"`labels` must be names, numbers or other constants: {error}"
-            ) from error
-        if unknown:
-            lacking = ", ".join(map(repr, unknown))
-            raise ValueError(
-                f"`labels` has {lacking}, which `periods` lacks: {dict(self.periods)!r}"
-            )
-        return [known[label] for label in found]
+Period = int | None | Callable[[Any], chex.Numeric] | PeriodRule
 
 
-Period = int | None | Callable[[Any], chex.Numeric] | RelativeGap | LayerPeriods
-
-
-def cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
-    """Updates that an anchor serves that is moved at this one."""
-    if isinstance(period, RelativeGap):
-        period = period.longest
-    if period is None:
-        return jnp.asarray(FOREVER, jnp.int32)
-    length = period(count) if callable(period) else period
-    return jnp.maximum(jnp.round(jnp.asarray(length, float)), 1).astype(jnp.int32)
+def rule_of(period: Any) -> Any:
+    """The rule that the argument `period` stands for."""
+    period = check_period(period)
+    return period if is_rule(period) else Every(period)
 
 
 def check_period(period: Any) -> Any:
@@ -230,14 +246,13 @@ def check_period(period: Any) -> Any:
         raise TypeError(
             f"`period` must be a record, not a class: RelativeGap(0.1), say; got {period!r}"
         )
-    if (
-        period is None
-        or callable(period)
-        or isinstance(period, Tracer | RelativeGap | LayerPeriods)
-    ):
+    if period is None or callable(period) or isinstance(period, Tracer):
+        return period
+    if is_rule(period):
+        check_part("period", period, ("init", "after"), "a period rule", "gnlin.RelativeGap(0.1)")
         return period
     whole = is_integer(period)
-    # optax.inject_hyperparams turns what a schedule returns into floats; the cycle's length is
+    # optax.inject_hyperparams turns the values of a schedule into floats; the length of a cycle is
     # rounded anyway.
     whole |= (
         isinstance(period, jax.Array)
@@ -246,11 +261,15 @@ def check_period(period: Any) -> Any:
     )
     if not whole:
         raise TypeError(
-            "`period` must be an integer of at least 1, None (never), a schedule, a RelativeGap or LayerPeriods; got "
-            f"{period!r}"
+            "`period` must be an integer of at least 1, None (never), a schedule, a RelativeGap or "
+            f"another period rule, or LayerPeriods; got {period!r}"
         )
     if not period >= 1:  # true for NaN
         raise ValueError(
             f"`period` must be at least 1; got {period!r}. Use None to never re-linearise."
         )
     return int(period) if isinstance(period, (int, np.integer)) else period
+
+
+def is_rule(period: Any) -> bool:
+    return hasattr(period, "init") or hasattr(period, "after")

@@ -7,17 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, check_transformation, shows_signature
 from gnlin.problem.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss
 from gnlin.problem.linearisation import linearise
-from gnlin.problem.objective import (
-    Objective,
-    check_objective,
-    check_params,
-    check_transformation,
-    visible_objective,
-    without_loss,
-)
+from gnlin.problem.masking import visible_problem
+from gnlin.problem.objective import Objective, check_objective, check_params
 from gnlin.tree import Params
 
 
@@ -26,6 +20,7 @@ class ProxLinearState(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+@shows_signature
 def prox_linear(
     inner: optax.GradientTransformation,
     objective: Objective,
@@ -36,10 +31,11 @@ def prox_linear(
     r"""All inner steps inside one update, on one batch, with one linearisation.
 
     Minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps` steps
-    of `inner`, started afresh, and returns θ − φ: full Gauss-Newton (``loss_model="quadratic"``) or
-    prox-linear. Beside the one linearisation a step costs 4/3 of a gradient. The same as
-    `iterative_linearisation` with ``period=steps`` and ``reset_inner=True``, fed one batch for a
-    whole cycle. Follow it by a line search on the true loss to be safe:
+    of `inner`, started afresh, and returns θ − φ. That is full Gauss-Newton with
+    ``loss_model="quadratic"``, and prox-linear with the exact loss. Beside the one linearisation a
+    step costs 4/3 of a gradient. The result is that of `iterative_linearisation` with
+    ``period=steps`` and ``reset_inner=True``, fed one batch for a whole cycle. Follow it by a line
+    search on the true loss to be safe:
     ``optax.chain(prox_linear(...), optax.scale_by_backtracking_linesearch(...))``.
 
     The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ) and ``prox/linearised_loss``
@@ -82,39 +78,30 @@ def prox_linear(
     def init_fn(params):
         check_params(params, allow_holes=True)
         zero = jnp.asarray(0.0, float)
-        return ProxLinearState(
-            jnp.zeros([], jnp.int32), {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)}
-        )
+        metrics = {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)}
+        return ProxLinearState(jnp.zeros([], jnp.int32), metrics)
 
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates
-        extra_args = without_loss(extra_args)
-        problem = visible_objective(objective, params, all_params)
+        problem = visible_problem(objective, params, all_params)
         linear = linearise(problem, params, batch)
         loss = LOSS_MODELS[loss_model](problem, linear.outputs, batch)
+        value_fn = linearised_loss(linear, loss)
 
-        def inner_step(carry, _):
-            offset, inner_state = carry
+        def inner_step(now, _):
+            offset, inner_state = now
             value, cotangent = loss(linear.jvp(offset))
             grads = linear.vjp(cotangent)
-            now = tree.add(params, offset)
-            updates, inner_state = inner.update(
-                grads,
-                inner_state,
-                now,
-                value=value,
-                grad=grads,
-                value_fn=linearised_loss(linear, loss),
-                batch=batch,
-                **extra_args,
-            )
+            extras = {"value": value, "grad": grads, "value_fn": value_fn, "batch": batch}
+            at = tree.add(params, offset)
+            updates, inner_state = inner.update(grads, inner_state, at, **{**extra_args, **extras})
             return (tree.add_scaled(offset, 1.0, updates), inner_state), value
 
         start = (tree.zeros_like(params), inner.init(params))
         (offset, _), values = jax.lax.scan(inner_step, start, length=steps)
-        # As with any solve, what is not finite is no step; the metrics tell.
+        # A sum that is not finite is no step, as in any solve; the metrics tell.
         offset = tree.select(jnp.all(jnp.isfinite(values)), offset, tree.zeros_like(offset))
         metrics = {
             "prox/loss": values[0].astype(float),

@@ -56,7 +56,8 @@ def anchor(opt_state: Any) -> Params:
     found = linearised_state(opt_state)
     if found is None:
         raise ValueError(
-            "`opt_state` holds no anchor: no linearise_gradients or iterative_linearisation is in it"
+            "`opt_state` holds no anchor: it has no state of linearise_gradients or "
+            "iterative_linearisation"
         )
     return found.anchor
 
@@ -99,19 +100,20 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         opt_state: any Optax state, however nested; works under `jit`.
 
     Returns:
-        Dictionary of scalars, such as ``cg/steps``, ``cg/residual``, ``damping``, ``gain_ratio``,
-        ``accepted``, ``linearise/refreshes``; empty where no transform of this package is in it.
-        Where several transforms report the same name, the second is ``name/1``, and so on, in the
-        order of the state.
+        Dictionary of scalars, such as ``cg/iterations``, ``cg/residual``, ``damping``,
+        ``gain_ratio``, ``accepted``, ``linearise/refreshes``; empty without a transform of this
+        package. Where several transforms report the same name, the second is ``name/1``, and so on,
+        in the order of the state.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
-        >>> tx = optax.chain(gnlin.scale_by_gauss_newton(objective, damping=0.5), optax.scale_by_learning_rate(1.0))
+        >>> solve = gnlin.scale_by_gauss_newton(objective, damping=0.5)
+        >>> tx = optax.chain(solve, optax.scale_by_learning_rate(1.0))
         >>> params = jnp.ones(2)
         >>> _, state = tx.update(None, tx.init(params), params)
         >>> {name: round(float(value), 6) for name, value in gnlin.metrics(state).items()}
-        {'damping': 0.5, 'cg/steps': 1.0, 'cg/residual': 0.0, 'cg/converged': 1.0}
+        {'damping': 0.5, 'cg/iterations': 1.0, 'cg/residual': 0.0, 'cg/converged': 1.0}
     """
     collected: dict[str, jax.Array] = {}
     seen = collections.Counter()

@@ -1,41 +1,125 @@
-"""How far to go: the best step in the span of the direction and of the last step, on the linearised model."""
+"""How far to go along the direction of a solver: step rules.
+
+The default rule takes the best step in the plane of the direction and the last step, as the
+linearised model sees it.
+"""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_positive
-from gnlin.problem.curvature import OutputLoss, QuadraticModel, check_loss_model
+from gnlin.checks import check_part, check_positive
+from gnlin.problem.curvature import LOSS_MODELS, QuadraticModel, check_loss_model
+from gnlin.problem.objective import Objective, check_like_params
+from gnlin.solve.protocols import Stats
 from gnlin.transforms.damping import resolution
-from gnlin.tree import Params
+from gnlin.tree import Batch, Params
 
 
-class Step(NamedTuple):
-    step: Params  # δ, what is added to the parameters
-    change: jax.Array  # the model's change of the loss by δ, damping aside
-    sound: jax.Array  # whether the right-hand side and the linearisation were finite
-    stats: dict[str, jax.Array]
+class Search(NamedTuple):
+    """One update, as a step rule sees it.
+
+    Attributes:
+        objective: the problem; at the parameters ``model.linear.anchor``.
+        batch: the data of the curvature.
+        model: the quadratic model of the loss on this data.
+        damping: λ.
+        direction: d, the solver's direction for the right-hand side; it leads uphill.
+        rhs: the incoming updates u, the gradient where there were none.
+        rate: the learning rate of this update.
+    """
+
+    objective: Objective
+    batch: Batch
+    model: QuadraticModel
+    damping: jax.Array
+    direction: Params
+    rhs: Params
+    rate: chex.Numeric
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The choice of a step rule.
+
+    Attributes:
+        step: δ, to be added to the parameters.
+        change: predicted change of the loss by δ, damping aside.
+        sound: whether all that the choice was made from was finite.
+        stats: flat dictionary of scalars.
+    """
+
+    step: Params
+    change: jax.Array
+    sound: jax.Array | bool = True
+    stats: Stats = dataclasses.field(default_factory=dict)
+
+
+@runtime_checkable
+class StepRule(Protocol):
+    """A frozen record that turns a direction into a step.
+
+    Example:
+        >>> import dataclasses, gnlin, jax.numpy as jnp, optax
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Fraction:   # a fixed part of the solver's direction
+        ...     length: float = 0.5
+        ...     def init(self, params):
+        ...         return (), {}
+        ...     def choose(self, search, state):
+        ...         length = -self.length * search.rate
+        ...         step = optax.tree.scale(length, search.direction)
+        ...         return gnlin.Step(step, search.model.change(step))
+        ...     def after(self, state, taken):
+        ...         return state
+        >>> objective = gnlin.Objective.least_squares(lambda p: p - 2.0)
+        >>> tx = gnlin.gauss_newton(objective, damping=0.0, solver=gnlin.CG(), step=Fraction())
+        >>> tx.update(None, tx.init(jnp.zeros(1)), jnp.zeros(1))[0]   # half of the way to 2
+        Array([1.], dtype=float32)
+    """
+
+    def init(self, params: Params) -> tuple[Any, Stats]:
+        """``(state, stats)`` before the first step."""
+        ...
+
+    def choose(self, search: Search, state: Any) -> Step:
+        """The step, with `search.rate` applied."""
+        ...
+
+    def after(self, state: Any, taken: Params) -> Any:
+        """The next state, after the step that was taken: zeros where it was refused."""
+        ...
+
+
+def check_step_rule(step: Any) -> None:
+    if step is None:
+        raise TypeError(
+            "`step` must be a step rule such as gnlin.Subspace(). For full steps write "
+            "optax.chain(gnlin.scale_by_gauss_newton(objective, damping), "
+            "optax.scale_by_learning_rate(1.0))"
+        )
+    check_part("step", step, ("init", "choose", "after"), "a step rule", "gnlin.Subspace()")
 
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
     r"""Step length, and momentum, from the linearised model.
 
-    With d the direction a solver found and p the last step, α and β minimise
+    With d the direction of a solver and p the last step, α and β minimise
 
     .. math:: \ell\big(f(\theta) + J\delta\big) + (u - \nabla\ell)^\top \delta
               + \tfrac{\lambda}{2} \|\delta\|^2, \qquad \delta = -\alpha d + \beta p,
 
-    where u are the incoming updates: for a convex loss a convex problem in two unknowns, for one
-    push-forward of d and one of p (0.6 gradients each) and a few evaluations of the loss on known
-    outputs. With ``loss_model="quadratic"`` the loss is its second-order expansion, and α and β are
-    in closed form. The exact loss keeps confident predictions, where the curvature of a softmax
-    vanishes, from promising too much.
+    where u are the incoming updates. For a convex loss this is a convex problem in two unknowns. It
+    costs one push-forward of d and one of p (0.6 gradients each) and a few evaluations of the loss
+    on known outputs. With ``loss_model="quadratic"`` the loss is its second-order expansion, and α
+    and β are in closed form. The curvature of a softmax vanishes where predictions are confident,
+    and its expansion then promises too much; the exact loss does not.
 
     Metrics: ``subspace/length``, α, and ``subspace/momentum``, β. They are negative where the
     direction leads uphill (that of another batch, for example), and as large as the direction is
@@ -69,59 +153,74 @@ class Subspace:
         if self.max_norm is not None:
             check_positive("max_norm", self.max_norm)
 
-    def init(self, params: Params) -> tuple[Any, dict[str, jax.Array]]:
-        """``(state, statistics)`` before the first step."""
+    def init(self, params: Params) -> tuple[Any, Stats]:
         return (tree.zeros_like(params) if self.momentum else ()), _stats(jnp.zeros([2]))
 
-    def choose(
-        self,
-        model: QuadraticModel,
-        loss: OutputLoss,
-        damping: chex.Numeric,
-        direction: Params,
-        rhs: Params,
-        last: Any,
-        rate: chex.Numeric,
-    ) -> Step:
-        """The best step, times `rate`; `loss` is that of a displacement of the outputs, as `loss_model` has it."""
-        dtype = tree.accumulation_dtype(rhs)
-        ahead = tree.scale(-1, direction)
-        directions, units = zip(
-            *(_of_unit_size(each, dtype) for each in ([ahead, last] if self.momentum else [ahead])),
-            strict=True,
-        )
-        moved = [model.linear.jvp(tree.cast_like(each, rhs)) for each in directions]
-        value = jnp.asarray(model.value, dtype)
-        slopes = jnp.stack(
-            [
-                tree.inner(rhs, d).astype(dtype) - tree.inner(model.cotangent, m).astype(dtype)
-                for d, m in zip(directions, moved, strict=True)
-            ]
-        )
-        gram = jnp.stack([jnp.stack([tree.inner(a, b) for b in directions]) for a in directions])
+    def after(self, state: Any, taken: Params) -> Any:
+        return taken if self.momentum else state
+
+    def choose(self, search: Search, state: Any) -> Step:
+        rhs, dtype = search.rhs, tree.accumulation_dtype(search.rhs)
+        candidates = [tree.scale(-1, search.direction)]
+        if self.momentum:
+            check_like_params("opt_state", state, rhs, "call `init` with these parameters")
+            candidates.append(state)
+        span = _span(search, candidates, dtype)
+        outputs = search.model.linear.outputs
+        loss = LOSS_MODELS[self.loss_model](search.objective, outputs, search.batch)
+        value = jnp.asarray(search.model.value, dtype)
+        damping = jnp.asarray(search.damping, dtype)
 
         def change(weights):
-            return loss(_combined(weights, moved))[0].astype(dtype) - value + slopes @ weights
+            after = loss(_combined(weights, span.moved))[0].astype(dtype)
+            return after - value + span.slopes @ weights
 
         def damped(weights):
-            return change(weights) + jnp.asarray(damping, dtype) * weights @ gram @ weights / 2
+            return change(weights) + damping * weights @ span.gram @ weights / 2
 
         # The quadratic model's second evaluation only confirms the first.
         evaluations = 10 if self.loss_model == "exact" else 1
-        weights = _minimise(
-            damped, len(directions), dtype, evaluations, resolution(model.value).astype(dtype)
-        )
-        weights = weights * jnp.asarray(rate, dtype)
+        finest = resolution(search.model.value).astype(dtype)
+        weights = _minimise(damped, len(candidates), dtype, evaluations, finest)
+        weights = weights * jnp.asarray(search.rate, dtype)
         if self.max_norm is not None:
-            length = jnp.sqrt(jnp.maximum(weights @ gram @ weights, 0))
+            length = jnp.sqrt(jnp.maximum(weights @ span.gram @ weights, 0))
             weights = weights * jnp.minimum(1, self.max_norm / jnp.where(length > 0, length, 1))
-        step = tree.cast_like(_combined(weights, directions), rhs)
+        step = tree.cast_like(_combined(weights, span.directions), rhs)
         usable = jnp.all(jnp.isfinite(weights)) & tree.all_finite(step)
         step, weights = tree.select(usable, (step, weights), tree.zeros_like((step, weights)))
-        change_of_loss, sound = jnp.where(usable, change(weights), 0), jnp.all(jnp.isfinite(slopes))
         return Step(
-            step, change_of_loss, sound, _stats(jnp.append(weights / jnp.stack(units), 0)[:2])
+            step,
+            change=jnp.where(usable, change(weights), 0),
+            sound=jnp.all(jnp.isfinite(span.slopes)),
+            stats=_stats(jnp.append(weights / span.units, 0)[:2]),
         )
+
+
+class _Span(NamedTuple):
+    """One or two directions dᵢ, brought to unit size, and all that the loss along them needs."""
+
+    directions: list[Params]
+    units: jax.Array  # their sizes before
+    moved: list[Any]  # J dᵢ
+    slopes: jax.Array  # (u − ∇ℓ)ᵀdᵢ: the gradient is in the loss already, other updates are not
+    gram: jax.Array  # <dᵢ, dⱼ>
+
+
+def _span(search: Search, candidates: Sequence[Params], dtype) -> _Span:
+    model = search.model
+    directions, units, moved, slopes = [], [], [], []
+    for candidate in candidates:
+        direction, unit = _of_unit_size(candidate, dtype)
+        image = model.linear.jvp(tree.cast_like(direction, search.rhs))
+        along_updates = tree.inner(search.rhs, direction).astype(dtype)
+        along_gradient = tree.inner(model.cotangent, image).astype(dtype)
+        directions.append(direction)
+        units.append(unit)
+        moved.append(image)
+        slopes.append(along_updates - along_gradient)
+    gram = jnp.stack([jnp.stack([tree.inner(a, b) for b in directions]) for a in directions])
+    return _Span(directions, jnp.stack(units), moved, jnp.stack(slopes), gram)
 
 
 def _of_unit_size(vector: Params, dtype) -> tuple[Params, jax.Array]:
@@ -139,62 +238,66 @@ def _combined(weights: jax.Array, trees: Sequence[Any]) -> Any:
     )
 
 
+class _Newton(NamedTuple):
+    """Newton's method in one or two unknowns."""
+
+    weights: jax.Array  # the best so far
+    value: jax.Array  # of the function there
+    step: jax.Array  # Newton's from there
+    decrement: jax.Array  # decrease that the slope promises for it
+    length: jax.Array  # fraction of it that is tried
+    count: jax.Array  # evaluations
+
+
 def _minimise(
     function, count: int, dtype, evaluations: int, resolution: chex.Numeric = 0.0
 ) -> jax.Array:
-    """Newton's method from zero for a smooth convex function of one or two numbers that is 0 there.
+    """Minimise a smooth convex function of one or two numbers that is 0 at zero, from there.
 
-    A step that leads up by more than `resolution`, that of the function's values, is shortened.
-    Below it the slope decides, which is accurate for longer than the values are.
+    A step that leads up by more than `resolution`, that of the values of the function, is
+    shortened. Below it the slope decides, which is accurate for longer than the values are.
     """
     eps = float(jnp.finfo(dtype).eps)
-    units = jnp.eye(count, dtype=dtype)
+    axes = jnp.eye(count, dtype=dtype)
 
     def newton(weights):
+        """``(value, Newton's step, decrement)``."""
         (value, slope), pull_back = jax.vjp(jax.value_and_grad(function), weights)
-        hessian = jax.vmap(lambda unit: pull_back((jnp.zeros_like(value), unit))[0])(units)
-        # Directions may differ in curvature by orders of magnitude, may be parallel, and may be
-        # zero.
+        hessian = jax.vmap(lambda axis: pull_back((jnp.zeros_like(value), axis))[0])(axes)
+        # Directions may differ in curvature by orders of magnitude, may be parallel, may be zero.
         size = jnp.abs(jnp.diagonal(hessian))
         scale = jnp.sqrt(jnp.where(size > jnp.finfo(dtype).tiny, size, 1))
-        step = (
-            -_solve_unit_diagonal(hessian / jnp.outer(scale, scale), slope / scale, 10 * eps)
-            / scale
-        )
+        relative = hessian / jnp.outer(scale, scale)
+        step = -_solve_unit_diagonal(relative, slope / scale, 10 * eps) / scale
         return value, jnp.where(jnp.all(jnp.isfinite(step)), step, 0), -slope @ step
 
     def unfinished(now):
-        _, value, _, decrement, _, count = now
-        return (count < evaluations) & (decrement > 1e-3 * jnp.abs(value))
+        return (now.count < evaluations) & (now.decrement > 1e-3 * jnp.abs(now.value))
 
     def turn(now):
-        weights, value, step, decrement, length, count = now
-        trial = weights + length * step
-        new_value, new_step, new_decrement = newton(trial)
-        new_value = jnp.where(count == 0, 0, new_value)
-        good = new_value <= value + resolution  # false for NaN
-        kept = tree.select(
-            good, (trial, new_value, new_step, new_decrement), (weights, value, step, decrement)
-        )
-        return (*kept, jnp.where(good, 1, length / 4), count + 1)
+        trial = now.weights + now.length * now.step
+        value, step, decrement = newton(trial)
+        value = jnp.where(now.count == 0, 0, value)
+        good = value <= now.value + resolution  # false for NaN
+        length = jnp.where(good, 1, now.length / 4)
+        after = _Newton(trial, value, step, decrement, length, now.count + 1)
+        before = now._replace(length=length, count=now.count + 1)
+        return tree.select(good, after, before)
 
-    zero, nothing = jnp.zeros([count], dtype), jnp.zeros([], dtype)
+    zero = jnp.zeros([count], dtype)
     if evaluations == 1:
         return newton(zero)[1]
     # The first turn evaluates at zero: compiled once, and not once more before the loop.
-    first = (
-        zero,
-        nothing,
-        zero,
-        jnp.full_like(nothing, jnp.inf),
-        jnp.ones([], dtype),
-        jnp.zeros([], jnp.int32),
-    )
-    return jax.lax.while_loop(unfinished, turn, first)[0]
+    one = jnp.ones([], dtype)
+    first = _Newton(zero, 0 * one, zero, jnp.inf * one, one, jnp.zeros([], jnp.int32))
+    return jax.lax.while_loop(unfinished, turn, first).weights
 
 
 def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array, jitter: float) -> jax.Array:
-    """Solution for a symmetric matrix with ones on its diagonal, to which `jitter` is added, of one or two rows."""
+    """Solve with a symmetric matrix of one or two rows that has ones on its diagonal.
+
+    `jitter` is added to the diagonal.
+    """
     diagonal = 1 + jitter
     if len(rhs) == 1:
         return rhs / diagonal
@@ -204,7 +307,7 @@ def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array, jitter: float) -> ja
     return jnp.stack([along + across, along - across])
 
 
-def _stats(weights: jax.Array) -> dict[str, jax.Array]:
+def _stats(weights: jax.Array) -> Stats:
     return {
         "subspace/length": jnp.asarray(weights[0], float),
         "subspace/momentum": jnp.asarray(weights[1], float),

@@ -1,0 +1,58 @@
+"""Parameters that `optax.masked` and `optax.partition` hide: the problem of the other ones.
+
+Both wrappers hand the transform a tree with `optax.MaskedNode` holes, and the model cannot be
+evaluated there. The holes are filled with constants from the whole tree, ``all_params``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from gnlin import tree
+from gnlin.problem.objective import Objective, check_params
+from gnlin.tree import Params
+
+
+def visible_problem(objective: Objective, params: Params, all_params: Params | None) -> Objective:
+    """The problem of one update: the objective as a function of the leaves that are visible.
+
+    Every `update` begins here. Without holes the objective is returned as it is.
+
+    Raises:
+        ValueError, TypeError: `params` is missing or cannot be trained; it has holes and
+            `all_params` does not fill them.
+    """
+    if params is None or all_params is None or not tree.has_holes(params):
+        objective.check_params(params)
+        return objective
+    if tree.has_holes(all_params):
+        raise ValueError(
+            "`all_params` has optax.MaskedNode holes, so the model cannot be evaluated. Leave "
+            "mask_compatible_extra_args=False in optax.masked: True masks `all_params`, too."
+        )
+    check_params(all_params)
+    check_params(params, allow_holes=True)
+    try:
+        tree.fill_holes(params, all_params)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`all_params` must be the whole tree of parameters that was masked: {error}"
+        ) from error
+    return with_constants(objective, all_params)
+
+
+def with_constants(objective: Objective, constants: Params) -> Objective:
+    """The objective as a function of the leaves that are holes elsewhere than in `constants`."""
+    return dataclasses.replace(objective, model=_Filled(objective.model, constants))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Filled:
+    """A model of some leaves, the others held at those of `constants`."""
+
+    model: Callable[..., Any]
+    constants: Params
+    fills_holes: ClassVar[bool] = True  # `Objective.check_params` then allows for holes
+
+    def __call__(self, visible, batch=None):
+        return self.model(tree.fill_holes(visible, self.constants), batch)
