@@ -31,8 +31,9 @@ from gnlin.compare import (
 from gnlin.compare.entrants.contestants import DEFAULT
 from gnlin.compare.entrants.entry import parse
 from gnlin.compare.runs.cost import flops, gradient_flops
+from gnlin.compare.runs.jobs import _key, make
 from gnlin.compare.runs.records import SCHEMA, Records, RecordsError, read
-from gnlin.compare.runs.study import Study, _key, make
+from gnlin.compare.runs.study import Study
 from gnlin.compare.runs.trial import Program, metered_step
 from gnlin.compare.tasks.handwriting import digits
 
@@ -296,9 +297,9 @@ def test_the_model_being_trained_is_the_linearised_one(tiny):
 
 def test_evaluation_in_pieces_is_that_of_the_whole(tiny, monkeypatch):
     whole = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
-    monkeypatch.setattr("gnlin.compare.runs.trial._WHOLE", 39)
+    monkeypatch.setattr("gnlin.compare.runs.evaluation._WHOLE", 39)
     monkeypatch.setattr(
-        "gnlin.compare.runs.trial._PIECE", 16
+        "gnlin.compare.runs.evaluation._PIECE", 16
     )  # of 40 examples, so that one piece is smaller
     pieces = program(tiny, "il:period=never").run(0.016, seed=0)["curve"]
     for name in ("loss", "quality", "network_loss", "network_quality"):

@@ -99,7 +99,7 @@ def test_drift_costs_a_kernel_where_it_is_looked_at(problem):
     objective, params, batch, gradient = problem
     probe = jax.tree.map(lambda leaf: leaf[:8], batch)
     kernel = _flops(
-        lambda params: gnlin.kernel.empirical_ntk(objective, params, probe, outputs="trace"), params
+        lambda params: gnlin.kernel.empirical_ntk(objective, params, probe, pairs="trace"), params
     )
     watched = _step_flops(
         gnlin.measure_kernel_drift(optax.sgd(0.1), objective, probe, 10), problem, True
@@ -148,7 +148,7 @@ def test_an_iteration_of_conjugate_gradients(problem):
     assert three - two <= 1.40 * gradient
     # A whole step: the gradient, and the body of the CG loop, which XLA counts once.
     once = _step_flops(
-        gnlin.scale_by_gauss_newton(objective, 1.0, solver=gnlin.CG(max_steps=30)), problem
+        gnlin.scale_by_gauss_newton(objective, 1.0, solver=gnlin.CG(max_iterations=30)), problem
     )
     assert once <= (1.40 + 1.05) * gradient
 

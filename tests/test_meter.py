@@ -192,10 +192,10 @@ def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
     (found,), state = step_flops(
         task,
         damped_gauss_newton,
-        {**options, "decay": 20.0, "max_steps": 4, "rtol": 0.0, "warm_start": 0.0},
+        {**options, "decay": 20.0, "max_iterations": 4, "rtol": 0.0, "warm_start": 0.0},
         1,
     )
-    assert gnlin.metrics(state)["cg/steps"] == 4
+    assert gnlin.metrics(state)["cg/iterations"] == 4
 
     def step(params, batch):
         _, grads = task.objective.value_and_grad(params, batch)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnlin.compare.entrants import peers
+from gnlin.compare.entrants import peers, requirements
 from gnlin.compare.runs.cost import flops
 from gnlin.compare.runs.meter import metered
 from gnlin.compare.tasks.handwriting import digits
@@ -114,22 +114,26 @@ def test_jaxopt_gauss_newton():
 
 
 def test_least_squares_only():
-    for unfit in (peers.least_squares_unfit, peers.jaxopt_unfit):
+    for unfit in (requirements.least_squares_unfit, requirements.jaxopt_unfit):
         assert unfit(REGRESSION) is None
         assert "least squares" in str(unfit(CLASSIFICATION))
 
 
 def test_too_large_for_jaxopt():
     wide = dataclasses.replace(REGRESSION, init=lambda key: {"w": jnp.zeros(12000)})
-    assert "120000 turns" in str(
-        peers.jaxopt_unfit(dataclasses.replace(wide, residuals=lambda params, batch: batch["y"]))
+    assert "120000 iterations" in str(
+        requirements.jaxopt_unfit(
+            dataclasses.replace(wide, residuals=lambda params, batch: batch["y"])
+        )
     )
 
 
 # Either loss.
 
 
-@pytest.mark.parametrize("unfit", [peers.somax_unfit, peers.somax_egn_unfit, peers.kfac_unfit])
+@pytest.mark.parametrize(
+    "unfit", [requirements.somax_unfit, requirements.somax_egn_unfit, requirements.kfac_unfit]
+)
 def test_fit_either_loss_and_not_another(unfit):
     assert unfit(REGRESSION) is None
     assert unfit(CLASSIFICATION) is None
@@ -141,7 +145,7 @@ def test_fit_either_loss_and_not_another(unfit):
 
 def test_residuals_without_examples_do_not_fit_kfac():
     assert "axis 0" in str(
-        peers.kfac_unfit(
+        requirements.kfac_unfit(
             dataclasses.replace(REGRESSION, residuals=lambda params, batch: {"a": params, "b": 0})
         )
     )
@@ -173,7 +177,7 @@ def test_somax(build, control, task):
 @pytest.mark.parametrize("task", [REGRESSION, CLASSIFICATION], ids=["squared", "softmax"])
 def test_kfac(task):
     if (
-        reason := peers.kfac_absent()
+        reason := requirements.kfac_absent()
     ) is not None:  # no release runs on this JAX, and the extra cannot ask for its source
         pytest.skip(reason)
     costs = check(peers.kfac, task, {"damping": 0.1}, count=12)
@@ -190,10 +194,10 @@ def test_kfac(task):
 @pytest.mark.parametrize(
     ("absent", "remedy"),
     [
-        (peers.somax_absent, "pip install python-somax"),
-        (peers.kfac_absent, 'pip install "kfac-jax @ git+https://'),
-        (peers.optimistix_absent, "pip install optimistix"),
-        (peers.jaxopt_absent, "pip install jaxopt"),
+        (requirements.somax_absent, "pip install python-somax"),
+        (requirements.kfac_absent, 'pip install "kfac-jax @ git+https://'),
+        (requirements.optimistix_absent, "pip install optimistix"),
+        (requirements.jaxopt_absent, "pip install jaxopt"),
     ],
 )
 def test_remedy_where_a_library_is_absent(absent, remedy, monkeypatch):
@@ -209,23 +213,23 @@ def test_remedy_where_a_library_does_not_run(monkeypatch):
     def broken(name):
         raise AttributeError(name)
 
-    peers._error.cache_clear()
+    requirements._error.cache_clear()
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: None if name == "somax" else "0.0.8"
     )
     monkeypatch.setattr(importlib, "import_module", broken)
     assert f"kfac-jax 0.0.8 does not run on JAX {jax.__version__} (AttributeError): pip" in str(
-        peers.kfac_absent()
+        requirements.kfac_absent()
     )
-    assert "--upgrade python-somax" in str(peers.somax_absent())
-    peers._error.cache_clear()
+    assert "--upgrade python-somax" in str(requirements.somax_absent())
+    requirements._error.cache_clear()
 
 
 def test_the_other_somax_is_named(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    assert "pip uninstall somax" in str(peers.somax_absent())
+    assert "pip uninstall somax" in str(requirements.somax_absent())
 
 
 def test_peers_of_the_test_environment_are_there():
-    assert peers.optimistix_absent() is None
-    assert peers.jaxopt_absent() is None
+    assert requirements.optimistix_absent() is None
+    assert requirements.jaxopt_absent() is None

@@ -12,26 +12,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gnlin.compare.report import figures
-from gnlin.compare.report import page as report
+from gnlin.compare.report import drawing, figures, page, wording
 from gnlin.compare.report.axes import _ticks
-from gnlin.compare.report.summary import (
+from gnlin.compare.report.bands import band
+from gnlin.compare.report.lines import (
     Point,
-    Spread,
-    TaskFacts,
     as_damping,
-    band,
-    choose,
     damping_lines,
-    incomplete,
     moving_metrics,
-    reached,
-    summarise,
     sweeps,
     swept,
     thinned,
 )
-from gnlin.compare.runs.records import SCHEMA, Records, read
+from gnlin.compare.report.summary import Spread, incomplete, summarise
+from gnlin.compare.report.terminal import ResultTable
+from gnlin.compare.runs.records import SCHEMA, Records, TaskFacts, read
+from gnlin.compare.runs.tuning import choose, reached
 
 FACTS = TaskFacts("toy", "A toy.", 0.1, "accuracy, %", True, 97.0)
 TASKS = {"toy": FACTS}
@@ -282,7 +278,7 @@ def test_failed_and_diverged_contestants_are_rows_with_their_reason():
     assert (first.failed, first.diverged, first.reason) == (1, 0, "no such module")
     assert (second.failed, second.diverged, second.reason) == (0, 1, "loss is NaN at step 1")
     assert (second.quality.count, second.quality.total, second.solved) == (1, 2, 0)
-    assert report.trouble(second) == "of 2 runs 1 diverged: loss is NaN at step 1"
+    assert wording.trouble(second) == "of 2 runs 1 diverged: loss is NaN at step 1"
 
 
 # Curves and sweeps.
@@ -355,8 +351,8 @@ def test_metrics_that_move_along_a_sweep_are_drawn(tmp_path):
         if len(each.get_ydata()) == 3 and each.get_linestyle() != "None"
     ]
     assert any(np.allclose(mean, 0.71) for mean in means)
-    page = report.write(tmp_path, runs, TASKS).read_text(encoding="utf-8")
-    assert "State of the optimiser at the end" in page
+    text = page.write(tmp_path, runs, TASKS).read_text(encoding="utf-8")
+    assert "State of the optimiser at the end" in text
     lines = read_csv(tmp_path / "runs.csv")
     assert [json.loads(line["metrics"]).get("kernel/alignment") for line in lines] == [
         run.get("metrics", {}).get("kernel/alignment") for run in runs
@@ -381,7 +377,7 @@ def test_metrics_that_are_not_finite_are_read_back_and_left_out(tmp_path):
         run["seed"] > 0 and run["options"]["period"] != 4 for run in runs
     ]
     assert moving_metrics(sweeps(summarise(found, TASKS), "period")) == ["linearise/gap"]
-    report.write(tmp_path, found, TASKS)
+    page.write(tmp_path, found, TASKS)
 
 
 def test_a_sweep_needs_three_numbers():
@@ -461,10 +457,10 @@ def test_crowded_figures_keep_every_contestant():
 def test_labels_do_not_overlap_and_stay_near():
     sizes = np.full(4, 0.1)
     np.testing.assert_allclose(
-        figures.spread_out(np.array([0.2, 0.5, 0.5, 0.9]), sizes), [0.2, 0.45, 0.55, 0.9]
+        drawing.spread_out(np.array([0.2, 0.5, 0.5, 0.9]), sizes), [0.2, 0.45, 0.55, 0.9]
     )
     for wanted in ([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.9, 1.0, 1.0]):
-        places = figures.spread_out(np.array(wanted), sizes)
+        places = drawing.spread_out(np.array(wanted), sizes)
         assert all(np.diff(places) >= 0.1 - 1e-12)
         assert places[0] >= 0.05 - 1e-12
         assert places[-1] <= 0.95 + 1e-12
@@ -473,7 +469,7 @@ def test_labels_do_not_overlap_and_stay_near():
 def test_styles_differ_without_colour():
     looks = [
         (style["marker"], style["markerfacecolor"] == "white")
-        for style in map(figures._style, range(16))
+        for style in map(drawing.style, range(16))
     ]
     assert len(set(looks)) == 16
 
@@ -487,7 +483,7 @@ def test_table_fits_into_80_columns_and_says_what_is_missing():
     )
     runs += [{**run, "label": "il:inner=sgd,period=1024"} for run in entry("il", {}, seeds=2)]
     runs += [failed(contestant="kfac", label="kfac")]
-    shown = as_text(report.terminal(summarise(runs, TASKS), FACTS))
+    shown = as_text(ResultTable(summarise(runs, TASKS), FACTS))
     assert max(map(len, shown.splitlines())) <= 80
     for expected in (
         "levenberg-marquardt",
@@ -507,7 +503,7 @@ def test_table_fits_into_80_columns_and_says_what_is_missing():
 
 def test_terminal_shows_labels_as_they_are():
     (row,) = summarise([{**run, "label": "[bold]x"} for run in entry("sgd", {})], TASKS)
-    assert "[bold]x" in as_text(report.terminal([row], FACTS))
+    assert "[bold]x" in as_text(ResultTable([row], FACTS))
 
 
 @pytest.mark.parametrize(
@@ -515,7 +511,7 @@ def test_terminal_shows_labels_as_they_are():
     [(99.2, 0.25, "0.2"), (0.0123, 0.001, "0.0010"), (1e-7, 2e-8, "2.0e-8"), (math.nan, 1.0, "1")],
 )
 def test_deviations_have_the_places_of_their_mean(mean, value, shown):
-    assert report.like(mean)(value) == shown
+    assert wording.like(mean)(value) == shown
 
 
 # The page and its files.
@@ -543,7 +539,7 @@ def everything():
 @pytest.fixture(scope="module")
 def written(everything, tmp_path_factory):
     directory = tmp_path_factory.mktemp("report")
-    assert report.write(directory, everything, TASKS) == directory / "report.html"
+    assert page.write(directory, everything, TASKS) == directory / "report.html"
     return directory
 
 
@@ -573,22 +569,22 @@ class Page(html.parser.HTMLParser):
 
 def test_page_is_whole_and_needs_nothing_else(written):
     text = (written / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    names = [tag for tag, _ in page.tags]
+    parsed = Page(text)
+    names = [tag for tag, _ in parsed.tags]
     assert "script" not in names
     assert "link" not in names
     assert not re.search(r"https?://|url\(|@import", text)
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    images = [attributes for tag, attributes in parsed.tags if tag == "img"]
     assert len(images) == names.count("figcaption") == 10
     assert all(
         image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images
     )
-    assert all(attributes["href"].startswith("#") for tag, attributes in page.tags if tag == "a")
-    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    assert all(attributes["href"].startswith("#") for tag, attributes in parsed.tags if tag == "a")
+    assert all("scope" in attributes for tag, attributes in parsed.tags if tag == "th")
     assert (
         "meta",
         {"name": "viewport", "content": "width=device-width, initial-scale=1"},
-    ) in page.tags
+    ) in parsed.tags
 
 
 def test_page_says_what_there_is_to_say(written):
@@ -654,7 +650,7 @@ def test_the_same_records_give_the_same_files(tmp_path):
     (tmp_path / "figures").mkdir()
     rows = summarise([record([1.0, 0.5, 0.05])], TASKS)
     first, second = (
-        report._embed(figures.pictures(rows, FACTS)[0], tmp_path, "toy")["source"] for _ in range(2)
+        page._embed(figures.pictures(rows, FACTS)[0], tmp_path, "toy")["source"] for _ in range(2)
     )
     assert first == second
 
@@ -666,7 +662,7 @@ def test_nothing_finished_and_nothing_at_all_are_pages_too(tmp_path):
         entry("sgd", {})[:1],
         [record([math.nan], status="diverged", reason="NaN")],
     ):
-        Page(report.write(tmp_path, runs, TASKS).read_text(encoding="utf-8"))
+        Page(page.write(tmp_path, runs, TASKS).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

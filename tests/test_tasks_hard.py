@@ -180,8 +180,8 @@ def test_relative_error_is_one_for_the_zero_function(x64):
 
 def test_levenberg_marquardt_gets_most_of_the_way_in_thirty_steps(x64):
     task = loaded("poisson-pinn")
-    solver = gnlin.CG(max_steps=100, rtol=1e-6)
-    tx = gnlin.levenberg_marquardt(task.objective, initial_damping=1e-3, solver=solver)
+    solver = gnlin.CG(max_iterations=100, rtol=1e-6)
+    tx = gnlin.levenberg_marquardt(task.objective, damping=1e-3, solver=solver)
     step = jax.jit(lambda params, opt_state: tx.update(None, opt_state, params, batch=task.train))
     params = task.init(jax.random.key(0))
     opt_state = tx.init(params)

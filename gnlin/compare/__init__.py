@@ -1,11 +1,12 @@
 """Optimisers side by side on real data: ``gnlin compare TASK``, or `run` from Python.
 
-Reading order, which is also the direction in which data flows: `task` and `tasks` (what is
-trained), `method` (how an optimiser is driven), `cost` and `meter` (the unit of work), `contestant`
-(what takes part), `optimisers`, `peers` and `contestants` (who can), `entry` (who does), `trial`
-(one entry, setting and seed to one record), `summary` (records to rows), `records` (where they are
-kept), `study` (which runs, and by whom), `axes`, `figures` and `report` (rows to pictures, tables
-and a page), `api` and `cli` (how one asks).
+Rooms, in the order in which data flows and imports go:
+
+* `tasks`: which problems are trained?
+* `entrants`: who takes part, and how is it driven?
+* `runs`: what does a run cost, and what came of it?
+* `report`: what do the runs say?
+* `api` and `cli`: how does one ask?
 """
 
 from gnlin.compare.api import run

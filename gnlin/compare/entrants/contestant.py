@@ -1,4 +1,4 @@
-"""What a contestant is: an optimiser, its options, and values of the one number that is tuned."""
+"""The definition of a contestant: an optimiser, its options, and the one number that is tuned."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ Options = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What can be said of a contestant beside the tuned number.
+    """A choice that a contestant offers beside the tuned number.
 
     Attributes:
-        default: its value where nothing is said.
+        default: its value where the user names none.
         parse: text ↦ value; raises ValueError.
-        form: what is expected, for messages.
+        form: the values it takes, for messages.
     """
 
     default: Any
@@ -33,16 +33,16 @@ class Contestant:
     """One optimiser of the comparison.
 
     Attributes:
-        name: what the command line and the records call it.
-        summary: one line on what it is.
+        name: its name on the command line and in the records.
+        summary: a line that describes it.
         build: (task, options) ↦ method. The options hold the tuned number too, which may be a
             traced scalar, so that one compilation serves the grid.
         tuned: name of the tuned number.
         grid: its values, one trial each; or options ↦ values, where they depend on them.
-        options: what else can be set.
+        options: the other options, by name.
         reason_absent: one line on why it cannot run here, with the remedy; `None` where it can.
         reason_unfit: one line on why it cannot run on a task; `None` where it can.
-        family: who it belongs to: ``gnlin``, ``optax`` or ``peers``.
+        family: ``gnlin``, ``optax`` or ``peers``.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Contestant:
     family: str = "optax"
 
     def values(self, options: Options) -> tuple[float, ...]:
-        """Values of the tuned number among which is chosen."""
+        """Values of the tuned number, of which one is chosen."""
         return self.grid(options) if callable(self.grid) else self.grid
 
 
@@ -70,11 +70,11 @@ def optax_contestant(
     """A contestant from any Optax transformation.
 
     Args:
-        name: what to call it.
+        name: its name on the command line and in the records.
         make: tuned number ↦ transformation; the number may be traced. For a transformation that
             needs the objective use `Contestant` itself.
         grid: values of the tuned number, one trial each.
-        tuned: what the number is.
+        tuned: name of the number.
 
     Example:
         >>> import optax

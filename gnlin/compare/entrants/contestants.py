@@ -1,9 +1,9 @@
-"""Who can take part, and among which values of the tuned number.
+"""The table of contestants, with the values of their tuned numbers.
 
-Everyone has five trials. Learning rates lie a factor 4 apart, values of λ a factor 10.
+Every contestant has five trials. Learning rates lie a factor 4 apart, values of λ a factor 10.
 """
 
-from gnlin.compare.entrants import optimisers, peers
+from gnlin.compare.entrants import optimisers, peers, requirements
 from gnlin.compare.entrants.contestant import (
     Contestant,
     Options,
@@ -28,7 +28,7 @@ def _rates_of_inner(options: Options) -> tuple[float, ...]:
 
 _SOLVER = {
     "solver": one_of("auto", "cg", "dense"),
-    "max_steps": integer(10),
+    "max_iterations": integer(10),
     "rtol": number(1e-2),
     "warm_start": number(0.0),
 }
@@ -36,7 +36,7 @@ _SOLVER = {
 _OPTIMISTIX = {
     "solver": one_of("auto", "qr", "cg"),
     "rtol": number(1e-3),
-    "max_steps": integer(100),
+    "max_iterations": integer(100),
     "batch": batch("full"),
 }
 
@@ -81,7 +81,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "il",
-            "Iterative linearisation: the anchor moves every `period` steps of the inner optimiser.",
+            "Iterative linearisation: the anchor moves every `period` steps of the inner "
+            "optimiser.",
             optimisers.iterative_linearisation,
             grid=_rates_of_inner,
             options={
@@ -97,7 +98,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "il-gap",
-            "Iterative linearisation: the anchor moves when the network is off its linearisation by a share `gap`.",
+            "Iterative linearisation: the anchor moves when the network is off its linearisation "
+            "by a share `gap`.",
             optimisers.linearised_while_it_holds,
             grid=_rates_of_inner,
             options={
@@ -134,7 +136,7 @@ CONTESTANTS: dict[str, Contestant] = {
             options={
                 "learning_rate": number(1.0),
                 "solver": one_of("kronecker", "cg", "dense"),
-                "max_steps": integer(10),
+                "max_iterations": integer(10),
                 "momentum": switch(True),
                 "loss_model": one_of("exact", "quadratic"),
                 "batch": batch(),
@@ -143,8 +145,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "gn-cg",
-            "Damped Gauss-Newton by conjugate gradients, full steps; tuned: λ, which falls to it from 1 as "
-            "exp(−step / decay), or, for control=constant, is it throughout.",
+            "Damped Gauss-Newton by conjugate gradients, full steps; tuned: λ at the end, to which "
+            "λ falls from 1 as exp(−step / decay); with control=constant λ never changes.",
             optimisers.damped_gauss_newton,
             tuned="damping",
             grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
@@ -165,7 +167,7 @@ CONTESTANTS: dict[str, Contestant] = {
             grid=_DAMPINGS,
             options={
                 **_SOLVER,
-                "max_steps": integer(20),
+                "max_iterations": integer(20),
                 "warm_start": number(0.9),
                 "scaling": one_of("identity", "marquardt"),
                 "batch": batch("full"),
@@ -190,12 +192,12 @@ CONTESTANTS: dict[str, Contestant] = {
             options={
                 "damping": number(0.01),
                 "control": one_of("constant", "trust-region"),
-                "max_steps": integer(20),
+                "max_iterations": integer(20),
                 "rtol": number(1e-4),
                 "batch": batch(),
             },
-            reason_absent=peers.somax_absent,
-            reason_unfit=peers.somax_unfit,
+            reason_absent=requirements.somax_absent,
+            reason_unfit=requirements.somax_unfit,
             family="peers",
         ),
         Contestant(
@@ -208,19 +210,20 @@ CONTESTANTS: dict[str, Contestant] = {
                 "control": one_of("constant", "trust-region"),
                 "batch": batch(),
             },
-            reason_absent=peers.somax_absent,
-            reason_unfit=peers.somax_egn_unfit,
+            reason_absent=requirements.somax_absent,
+            reason_unfit=requirements.somax_egn_unfit,
             family="peers",
         ),
         Contestant(
             "kfac",
-            "K-FAC with adaptive damping, momentum and learning rate (kfac-jax); tuned: first damping.",
+            "K-FAC with adaptive damping, momentum and learning rate (kfac-jax); tuned: first "
+            "damping.",
             peers.kfac,
             tuned="damping",
             grid=_DAMPINGS,
             options={"batch": batch()},
-            reason_absent=peers.kfac_absent,
-            reason_unfit=peers.kfac_unfit,
+            reason_absent=requirements.kfac_absent,
+            reason_unfit=requirements.kfac_unfit,
             family="peers",
         ),
         Contestant(
@@ -229,8 +232,8 @@ CONTESTANTS: dict[str, Contestant] = {
             peers.optimistix_gn,
             grid=_AROUND_ONE,
             options=_OPTIMISTIX,
-            reason_absent=peers.optimistix_absent,
-            reason_unfit=peers.least_squares_unfit,
+            reason_absent=requirements.optimistix_absent,
+            reason_unfit=requirements.least_squares_unfit,
             family="peers",
         ),
         Contestant(
@@ -240,18 +243,19 @@ CONTESTANTS: dict[str, Contestant] = {
             tuned="damping",
             grid=_DAMPINGS,
             options=_OPTIMISTIX,
-            reason_absent=peers.optimistix_absent,
-            reason_unfit=peers.least_squares_unfit,
+            reason_absent=requirements.optimistix_absent,
+            reason_unfit=requirements.least_squares_unfit,
             family="peers",
         ),
         Contestant(
             "jaxopt-gn",
-            "Gauss-Newton without damping, least squares, full batch (jaxopt); there is nothing to tune.",
+            "Gauss-Newton without damping, least squares, full batch (jaxopt); there is nothing "
+            "to tune.",
             peers.jaxopt_gn,
             grid=(1.0,),
             options={"batch": batch("full")},
-            reason_absent=peers.jaxopt_absent,
-            reason_unfit=peers.jaxopt_unfit,
+            reason_absent=requirements.jaxopt_absent,
+            reason_unfit=requirements.jaxopt_unfit,
             family="peers",
         ),
         Contestant(
@@ -261,14 +265,14 @@ CONTESTANTS: dict[str, Contestant] = {
             tuned="damping",
             grid=(0.01, 0.1, 1.0, 10.0, 100.0),
             options={"batch": batch("full")},
-            reason_absent=peers.jaxopt_absent,
-            reason_unfit=peers.jaxopt_unfit,
+            reason_absent=requirements.jaxopt_absent,
+            reason_unfit=requirements.jaxopt_unfit,
             family="peers",
         ),
     )
 }
 
-# Who takes part where nobody is named.
+# The contestants of a comparison that names none.
 DEFAULT = (
     "sgd",
     "adam",

@@ -1,22 +1,25 @@
-"""Who does take part: contestants with their options said, from words such as ``il:period=64,inner=adam``."""
+"""Entries of a comparison, from words such as ``il:period=64,inner=adam``."""
 
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gnlin.compare.entrants.contestant import Contestant, not_negative
+from gnlin.compare.entrants.contestant import Contestant, Option, not_negative
 from gnlin.compare.entrants.contestants import CONTESTANTS, DEFAULT
 from gnlin.compare.entrants.method import Method
 from gnlin.compare.tasks.task import Task
+
+# The tuned number, where the user fixes it.
+_TUNED = Option(None, not_negative, "a number of at least 0")
 
 # Sweeps: name of an option or of the tuned number ↦ its values, as text.
 Sweep = Mapping[str, Sequence[str]]
 
 
 class UsageError(ValueError):
-    """What the user said cannot be; the message says what can."""
+    """A mistake of the user; the message names the possible values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Entry:
 
     Attributes:
         contestant: the optimiser.
-        options: all fixed options, and the tuned number where it was said.
-        grid: values of the tuned number; a single one where it was said.
-        label: its name and what was said that is not the default: what tables and figures call it.
+        options: all fixed options, and the tuned number where the user fixed it.
+        grid: values of the tuned number; a single one where the user fixed it.
+        label: its name in tables and figures, with all options that are not the default.
     """
 
     contestant: Contestant
@@ -43,13 +46,15 @@ class Entry:
 def entries_of(
     words: Sequence[str | Contestant | Entry], sweep: Sweep | None = None
 ) -> list[Entry]:
-    """Entries from words, with every combination of the swept values for those that have the
-    option.
+    """Entries from words.
+
+    A contestant that has the swept options takes part with every combination of their values.
 
     Args:
         words: ``name`` or ``name:option=value,...`` or the name of a family (``gnlin``, ``optax``,
-            ``peers``); `Contestant` and `Entry` records stand for themselves. Nothing stands for
-            `DEFAULT`, or, in a sweep, for all members of gnlin that have a swept option.
+            ``peers``). `Contestant` and `Entry` records stand for themselves. An empty sequence
+            stands for `DEFAULT`. In a sweep it stands for all members of gnlin that have a swept
+            option.
         sweep: option ↦ values.
 
     Raises:
@@ -81,27 +86,25 @@ def parse(word: str) -> Entry:
 
 
 def _entry(contestant: Contestant, said: Mapping[str, str]) -> Entry:
+    """An entry whose options are the defaults, but for those in `said`."""
+    tuned = contestant.tuned
+    forms = {**contestant.options, tuned: _TUNED}
     options = {option: form.default for option, form in contestant.options.items()}
     for option, text in said.items():
-        if option == contestant.tuned:
-            options[option] = _value(
-                not_negative, text, contestant, option, "a number of at least 0"
-            )
-        elif option in contestant.options:
-            form = contestant.options[option]
-            options[option] = _value(form.parse, text, contestant, option, form.form)
-        else:
-            raise UsageError(
-                f"{contestant.name} has no option {option!r}{_nearest(option, _names(contestant))}"
-            )
-    grid = (
-        (options[contestant.tuned],) if contestant.tuned in options else contestant.values(options)
-    )
+        if option not in forms:
+            near = _nearest(option, _names(contestant))
+            raise UsageError(f"{contestant.name} has no option {option!r}{near}")
+        try:
+            options[option] = forms[option].parse(text)
+        except (ValueError, KeyError):
+            message = f"{contestant.name}:{option} must be {forms[option].form}; got {text!r}"
+            raise UsageError(message) from None
+    grid = (options[tuned],) if tuned in options else contestant.values(options)
     return Entry(contestant, options, grid, _label(contestant, options))
 
 
 def format_value(value: Any) -> str:
-    """As the command line takes it."""
+    """A value of an option as text of the command line."""
     if value is None:
         return "never"
     if isinstance(value, bool):
@@ -113,27 +116,29 @@ def format_value(value: Any) -> str:
 
 
 def _label(contestant: Contestant, options: Mapping[str, Any]) -> str:
-    defaults = {name: form.default for name, form in contestant.options.items()}
+    """The name, and the options that are not the default; for `il` the period in any case."""
+    forms = contestant.options
     said = [
         f"{name}={format_value(value)}"
         for name, value in options.items()
-        if name not in defaults or value != defaults[name]
+        if name not in forms or value != forms[name].default
     ]
     if contestant.name == "il" and not any(item.startswith("period=") for item in said):
         said.insert(0, f"period={format_value(options['period'])}")
     return ":".join([contestant.name, ",".join(said)]) if said else contestant.name
 
 
-def _swept(word: str | Contestant | Entry, sweep: Mapping[str, Sequence[str]]) -> Iterable[Entry]:
+def _swept(word: str | Contestant | Entry, sweep: Sweep) -> list[Entry]:
+    """Entries of one word, one for each combination of swept values."""
     if isinstance(word, Entry):
         return [word]
     contestant = _contestant(word)
     said = _pairs(word.partition(":")[2], contestant) if isinstance(word, str) else {}
     names = [name for name in sweep if _has(contestant, name) and name not in said]
-    return [
-        _entry(contestant, {**dict(zip(names, values, strict=True)), **said})
-        for values in itertools.product(*(sweep[name] for name in names))
-    ]
+    entries = []
+    for values in itertools.product(*(sweep[name] for name in names)):
+        entries.append(_entry(contestant, {**dict(zip(names, values, strict=True)), **said}))
+    return entries
 
 
 def _members(word: str | Contestant | Entry) -> list[str | Contestant | Entry]:
@@ -184,13 +189,6 @@ def _pairs(text: str, contestant: Contestant) -> dict[str, str]:
             )
         pairs[name.strip()] = value.strip()
     return pairs
-
-
-def _value(parse: Any, text: str, contestant: Contestant, option: str, form: str) -> Any:
-    try:
-        return parse(text)
-    except (ValueError, KeyError):
-        raise UsageError(f"{contestant.name}:{option} must be {form}; got {text!r}") from None
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

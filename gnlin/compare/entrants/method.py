@@ -1,4 +1,4 @@
-"""How the comparison drives an optimiser, whatever library it comes from."""
+"""How the comparison drives an optimiser, of whatever library."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from gnlin.tree import Batch, Outputs, Params
 
 
 def predict_with_network(objective: Objective, params: Params, state: Any, batch: Batch) -> Outputs:
-    """Outputs of the model itself: what an optimiser trains that keeps no anchor."""
+    """Outputs of the network itself, which an optimiser without an anchor trains."""
     del state
     return objective.outputs_and_aux(params, batch)[0]
 
@@ -20,8 +20,8 @@ def predict_with_network(objective: Objective, params: Params, state: Any, batch
 def predict_linearised(objective: Objective, params: Params, state: Any, batch: Batch) -> Outputs:
     """Outputs of the model that the last step trained, linearised where `state` holds an anchor.
 
-    `gnlin.predict` goes over to the next model at the end of a cycle; a comparison judges what was
-    trained.
+    `gnlin.predict` goes over to the next model at the end of a cycle. A comparison judges the model
+    that was trained.
     """
     try:
         anchor = gnlin.anchor(state)
@@ -38,8 +38,8 @@ class Method(NamedTuple):
         step: (params, state, batch, key) ↦ (params, state).
         predict: (objective, params, state, batch) ↦ outputs of the model being trained.
         cycle: a run ends after a multiple of so many steps, where the budget allows for one.
-        traced: whether `init` and `step` may be traced by `jax.jit`; their work is then counted.
-            Otherwise they are called from Python.
+        traced: whether `jax.jit` may trace `init` and `step`; their work is then counted. Otherwise
+            they are called from Python.
         flops: FLOPs of a step that is not traced.
     """
 
@@ -52,7 +52,7 @@ class Method(NamedTuple):
 
 
 def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Method:
-    """The one training loop that serves every Optax transformation, gnlin's among them."""
+    """The training loop of every Optax transformation, those of gnlin among them."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params, batch, key):

@@ -12,10 +12,9 @@ import gnlin
 from gnlin import tree
 from gnlin.compare.entrants.contestant import Options
 from gnlin.compare.entrants.method import Method, from_optax, predict_with_network
-from gnlin.compare.runs.cost import params_shapes
 from gnlin.compare.tasks.task import Task
 
-# Parameters up to which `solver=auto` factorises, and beyond which a step costs too many gradients.
+# Up to so many parameters `solver=auto` factorises. Beyond so many a step costs too many gradients.
 _DENSE_AT_MOST, _FACTORISED_AT_MOST = 1000, 2000
 
 
@@ -43,7 +42,7 @@ def muon(task: Task, options: Options) -> Method:
 
 
 def lbfgs(task: Task, options: Options) -> Method:
-    """With Optax's zoom line search, whose last value and gradient are those of the next step."""
+    """With Optax's zoom line search. The next step reuses its last value and gradient."""
     objective = task.objective
     search = optax.scale_by_zoom_linesearch(
         max_linesearch_steps=20, initial_guess_strategy="one", max_learning_rate=options["max_step"]
@@ -87,7 +86,7 @@ def iterative_linearisation(task: Task, options: Options) -> Method:
         line_search=(1.0, 0.5, 0.25) if options["line_search"] else None,
     )
     method = from_optax(task.objective, tx)
-    if options["period"] == 1:  # an ordinary gradient step, which leaves no linearised model behind
+    if options["period"] == 1:  # ordinary gradient steps, which train the network itself
         method = method._replace(predict=predict_with_network)
     return method._replace(cycle=options["period"] or 1)
 
@@ -110,42 +109,51 @@ def prox_linear(task: Task, options: Options) -> Method:
     return from_optax(task.objective, tx)
 
 
-def _solver(task: Task, options: Options) -> Any:
-    small = tree.size(params_shapes(task)) <= _DENSE_AT_MOST
+def _solver(task: Task, options: Options) -> gnlin.Solver:
+    """A factorisation, or conjugate gradients."""
+    small = tree.size(task.params_shapes()) <= _DENSE_AT_MOST
     if options["solver"] == "dense" or (options["solver"] == "auto" and small):
         return gnlin.Dense()
     return gnlin.CG(
-        max_steps=options["max_steps"], rtol=options["rtol"], warm_start=options["warm_start"]
+        max_iterations=options["max_iterations"],
+        rtol=options["rtol"],
+        warm_start=options["warm_start"],
     )
 
 
 def gauss_newton(task: Task, options: Options) -> Method:
-    """What `gnlin.gauss_newton` does by itself; the tuned number is the floor of its damping."""
-    least, steps = options["damping"], options["max_steps"]
+    """The defaults of `gnlin.gauss_newton`; the tuned number is the least damping."""
+    least = options["damping"]
     first: Any = jnp.maximum(least, 1e-2)
-    solver = {"kronecker": gnlin.Kronecker(), "cg": gnlin.CG(steps), "dense": gnlin.Dense()}[
-        options["solver"]
-    ]
+    solvers: dict[str, gnlin.Solver] = {
+        "kronecker": gnlin.Kronecker(),
+        "cg": gnlin.CG(options["max_iterations"]),
+        "dense": gnlin.Dense(),
+    }
     tx = gnlin.gauss_newton(
-        options["learning_rate"],
         task.objective,
-        gnlin.GainRatio(first, minimum=least),
-        solver=solver,
+        learning_rate=options["learning_rate"],
+        damping=gnlin.GainRatio(first, minimum=least),
+        solver=solvers[options["solver"]],
         step=gnlin.Subspace(momentum=options["momentum"], loss_model=options["loss_model"]),
     )
     return from_optax(task.objective, tx)
 
 
 def damped_gauss_newton(task: Task, options: Options) -> Method:
-    """Full steps; with ``control=decay`` λ falls from 1, since a small λ diverges while the outputs still move far."""
-    tuned = options["damping"]
-    schedule = {
-        "decay": lambda count: jnp.maximum(jnp.exp(-count / options["decay"]), tuned),
-        "constant": tuned,
-    }
-    damping: Any = schedule[options["control"]]
-    tx = gnlin.gauss_newton(
-        options["learning_rate"], task.objective, damping, solver=_solver(task, options)
+    """The textbook's full steps; with ``control=decay`` λ falls from 1.
+
+    A small λ diverges as long as a step still moves the outputs far.
+    """
+    least: Any = options["damping"]
+
+    def falling(count):
+        return jnp.maximum(jnp.exp(-count / options["decay"]), least)
+
+    damping = falling if options["control"] == "decay" else least
+    tx = optax.chain(
+        gnlin.scale_by_gauss_newton(task.objective, damping, solver=_solver(task, options)),
+        optax.scale_by_learning_rate(options["learning_rate"]),
     )
     return from_optax(task.objective, tx)
 
@@ -153,7 +161,7 @@ def damped_gauss_newton(task: Task, options: Options) -> Method:
 def levenberg_marquardt(task: Task, options: Options) -> Method:
     tx = gnlin.levenberg_marquardt(
         task.objective,
-        initial_damping=options["damping"],
+        damping=options["damping"],
         scaling=options["scaling"],
         solver=_solver(task, options),
     )
@@ -163,7 +171,7 @@ def levenberg_marquardt(task: Task, options: Options) -> Method:
 def trust_region(task: Task, options: Options) -> Method:
     tx = gnlin.levenberg_marquardt(
         task.objective,
-        initial_damping=gnlin.TrustRegion(options["radius"]),
+        damping=gnlin.TrustRegion(options["radius"]),
         scaling=options["scaling"],
         solver=gnlin.Dense(),
     )
@@ -171,7 +179,7 @@ def trust_region(task: Task, options: Options) -> Method:
 
 
 def too_large_to_factorise(task: Task) -> str | None:
-    size = tree.size(params_shapes(task))
+    size = tree.size(task.params_shapes())
     if size <= _FACTORISED_AT_MOST:
         return None
     return (

@@ -1,152 +1,154 @@
-"""Work, in FLOPs of compiled programs; the comparison's unit is one gradient on one mini-batch of
-the task.
+"""Work, in FLOPs of compiled programs.
 
-Clocks are noisy and differ between machines; the count does not. Two kinds of work are missing from
-what XLA counts, and are added here:
+The unit of the comparison is one gradient on one mini-batch of the task. Clocks are noisy and
+differ between machines; the count does not. XLA misses two kinds of work, which are added here:
 
-* of a loop it counts the body once. Loops of a known length (`jax.lax.scan`, and `fori_loop`
-  between constants) are found in the jaxpr and their other turns added;
-* of factorisations, which LAPACK does, it counts nothing. The textbook's leading terms are added.
+* It counts the body of a loop once. Loops of a known length (`jax.lax.scan`, and `fori_loop`
+  between constants) are found in the jaxpr, and their other turns are added.
+* It counts nothing for factorisations, which LAPACK computes. The textbook's leading terms are
+  added.
 
-Of a branch it counts the dearest. What loops and branches do that depend on the data is for
+XLA counts the dearest of all branches. The turns and branches that depend on the data are left to
 `meter`.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Literal, jaxpr_as_fun
 
 from gnlin.compare.tasks.task import Task
-from gnlin.tree import Batch, Params
+from gnlin.jaxprs import (
+    Branches,
+    Scan,
+    as_function,
+    computed_jaxprs,
+    control_flow,
+    input_shapes,
+    live_equations,
+)
 
 _COUNTED: dict[str, float] = {}  # jaxprs that read alike cost the same
 
 
 def flops(function: Callable[..., Any], *shapes: Any) -> float:
-    """FLOPs of a function; loops whose length depends on the data are counted as one turn, branches as the dearest."""
+    """FLOPs of a function.
+
+    Loops whose length depends on the data are counted as one turn, branches as the dearest.
+
+    Args:
+        function: any function that JAX can trace.
+        *shapes: its arguments, or their shapes.
+    """
     return jaxpr_flops(jax.make_jaxpr(function)(*shapes))
-
-
-def jaxpr_flops(closed: Any) -> float:
-    """The same of a closed jaxpr."""
-    return compiled_flops(closed) + unseen_flops(closed.jaxpr)
-
-
-def compiled_flops(closed: Any) -> float:
-    """What XLA counts of a compiled jaxpr."""
-    text = str(closed.jaxpr)
-    if text not in _COUNTED:
-        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
-        analysis = jax.jit(jaxpr_as_fun(closed)).lower(*shapes).compile().cost_analysis()
-        # Older versions of JAX return one dictionary for each computation.
-        analysis = analysis[0] if isinstance(analysis, list) else analysis
-        _COUNTED[text] = max(
-            (analysis or {}).get("flops", 0.0), 0.0
-        )  # below zero: not known, of a lone LAPACK call
-    return _COUNTED[text]
 
 
 def gradient_flops(task: Task) -> float:
     """FLOPs of one value-and-gradient on one mini-batch of the task, which is the unit."""
-    size = task.batch_size or task.train_size
-    return flops(task.objective.value_and_grad, params_shapes(task), batch_shapes(task, size))
+    batch = task.batch_shapes(task.batch_size or task.train_size)
+    return flops(task.objective.value_and_grad, task.params_shapes(), batch)
 
 
-def params_shapes(task: Task) -> Params:
-    return jax.eval_shape(task.init, jax.random.key(0))
+def jaxpr_flops(closed: Any) -> float:
+    """The FLOPs of a closed jaxpr, counted as `flops` counts them."""
+    return compiled_flops(closed) + unseen_flops(closed.jaxpr)
 
 
-def batch_shapes(task: Task, examples: int) -> Batch:
-    if task.batch_size is None:  # all of it, and its leaves may be of different lengths
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), task.train)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((examples, *leaf.shape[1:]), leaf.dtype), task.train
-    )
+def compiled_flops(closed: Any) -> float:
+    """XLA's count for a closed jaxpr."""
+    text = str(closed.jaxpr)
+    if text not in _COUNTED:
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+        analysis = jax.jit(as_function(closed)).lower(*shapes).compile().cost_analysis()
+        if isinstance(analysis, list):  # older versions of JAX: a dictionary for each computation
+            analysis = analysis[0]
+        # For a lone call of LAPACK the count is below zero, which stands for unknown.
+        _COUNTED[text] = max((analysis or {}).get("flops", 0.0), 0.0)
+    return _COUNTED[text]
 
 
-# What XLA does not see.
+# The work that XLA does not see.
 
 
 def unseen_flops(jaxpr: Any) -> float:
-    """FLOPs of factorisations, and of the turns of loops of a known length beyond those that XLA counts."""
+    """FLOPs of factorisations, and of the turns of known loops that XLA does not count."""
     total = 0.0
     for equation in live_equations(jaxpr):
-        name = equation.primitive.name
+        name, flow = equation.primitive.name, control_flow(equation)
         if name in _LAPACK:
             total += _LAPACK[name](equation)
-        elif name == "scan":
-            body = equation.params["jaxpr"]
-            length, unrolled = equation.params["length"], int(equation.params["unroll"])
-            seen = length if unrolled >= length else unrolled + length % unrolled
-            others = (length - seen) * compiled_flops(body) if length > seen else 0.0
-            total += others + length * unseen_flops(body.jaxpr)
-        elif name == "cond":
-            total += max(unseen_flops(branch.jaxpr) for branch in equation.params["branches"])
+        elif isinstance(flow, Scan):
+            total += _unseen_of_scan(flow)
+        elif isinstance(flow, Branches):
+            total += max(unseen_flops(branch.jaxpr) for branch in flow.branches)
         else:
-            total += sum(unseen_flops(inner) for inner in inner_jaxprs(equation))
+            total += sum(unseen_flops(inner) for inner in computed_jaxprs(equation))
     return total
 
 
-def live_equations(jaxpr: Any) -> list[Any]:
-    """Those that an output depends on. XLA removes the others, such as a gradient that nobody asks for."""
-    wanted = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
-    found = []
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or not wanted.isdisjoint(equation.outvars):
-            wanted.update(
-                variable for variable in equation.invars if not isinstance(variable, Literal)
-            )
-            found.append(equation)
-    return found[::-1]
+def _unseen_of_scan(scan: Scan) -> float:
+    """XLA sees a body for each unrolled turn, and for each turn that is left over at the end."""
+    seen = scan.length
+    if scan.unroll < scan.length:
+        seen = scan.unroll + scan.length % scan.unroll
+    others = (scan.length - seen) * compiled_flops(scan.body) if scan.length > seen else 0.0
+    return others + scan.length * unseen_flops(scan.body.jaxpr)
 
 
-def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters that are computed."""
-    values = equation.params.values()
-    if equation.primitive.name == "custom_linear_solve":  # the others are for its derivatives
-        values = [equation.params["jaxprs"].solve]
-    for value in values:
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            inner = getattr(item, "jaxpr", item)
-            if hasattr(inner, "eqns"):
-                yield inner
+class _Matrices(NamedTuple):
+    """The first operand of a factorisation."""
+
+    count: int
+    longer: int  # side
+    shorter: int
 
 
-def _matrix(equation: Any) -> tuple[int, int, int]:
-    """(number of matrices, longer side, shorter side) of the first operand."""
-    *batch, rows, columns = equation.invars[0].aval.shape
-    return math.prod(batch), max(rows, columns), min(rows, columns)
+def _matrices(equation: Any) -> _Matrices:
+    *batch, rows, columns = input_shapes(equation)[0]
+    return _Matrices(math.prod(batch), max(rows, columns), min(rows, columns))
 
 
 def _householder(equation: Any) -> float:
-    count, m, n = _matrix(equation)
+    count, m, n = _matrices(equation)
     return count * 2 * n**2 * (m - n / 3)
 
 
+def _qr(equation: Any) -> float:
+    """The triangle, and as much again for the factor Q."""
+    return 2 * _householder(equation)
+
+
 def _svd(equation: Any) -> float:
-    count, m, n = _matrix(equation)
+    count, m, n = _matrices(equation)
     vectors = equation.params.get("compute_uv", True)
     return count * (6 * m * n**2 + 20 * n**3 if vectors else 2 * m * n**2 + 2 * n**3)
 
 
+def _cubic(factor: float) -> Callable[[Any], float]:
+    """`factor` times n³ for each matrix."""
+
+    def work(equation: Any) -> float:
+        matrices = _matrices(equation)
+        return matrices.count * factor * matrices.shorter**3
+
+    return work
+
+
 def _triangular_solve(equation: Any) -> float:
-    count, n, _ = _matrix(equation)
-    return count * n * math.prod(equation.invars[1].aval.shape[-2:])
+    count, n, _ = _matrices(equation)
+    return count * n * math.prod(input_shapes(equation)[1][-2:])
 
 
-# Leading terms as Golub and Van Loan give them (Matrix Computations, 4th edition). `qr` makes the
-# factor Q as well.
+# Leading terms as Golub and Van Loan give them (Matrix Computations, 4th edition).
 _LAPACK: dict[str, Callable[[Any], float]] = {
     "geqrf": _householder,
     "geqp3": _householder,
     "householder_product": _householder,
-    "qr": lambda equation: 2 * _householder(equation),
+    "qr": _qr,
     "svd": _svd,
-    "eigh": lambda equation: _matrix(equation)[0] * 9 * _matrix(equation)[2] ** 3,
-    "cholesky": lambda equation: _matrix(equation)[0] * _matrix(equation)[2] ** 3 / 3,
-    "lu": lambda equation: _matrix(equation)[0] * 2 * _matrix(equation)[2] ** 3 / 3,
+    "eigh": _cubic(9),
+    "cholesky": _cubic(1 / 3),
+    "lu": _cubic(2 / 3),
     "triangular_solve": _triangular_solve,
 }

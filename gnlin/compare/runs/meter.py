@@ -1,27 +1,37 @@
 """Work that depends on the data, counted while it is done.
 
 `cost` counts a function as if each loop turned once and each branch were the dearest. A metered
-function computes the same as before and says how many FLOPs to add: for a loop that turned t times
-t − 1 times its body and t times its condition, for a branch taken what it costs less than the
-dearest. So no optimiser has to tell how its conjugate gradients or line searches went.
+function computes the same outputs and also returns the FLOPs to add to that count:
+
+* A loop that turned t times adds t − 1 times its body and t times its condition.
+* A branch subtracts the difference between the dearest branch and itself.
+
+So no optimiser has to report how its conjugate gradients or line searches went. To count, the
+jaxpr of the function is evaluated equation by equation. Control flow that depends on the data is
+replaced by the same control flow with one more value in its carry: the FLOPs so far.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, jaxpr_as_fun
 
-from gnlin.compare.runs.cost import (
-    compiled_flops,
-    inner_jaxprs,
-    jaxpr_flops,
+from gnlin.compare.runs.cost import compiled_flops, jaxpr_flops, unseen_flops
+from gnlin.jaxprs import (
+    Branches,
+    Call,
+    Implementation,
+    Scan,
+    WhileLoop,
+    apply_equation,
+    as_function,
+    computed_jaxprs,
+    control_flow,
     live_equations,
-    unseen_flops,
+    run_live,
 )
-from gnlin.jaxprs import CALLS, apply_equation, split_scan
 
 
 class Metered(NamedTuple):
@@ -30,8 +40,8 @@ class Metered(NamedTuple):
     Attributes:
         flops: of a call whose loops turn once and whose branches are the dearest.
         varies: whether calls may need more or less than that.
-        call: the function; returns its outputs, and the FLOPs to add to `flops`, below zero where
-            it needed less.
+        call: the function. It returns its outputs and the FLOPs to add to `flops`, which are below
+            zero where it needed less.
     """
 
     flops: float
@@ -39,17 +49,23 @@ class Metered(NamedTuple):
     call: Callable[..., tuple[Any, jax.Array]]
 
 
+class Counted(NamedTuple):
+    """Outputs, and the FLOPs to add to those that `cost` counts; `None` where there are none."""
+
+    outputs: Sequence[Any]
+    more: jax.Array | None
+
+
 def metered(function: Callable[..., Any], *shapes: Any) -> Metered:
     """Put a meter to a function of arguments of these shapes."""
     plain, outputs = jax.make_jaxpr(function, return_shape=True)(*shapes)
     varies, with_meter = _varies(plain.jaxpr), plain
     if varies:
-        with_meter = jax.make_jaxpr(lambda *leaves: _evaluate(plain, leaves))(
-            *jax.tree.leaves(shapes)
-        )
+        leaves = jax.tree.leaves(shapes)
+        with_meter = jax.make_jaxpr(lambda *leaves: _evaluate(plain, leaves))(*leaves)
 
     def call(*arguments: Any) -> tuple[Any, jax.Array]:
-        leaves = jaxpr_as_fun(with_meter)(*jax.tree.leaves(arguments))
+        leaves = as_function(with_meter)(*jax.tree.leaves(arguments))
         more = leaves.pop() if varies else jnp.float32(0)
         return jax.tree.unflatten(jax.tree.structure(outputs), leaves), more
 
@@ -57,104 +73,104 @@ def metered(function: Callable[..., Any], *shapes: Any) -> Metered:
 
 
 def _varies(jaxpr: Any) -> bool:
+    """Whether the work of a jaxpr may depend on the data."""
     return any(
-        equation.primitive.name in ("while", "cond", "linear_solve")
-        or any(map(_varies, inner_jaxprs(equation)))
+        isinstance(control_flow(equation), WhileLoop | Branches | Implementation)
+        or _varies_within(equation)
         for equation in live_equations(jaxpr)
     )
 
 
-def _evaluate(closed: Any, arguments: Sequence[Any]) -> tuple[list[Any], jax.Array]:
-    """Outputs of a jaxpr, and the FLOPs to add; one that is not closed has no constants."""
-    jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-    more = jnp.float32(0)
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
-
-    def read(variable):
-        return variable.val if isinstance(variable, Literal) else values[variable]
-
-    for equation in live_equations(jaxpr):
-        outputs, added = _apply(equation, [read(variable) for variable in equation.invars])
-        values.update(zip(equation.outvars, outputs, strict=True))
-        more = more if added is None else more + added
-    return [read(variable) for variable in jaxpr.outvars], more
+def _varies_within(equation: Any) -> bool:
+    return any(map(_varies, computed_jaxprs(equation)))
 
 
-def _apply(equation: Any, inputs: list[Any]) -> tuple[Sequence[Any], jax.Array | None]:
-    name, params = equation.primitive.name, equation.params
-    if name == "while":
-        return _while(params, inputs)
-    if name == "cond":
-        return _branch(params["branches"], inputs)
-    if name == "linear_solve":  # lineax's
-        return _evaluate(
-            jax.make_jaxpr(functools.partial(equation.primitive.impl, **params))(*inputs), inputs
-        )
-    if any(map(_varies, inner_jaxprs(equation))):
-        if name == "scan":
-            return _scan(equation, inputs)
-        if name == "custom_linear_solve":  # JAX's own
-            lengths = params["const_lengths"]
-            before = lengths.matvec + lengths.vecmat
-            own = [*inputs[before : before + lengths.solve], *inputs[sum(lengths) :]]
-            return _evaluate(params["jaxprs"].solve, own)
-        if name in CALLS:
-            return _evaluate(params[CALLS[name]], inputs)
-        raise NotImplementedError(
-            f"the work of loops or branches within {name!r} cannot be counted"
-        )
-    return apply_equation(equation, inputs), None
+def _evaluate(jaxpr: Any, arguments: Sequence[Any]) -> tuple[list[Any], jax.Array]:
+    """Outputs of a jaxpr, and the FLOPs to add."""
+    total = jnp.float32(0)
+
+    def compute(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        nonlocal total
+        counted = _apply(equation, inputs)
+        if counted.more is not None:
+            total = total + counted.more
+        return counted.outputs
+
+    return run_live(jaxpr, arguments, compute), total
 
 
-def _while(params: Mapping[str, Any], inputs: list[Any]) -> tuple[list[Any], jax.Array]:
-    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    outer, inner, start = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
-    condition, body = jaxpr_as_fun(params["cond_jaxpr"]), params["body_jaxpr"]
-    each, asking = jaxpr_flops(body), jaxpr_flops(params["cond_jaxpr"])
+def _apply(equation: Any, inputs: list[Any]) -> Counted:
+    """Compute one equation."""
+    flow = control_flow(equation)
+    match flow:
+        case WhileLoop():
+            return _while(flow, inputs)
+        case Branches():
+            return _branch(flow, inputs)
+        case Implementation():
+            inner = jax.make_jaxpr(flow.function)(*inputs)
+            return Counted(*_evaluate(inner, inputs))
+    if not _varies_within(equation):
+        return Counted(apply_equation(equation, inputs), None)
+    match flow:
+        case Scan():
+            return _scan(flow, inputs)
+        case Call():
+            own = [inputs[place] for place in flow.places]
+            return Counted(*_evaluate(flow.called, own))
+    raise NotImplementedError(
+        f"the work of loops or branches within {equation.primitive.name!r} cannot be counted"
+    )
+
+
+def _while(loop: WhileLoop, inputs: list[Any]) -> Counted:
+    """The loop, with the FLOPs as the first value of its carry."""
+    of_condition = [inputs[place] for place in loop.of_condition]
+    of_body = [inputs[place] for place in loop.of_body]
+    start = [inputs[place] for place in loop.carried]
+    condition = as_function(loop.condition)
+    each_turn = jaxpr_flops(loop.body)
+    each_test = jaxpr_flops(loop.condition)
 
     def goes_on(carry):
-        return condition(*outer, *carry[1:])[0]
+        return condition(*of_condition, *carry[1:])[0]
 
     def turn(carry):
-        outputs, more = _evaluate(body, [*inner, *carry[1:]])
-        return [carry[0] + more + each + asking, *outputs]
+        outputs, more = _evaluate(loop.body, [*of_body, *carry[1:]])
+        return [carry[0] + more + each_turn + each_test, *outputs]
 
-    total, *outputs = jax.lax.while_loop(goes_on, turn, [jnp.float32(-each), *start])
-    return outputs, total
+    # `cost` has counted one turn and one test: t turns need t − 1 more turns, and t more tests.
+    total, *outputs = jax.lax.while_loop(goes_on, turn, [jnp.float32(-each_turn), *start])
+    return Counted(outputs, total)
 
 
-def _scan(equation: Any, inputs: list[Any]) -> tuple[list[Any], jax.Array]:
-    body, how = (
-        equation.params["jaxpr"],
-        {name: equation.params[name] for name in ("length", "reverse", "unroll")},
-    )
-    constants, start, rows = (
-        [inputs[place] for place in places] for places in split_scan(equation)
-    )
+def _scan(scan: Scan, inputs: list[Any]) -> Counted:
+    """The loop, with the FLOPs as the first value of its carry; `cost` counts all its turns."""
+    constants, start, rows = ([inputs[place] for place in places] for places in scan.split)
     carried = len(start)
 
     def turn(carry, row):
-        outputs, more = _evaluate(body, [*constants, *carry[1:], *row])
+        outputs, more = _evaluate(scan.body, [*constants, *carry[1:], *row])
         return [carry[0] + more, *outputs[:carried]], outputs[carried:]
 
+    how = {"length": scan.length, "reverse": scan.reverse, "unroll": scan.unroll}
     (total, *carry), results = jax.lax.scan(turn, [jnp.float32(0), *start], rows, **how)
-    return [*carry, *results], total
+    return Counted([*carry, *results], total)
 
 
-def _branch(branches: Sequence[Any], inputs: list[Any]) -> tuple[Sequence[Any], jax.Array]:
-    """The dearest is counted by XLA and by `cost` separately."""
-    seen, unseen = (
-        [compiled_flops(each) for each in branches],
-        [unseen_flops(each.jaxpr) for each in branches],
-    )
+def _branch(flow: Branches, inputs: list[Any]) -> Counted:
+    """The choice, where each branch also returns its work less that of the dearest."""
+    seen = [compiled_flops(branch) for branch in flow.branches]
+    unseen = [unseen_flops(branch.jaxpr) for branch in flow.branches]
+    # XLA and `cost` each take a maximum of their own, perhaps of two branches.
+    dearest = max(seen) + max(unseen)
 
     def taken(branch: Any, less: float, *inputs: Any) -> tuple[list[Any], jax.Array]:
         outputs, more = _evaluate(branch, inputs)
         return outputs, more - less
 
-    dearest = max(seen) + max(unseen)
     choices = [
         functools.partial(taken, branch, dearest - own - hidden)
-        for branch, own, hidden in zip(branches, seen, unseen, strict=True)
+        for branch, own, hidden in zip(flow.branches, seen, unseen, strict=True)
     ]
-    return jax.lax.switch(inputs[0], choices, *inputs[1:])
+    return Counted(*jax.lax.switch(inputs[0], choices, *inputs[1:]))

@@ -1,4 +1,8 @@
-"""Where runs are kept: a directory with ``records.jsonl``, a JSON object on each line, and ``task.json``."""
+"""The store of runs: a directory with ``records.jsonl`` and ``task.json``.
+
+``records.jsonl`` has a JSON object on each line, one for each run. ``task.json`` has the facts of
+each task.
+"""
 
 import dataclasses
 import json
@@ -9,14 +13,15 @@ from typing import Any
 
 import filelock
 
-from gnlin.compare.report.summary import Record, TaskFacts
+# One run, as a line of ``records.jsonl`` gives it; null is NaN in its curve.
+Record = dict[str, Any]
 
 SCHEMA = 1
 RECORDS = "records.jsonl"
 FACTS = "task.json"
 _BEGINNING = '{"schema"'  # of every line
 CURVES = ("step", "cost", "seconds", "loss", "quality", "network_loss", "network_quality")
-# What a record must have, and of what type.
+# The fields of every record, by type.
 _FIELDS = {
     **dict.fromkeys(("task", "contestant", "label", "status", "reason", "command"), str),
     **dict.fromkeys(("options", "setting", "curve", "environment"), dict),
@@ -27,24 +32,50 @@ _FIELDS = {
 
 
 class RecordsError(Exception):
-    """A directory of records that cannot be read, or written; the message names the file and the remedy."""
+    """A directory that cannot be read or written; the message names the file and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFacts:
+    """The properties of a task that a report needs.
+
+    Attributes:
+        name: its name in the records.
+        summary: a sentence or two that describe it.
+        target: training loss up to which steps and work are counted.
+        quality_name: the measure on held-out data, with its unit: ``accuracy, %``.
+        higher_is_better: whether more of it is better.
+        solved: value of it from which the task counts as solved.
+        data: fingerprint of a task from outside; empty for those of the package.
+    """
+
+    name: str
+    summary: str
+    target: float
+    quality_name: str
+    higher_is_better: bool
+    solved: float
+    data: str = ""
+
+    def is_solved(self, value: float) -> bool:
+        return value >= self.solved if self.higher_is_better else value <= self.solved
 
 
 class Records:
     """The runs of one comparison, each on disk as soon as it ends.
 
     Args:
-        directory: where they are kept, made if need be; `None` to keep them in memory.
+        directory: the place of the files, made if need be; `None` to keep the runs in memory.
 
     Attributes:
-        runs: all of them. Of runs of the same entry, setting and seed the last, so that a failed
-            one can be repeated.
-        cut_short: whether the last line was incomplete, as after a crash; it is removed, and its
-            run is to be done again.
+        runs: all of them. A run of the same entry, setting and seed replaces an earlier one, so
+            that a failed run can be repeated.
+        cut_short: whether the last line was incomplete, as after a crash. The line is removed, and
+            its run must be made again.
 
     Raises:
-        RecordsError: the directory is in use, cannot be written to, or holds what is no record of
-            this version.
+        RecordsError: the directory is in use, cannot be written to, or has lines that are no
+            records of this version.
     """
 
     def __init__(self, directory: Path | None = None):
@@ -92,7 +123,8 @@ class Records:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise RecordsError(
-                    f"cannot write to {self.path}: {error.strerror}; make room and run the same command"
+                    f"cannot write to {self.path}: {error.strerror}; "
+                    "make room and run the same command"
                 ) from None
         self._runs[_key(record)] = record
 
@@ -115,10 +147,10 @@ class Records:
 
 
 def read(directory: Path) -> list[Record]:
-    """All runs in a directory, the last of those that are equal.
+    """All runs in a directory. A run of the same entry, setting and seed replaces an earlier one.
 
     Raises:
-        RecordsError: there are none, or what is there is no record of this version.
+        RecordsError: there are none, or a line is no record of this version.
     """
     path = directory / RECORDS
     try:
@@ -132,14 +164,14 @@ def read(directory: Path) -> list[Record]:
     runs = {}
     for number, line in enumerate(lines, start=1):
         if not line or (number == len(lines) and _began(line)):
-            continue  # what follows the last newline was cut short
+            continue  # the text after the last newline was cut short
         record = _record(path, number, line)
         runs[_key(record)] = record
     return list(runs.values())
 
 
 def write_facts(directory: Path, facts: TaskFacts) -> None:
-    """Note what a task is, beside those that the directory has already.
+    """Add the facts of a task to those that the directory has already.
 
     Raises:
         RecordsError: the directory has runs of another task of that name, or cannot be written to.
@@ -148,8 +180,8 @@ def write_facts(directory: Path, facts: TaskFacts) -> None:
     before = dataclasses.replace(known.get(facts.name, facts), summary=facts.summary)
     if before != facts and (directory / RECORDS).stat().st_size > 0:
         raise RecordsError(
-            f"{directory} has runs of another task {facts.name!r}, with other data, target or quality; take another "
-            "name, or another --out"
+            f"{directory} has runs of another task {facts.name!r}, with other data, target or "
+            "quality; take another name, or another --out"
         )
     known[facts.name] = facts
     content = {name: dataclasses.asdict(fact) for name, fact in known.items()}
@@ -164,17 +196,18 @@ def write_facts(directory: Path, facts: TaskFacts) -> None:
 
 
 def read_facts(directory: Path) -> dict[str, TaskFacts]:
+    """The facts of the tasks that a directory has runs of, by name.
+
+    Raises:
+        RecordsError: the file cannot be read.
+    """
     path = directory / FACTS
     try:
-        known = {
-            name: TaskFacts(**fact)
-            for name, fact in json.loads(path.read_text(encoding="utf-8")).items()
-        }
-        if not all(
-            isinstance(fact.target, (int, float)) and isinstance(fact.solved, (int, float))
-            for fact in known.values()
-        ):
-            raise ValueError("target and solved are numbers")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: TaskFacts(**fact) for name, fact in content.items()}
+        for fact in known.values():
+            if not isinstance(fact.target, int | float) or not isinstance(fact.solved, int | float):
+                raise ValueError("target and solved are numbers")
         return known
     except FileNotFoundError:
         return {}
@@ -185,49 +218,60 @@ def read_facts(directory: Path) -> dict[str, TaskFacts]:
 
 
 def _began(tail: str) -> bool:
-    """Whether what stands behind the last newline is the beginning of a record."""
+    """Whether the text after the last newline is the beginning of a record."""
     return tail.startswith(_BEGINNING) or _BEGINNING.startswith(tail)
 
 
 def _record(path: Path, number: int, line: str) -> Record:
+    """The record on a line of the file.
+
+    Raises:
+        RecordsError: it is no record, of another version, or incomplete.
+    """
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
         raise RecordsError(
-            f"{where} is no record of gnlin compare: it is not JSON. Delete the line or take another --out"
+            f"{where} is no record of gnlin compare: it is not JSON. "
+            "Delete the line or take another --out"
         ) from None
     if not isinstance(record, dict) or "schema" not in record:
         raise RecordsError(f"{where} is no record of gnlin compare. Take another --out")
     if record["schema"] != SCHEMA:
         raise RecordsError(
-            f"{where} has schema {record['schema']!r}, and this version of gnlin reads {SCHEMA}. Take another --out, "
-            "or the version of gnlin that wrote it"
+            f"{where} has schema {record['schema']!r}, and this version of gnlin reads {SCHEMA}. "
+            "Take another --out, or the version of gnlin that wrote it"
         )
-    wrong = sorted(name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind))
-    curve = record["curve"] if "curve" in record and "curve" not in wrong else {}
-    wrong += [name for name in CURVES if not isinstance(curve.get(name), list)]
-    if not wrong and (
-        len(set(map(len, curve.values()))) > 1
-        or (record["status"] != "failed" and not curve["step"])
-    ):
-        wrong = ["values in its curve"]
-    if not isinstance(record.get("metrics", {}), dict):  # records of older versions have none
-        wrong.append("metrics")
-    if wrong:
+    if missing := _missing(record):
         raise RecordsError(
-            f"{where} lacks {', '.join(wrong)}. Delete the line: its run will be done again"
+            f"{where} lacks {', '.join(missing)}. Delete the line: its run will be done again"
         )
-    record["curve"] = {
-        name: [math.nan if v is None else v for v in values] for name, values in curve.items()
-    }
-    record["metrics"] = {
-        name: math.nan if v is None else v for name, v in record.get("metrics", {}).items()
-    }
+    for name, values in record["curve"].items():
+        record["curve"][name] = [math.nan if value is None else value for value in values]
+    metrics = record.get("metrics", {})  # records of older versions have none
+    record["metrics"] = {name: math.nan if v is None else v for name, v in metrics.items()}
     return record
 
 
+def _missing(record: Record) -> list[str]:
+    """The fields of a record that are missing or of a wrong type."""
+    missing = sorted(
+        name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)
+    )
+    curve = record["curve"] if isinstance(record.get("curve"), dict) else {}
+    missing += [name for name in CURVES if not isinstance(curve.get(name), list)]
+    if not missing:
+        lengths = {len(values) for values in curve.values()}
+        if len(lengths) > 1 or (record["status"] != "failed" and not curve["step"]):
+            missing.append("values in its curve")
+    if not isinstance(record.get("metrics", {}), dict):
+        missing.append("metrics")
+    return missing
+
+
 def _key(record: Record) -> tuple:
+    """Equal for runs of the same entry, setting and seed."""
     parts = [record[name] for name in ("task", "contestant", "options", "setting", "seed")]
     return tuple(json.dumps(part, sort_keys=True) for part in parts)
 

@@ -1,87 +1,38 @@
-"""Which runs a comparison consists of, in what order, and by whom they are made.
+"""All runs of a comparison: which are made, in what order, and by whom.
 
-Each entry is tuned on seed 0, and the chosen setting then runs on the other seeds: a plan that asks
-for jobs, is handed their records and asks for more. One process carries out the plans one after
-another; an executor has the jobs of all plans at once. Any `concurrent.futures.Executor` will do,
-of local processes or of a cluster, that shares memory or pickles as cloudpickle does: options hold
-functions.
+Each entry is tuned on seed 0. The chosen setting then runs on the other seeds. So the later jobs of
+an entry depend on the records of its earlier ones. A *plan* is a generator of these jobs. It yields
+a list of jobs, is sent their records, and yields more jobs. In the end it returns the records of
+the chosen setting.
+
+One process carries out the plans one after another. An executor has the jobs of all plans at once.
+Any `concurrent.futures.Executor` will do, of local processes or of a cluster.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import platform
-import sys
-import sysconfig
-import traceback
 import uuid
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import loky
 import numpy as np
 
-import gnlin
-from gnlin.compare.entrants.contestants import CONTESTANTS
 from gnlin.compare.entrants.entry import Entry, UsageError
-from gnlin.compare.report.summary import TaskFacts, choose
-from gnlin.compare.runs.cost import gradient_flops
-from gnlin.compare.runs.records import CURVES, SCHEMA, Record, Records, RecordsError
-from gnlin.compare.runs.trial import Program
+from gnlin.compare.runs.jobs import Job, in_one_line, make, reason_not_to
+from gnlin.compare.runs.records import Record, Records, RecordsError, TaskFacts
+from gnlin.compare.runs.tuning import choose
 from gnlin.compare.tasks import TASKS, describe
 from gnlin.compare.tasks.task import Task
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run that is to be made. A task of the package travels between processes as its name."""
-
-    task: str | Task
-    entry: Entry
-    number: float
-    seed: int
-    work: float
-    command: str
-    study: str = ""  # tells the studies apart that bring tasks or contestants of their own
-
-    @property
-    def blank(self) -> Record:
-        """The record of the run before anything is known of it."""
-        entry = self.entry
-        return {
-            "schema": SCHEMA,
-            "task": self.task if isinstance(self.task, str) else self.task.name,
-            "contestant": entry.contestant.name,
-            "label": entry.label,
-            "about": entry.contestant.summary,
-            "options": dict(entry.options),
-            "setting": {entry.contestant.tuned: self.number},
-            "grid": list(entry.grid),
-            "seed": self.seed,
-            "status": "failed",
-            "reason": "",
-            "work": self.work,
-            "steps": 0,
-            "seconds": 0.0,
-            "compile_seconds": 0.0,
-            "cost_per_step": 0.0,
-            "curve": {name: [] for name in CURVES},
-            "environment": environment(),
-            "command": self.command,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-
-
-# Told as runs go on and end: the job, and the fraction of it that is done; `None` of one that was
-# there already.
+# Called as runs go on and end, with the job and the fraction of it that is done. The fraction is
+# `None` for a run that was there already.
 Listener = Callable[[Job, float | None], None]
+
+# Yields jobs, is sent their records, and returns the records of the chosen setting.
+Plan = Generator[list[Job], list[Record], list[Record]]
 
 
 @dataclasses.dataclass
@@ -89,13 +40,13 @@ class Study:
     """All runs of one comparison.
 
     Attributes:
-        task: what is trained.
-        entries: who takes part.
+        task: the task.
+        entries: those who take part.
         seeds: number of seeds, from 0 on.
         records: the runs made so far; those are not repeated.
         work: budget of a run in gradient-equivalents.
-        command: what to note in the records.
-        by_name: whether workers may load the task by its name; otherwise it travels to them whole.
+        command: a note for the records.
+        by_name: whether workers may load the task by its name. Otherwise it travels to them whole.
     """
 
     task: Task
@@ -108,9 +59,8 @@ class Study:
     _token: str = dataclasses.field(
         default_factory=lambda: uuid.uuid4().hex, init=False, repr=False
     )
-    _not_needed: int = dataclasses.field(
-        default=0, init=False, repr=False
-    )  # other seeds of what failed
+    # Runs that were planned on the other seeds of an entry that has failed.
+    _not_needed: int = dataclasses.field(default=0, init=False, repr=False)
 
     @property
     def total(self) -> int:
@@ -120,20 +70,29 @@ class Study:
     @functools.cached_property
     def _planned(self) -> int:
         return sum(
-            1 if _reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1
+            1 if reason_not_to(entry, self.task) else len(entry.grid) + self.seeds - 1
             for entry in self.entries
         )
+
+    def runs(self) -> list[Record]:
+        """The runs that are there, those of other tasks and entries left out."""
+        labels = {entry.label for entry in self.entries}
+        return [
+            record
+            for record in self.records.runs
+            if record["task"] == self.task.name and record["label"] in labels
+        ]
 
     def carry_out(
         self,
         listener: Listener = lambda job, done: None,
         executor: concurrent.futures.Executor | None = None,
     ) -> Iterator[tuple[Entry, list[Record]]]:
-        """Make all runs that are missing; yields each entry, and its runs at the chosen setting,
-        when it is complete.
+        """Make all runs that are missing.
 
-        A run that fails is a record with its reason and not an exception. With an `executor` its
-        workers make the runs, and the records are still written here.
+        Yields each entry when it is complete, with its runs at the chosen setting. A run that fails
+        is a record with its reason and not an exception. With an `executor` its workers make the
+        runs, and the records are still written here.
         """
         self._check_budget()
         if executor is None:
@@ -147,8 +106,10 @@ class Study:
                 "run the same command again, with fewer workers"
             ) from None
 
-    def _plan(self, entry: Entry) -> Generator[list[Job], list[Record], list[Record]]:
-        if unfit := _reason_not_to(entry, self.task):
+    def _plan(self, entry: Entry) -> Plan:
+        """The jobs of one entry: a trial for each value of the grid, then the other seeds."""
+        unfit = reason_not_to(entry, self.task)
+        if unfit:
             entry = dataclasses.replace(entry, grid=entry.grid[:1])  # one record tells the reason
         task = self.task.name if self.by_name else self.task
         job = functools.partial(
@@ -156,7 +117,7 @@ class Study:
         )
         trials = yield [job(number=number, seed=0) for number in entry.grid]
         best = choose(trials, self.task.target)
-        if best["status"] == "failed":
+        if best["status"] == "failed":  # then all trials have failed, and other seeds would, too
             self._not_needed += 0 if unfit else self.seeds - 1
             return [best]
         number = best["setting"][entry.contestant.tuned]
@@ -168,13 +129,15 @@ class Study:
             plan = self._plan(entry)
             jobs = next(plan)
             while True:
+                records = [self._finished(job, listener) for job in jobs]
                 try:
-                    jobs = plan.send([self._finished(job, listener) for job in jobs])
+                    jobs = plan.send(records)
                 except StopIteration as end:
                     yield entry, end.value
                     break
 
     def _finished(self, job: Job, listener: Listener) -> Record:
+        """The record of a job, which is made if it is not there."""
         record = self.records.find(job.blank)
         if record is not None:
             listener(job, None)
@@ -185,224 +148,118 @@ class Study:
         listener(job, 1.0)
         return record
 
-    def _all_at_once(self, listener: Listener, executor) -> Iterator[tuple[Entry, list[Record]]]:
-        waiting: dict[concurrent.futures.Future, tuple[Any, Job, int]] = {}
-        state: dict[int, list[Record | None]] = {}
-        plans = [(number, entry, self._plan(entry)) for number, entry in enumerate(self.entries)]
-
-        def ask(plan, jobs):
-            """Submit what is missing of `jobs`; whether all of it was there."""
-            state[plan[0]] = [None] * len(jobs)
-            for place, job in enumerate(jobs):
-                record = self.records.find(job.blank)
-                if record is None:
-                    waiting[executor.submit(make, job)] = (plan, job, place)
-                else:
-                    state[plan[0]][place] = record
-                    listener(job, None)
-
-        def advance(plan) -> list[Record] | None:
-            """Ask on as long as nothing is missing; the records of a plan that is complete."""
-            while all(record is not None for record in state[plan[0]]):
-                try:
-                    ask(plan, plan[2].send(state[plan[0]]))
-                except StopIteration as end:
-                    return end.value
-            return None
-
+    def _all_at_once(
+        self, listener: Listener, executor: concurrent.futures.Executor
+    ) -> Iterator[tuple[Entry, list[Record]]]:
+        dispatcher = _Dispatcher(self.records, listener, executor)
+        waiting = [_Waiting(entry, self._plan(entry)) for entry in self.entries]
         try:
-            for plan in plans:
-                ask(plan, next(plan[2]))
-            for plan in plans:
-                if (records := advance(plan)) is not None:
-                    yield plan[1], records
-            while waiting:
-                done, _ = concurrent.futures.wait(
-                    waiting, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    plan, job, place = waiting[future]
-                    record = _result(future, job)
-                    self.records.add(record)
-                    del waiting[future]
-                    state[plan[0]][place] = record
-                    listener(job, 1.0)
-                    if (records := advance(plan)) is not None:
-                        yield plan[1], records
-        finally:  # also of what breaks off: what has ended is kept, and what has not begun is not
-            ended = [future for future in waiting if future.done() and not _broken(future)]
-            if not isinstance(
-                executor, loky.ProcessPoolExecutor
-            ):  # that one trips over what is cancelled
-                for future in waiting:
-                    future.cancel()
-            for future in ended:
-                self.records.add(_result(future, waiting[future][1]))
+            for each in waiting:  # all plans ask first, so that no worker is idle
+                dispatcher.ask(each, next(each.plan))
+            for each in waiting:
+                if (records := dispatcher.advance(each)) is not None:
+                    yield each.entry, records
+            for each in dispatcher.collect():
+                if (records := dispatcher.advance(each)) is not None:
+                    yield each.entry, records
+        finally:
+            dispatcher.stop()
 
     def _check_budget(self) -> None:
-        other = {run["work"] for run in self.records.runs if run["task"] == self.task.name} - {
-            self.work
-        }
-        if other:
+        found = {run["work"] for run in self.records.runs if run["task"] == self.task.name}
+        if other := found - {self.work}:
             raise RecordsError(
-                f"{self.records.path} holds runs of {self.task.name} with --work {other.pop() / self.task.work:g}, "
+                f"{self.records.path} holds runs of {self.task.name} "
+                f"with --work {other.pop() / self.task.work:g}, "
                 f"not {self.work / self.task.work:g}; take another --out"
             )
 
 
-def make(job: Job, on_progress: Callable[[float], None] = lambda fraction: None) -> Record:
-    """Make a run; whatever goes wrong in it is the record's reason."""
-    record = job.blank
-    try:
-        task = _load(job.task) if isinstance(job.task, str) else job.task
-        if reason := _reason_not_to(job.entry, task):
-            return {**record, "reason": reason}
-        with task.precision():
-            return {**record, **_program(_key(job, task)).run(job.number, job.seed, on_progress)}
-    except Exception as error:  # a contestant may fail in any way; the others go on
-        return {**record, "reason": _one_line(error)}
+# The jobs of many plans at once.
 
 
-def _reason_not_to(entry: Entry, task: Task) -> str | None:
-    """Why the entry cannot run here or on the task, if it cannot."""
-    size = entry.options.get("batch")
-    if isinstance(size, int) and (task.batch_size is None or size > task.train_size):
-        return f"task {task.name!r} has no batches of {size}; leave out batch={size}"
-    try:
-        with task.precision():
-            return entry.contestant.reason_absent() or entry.contestant.reason_unfit(task)
-    except Exception as error:  # its author's mistake is a reason, too
-        return _one_line(error)
+@dataclasses.dataclass(eq=False)
+class _Waiting:
+    """A plan that waits for records.
 
-
-def check_entries(task: Task, entries: Sequence[Entry]) -> None:
-    """Build every optimiser once, so that options which its library refuses are told before
-    anything runs.
-
-    Raises:
-        UsageError: with the label of the entry, and what the library says.
+    Attributes:
+        entry: the entry it is about.
+        plan: the plan.
+        records: those of the jobs that it yielded last; `None` where one is missing.
     """
-    for entry in entries:
-        if not entry.grid:
-            raise UsageError(f"the contestant {entry.label!r} has no value in its grid")
-        if _reason_not_to(entry, task) is None:
+
+    entry: Entry
+    plan: Plan
+    records: list[Record | None] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Submitted:
+    """A job that an executor has, and the place in a plan where its record goes."""
+
+    job: Job
+    owner: _Waiting
+    place: int
+
+
+class _Dispatcher:
+    """Hands the jobs of plans to an executor, and their records back to the plans."""
+
+    def __init__(self, records: Records, listener: Listener, executor: concurrent.futures.Executor):
+        self._records, self._listener, self._executor = records, listener, executor
+        self._submitted: dict[concurrent.futures.Future, _Submitted] = {}
+
+    def ask(self, waiting: _Waiting, jobs: Sequence[Job]) -> None:
+        """Find the records of these jobs; submit the jobs whose record is missing."""
+        waiting.records = [None] * len(jobs)
+        for place, job in enumerate(jobs):
+            record = self._records.find(job.blank)
+            if record is None:
+                future = self._executor.submit(make, job)
+                self._submitted[future] = _Submitted(job, waiting, place)
+            else:
+                waiting.records[place] = record
+                self._listener(job, None)
+
+    def advance(self, waiting: _Waiting) -> list[Record] | None:
+        """Go on with a plan until it misses a record; its result where it is complete."""
+        while None not in waiting.records:
+            records = [record for record in waiting.records if record is not None]
             try:
-                with task.precision():
-                    entry.method(task, entry.grid[0])
-            except (TypeError, ValueError) as error:
-                raise UsageError(f"{entry.label}: {' '.join(str(error).split())}") from error
-            except Exception:  # nothing that was said: its runs will tell
-                continue
+                self.ask(waiting, waiting.plan.send(records))
+            except StopIteration as end:
+                return end.value
+        return None
+
+    def collect(self) -> Iterator[_Waiting]:
+        """Wait for the jobs that were submitted; yields the plan of each job that has ended."""
+        first = concurrent.futures.FIRST_COMPLETED
+        while self._submitted:
+            done, _ = concurrent.futures.wait(self._submitted, return_when=first)
+            for future in done:
+                submitted = self._submitted[future]
+                record = _result(future, submitted.job)
+                self._records.add(record)
+                # From here on it is not for `stop` to keep.
+                del self._submitted[future]
+                submitted.owner.records[submitted.place] = record
+                self._listener(submitted.job, 1.0)
+                yield submitted.owner
+
+    def stop(self) -> None:
+        """Keep the runs that have ended, and cancel those that have not begun.
+
+        There are such runs only where the study breaks off.
+        """
+        ended = [f for f in self._submitted if f.done() and not _is_broken(f)]
+        if not isinstance(self._executor, loky.ProcessPoolExecutor):  # it trips over cancelled jobs
+            for future in self._submitted:
+                future.cancel()
+        for future in ended:
+            self._records.add(_result(future, self._submitted[future].job))
 
 
-def facts(task: Task) -> TaskFacts:
-    """What the report says of a task."""
-    quality = task.quality
-    known = task.name in TASKS
-    summary, data = (describe(task.name), "") if known else ("", _fingerprint(task))
-    return TaskFacts(
-        task.name,
-        summary,
-        task.target,
-        quality.name,
-        quality.higher_is_better,
-        quality.solved,
-        data,
-    )
-
-
-def _fingerprint(task: Task) -> str:
-    """Of the data and the shapes: other ones are another task, whatever its name."""
-    with task.precision():
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((task.train, task.held_out))]
-        shapes = str(
-            (
-                jax.eval_shape(task.init, jax.random.key(0)),
-                [leaf.shape for leaf in leaves],
-                task.batch_size,
-            )
-        )
-    return f"{zlib.crc32(b''.join([shapes.encode(), *(leaf.tobytes() for leaf in leaves)])):08x}"
-
-
-def environment() -> dict[str, Any]:
-    """What a record must say to be compared with another machine's."""
-    return {
-        "gnlin": gnlin.__version__,
-        "python": platform.python_version(),
-        **_versions(),
-        "platform": f"{sys.platform}-{platform.machine()}",
-        "device": jax.devices()[0].device_kind,
-        "cpus": loky.cpu_count(),
-    }
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Of what computes, and of the peers that are installed."""
-    installed = {}
-    for name in (
-        "jax",
-        "jaxlib",
-        "numpy",
-        "optax",
-        "jaxopt",
-        "optimistix",
-        "lineax",
-        "python-somax",
-        "kfac-jax",
-    ):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
-
-
-@dataclasses.dataclass(frozen=True)
-class _Compiled:
-    """What a compiled program is kept under: names, those from outside with their study, and what they stand for."""
-
-    task_name: str
-    contestant: str
-    options: str
-    work: float
-    task: Task = dataclasses.field(compare=False)
-    entry: Entry = dataclasses.field(compare=False)
-
-
-def _key(job: Job, task: Task) -> _Compiled:
-    contestant = job.entry.contestant
-    known = CONTESTANTS.get(contestant.name)
-    return _Compiled(
-        task_name=job.task if isinstance(job.task, str) else f"{job.study} {task.name}",
-        contestant=contestant.name
-        if known and known.build is contestant.build
-        else f"{job.study} {contestant.name}",
-        options=repr(sorted(job.entry.options.items())),
-        work=job.work,
-        task=task,
-        entry=job.entry,
-    )
-
-
-@functools.lru_cache(maxsize=8)  # a worker is handed the runs of several entries in turn
-def _program(key: _Compiled) -> Program:
-    task, unit = _measured(dataclasses.replace(key, contestant="", options=""))
-    return Program(task, key.entry, key.work, unit)
-
-
-@functools.lru_cache(maxsize=2)
-def _measured(key: _Compiled) -> tuple[Task, float]:
-    """The task with its data on the device, once for all programs, and the FLOPs of its unit of work."""
-    train, held_out = jax.tree.map(jnp.asarray, (key.task.train, key.task.held_out))
-    return dataclasses.replace(key.task, train=train, held_out=held_out), gradient_flops(key.task)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(name: str) -> Task:
-    return TASKS[name]()
-
-
-def _broken(future: concurrent.futures.Future) -> bool:
+def _is_broken(future: concurrent.futures.Future) -> bool:
     return future.cancelled() or isinstance(future.exception(), concurrent.futures.BrokenExecutor)
 
 
@@ -411,19 +268,51 @@ def _result(future: concurrent.futures.Future, job: Job) -> Record:
         return future.result()
     except (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError):
         raise
-    except Exception as error:  # what did not travel to the worker, or back
-        return {**job.blank, "reason": _one_line(error)}
+    except Exception as error:  # the job did not travel to the worker, or the record not back
+        return {**job.blank, "reason": in_one_line(error)}
 
 
-def _one_line(error: Exception) -> str:
-    """What went wrong; also where, in code that is neither this package's nor an installed one."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    outside = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if _is_outside(frame.filename)
-    ]
-    return f"{text} ({outside[-1].filename}, line {outside[-1].lineno})" if outside else text
+# Before anything runs.
 
 
-def _is_outside(file: str) -> bool:
-    installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    return not file.startswith(("<", str(Path(gnlin.__file__).parent), *installed))
+def check_entries(task: Task, entries: Sequence[Entry]) -> None:
+    """Build every optimiser once, to tell of the options that its library refuses.
+
+    Raises:
+        UsageError: with the label of the entry, and the message of the library.
+    """
+    for entry in entries:
+        if not entry.grid:
+            raise UsageError(f"the contestant {entry.label!r} has no value in its grid")
+        if reason_not_to(entry, task) is None:
+            try:
+                with task.precision():
+                    entry.method(task, entry.grid[0])
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"{entry.label}: {' '.join(str(error).split())}") from error
+            except Exception:  # not about options: the runs will tell
+                continue
+
+
+def facts(task: Task) -> TaskFacts:
+    """The properties of a task that a report needs."""
+    known = task.name in TASKS
+    return TaskFacts(
+        name=task.name,
+        summary=describe(task.name) if known else "",
+        target=task.target,
+        quality_name=task.quality.name,
+        higher_is_better=task.quality.higher_is_better,
+        solved=task.quality.solved,
+        data="" if known else _fingerprint(task),
+    )
+
+
+def _fingerprint(task: Task) -> str:
+    """Of the data and the shapes. A task with others is another task, even of the same name."""
+    with task.precision():
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((task.train, task.held_out))]
+        sizes = [leaf.shape for leaf in leaves]
+        shapes = str((task.params_shapes(), sizes, task.batch_size))
+    content = b"".join([shapes.encode(), *(leaf.tobytes() for leaf in leaves)])
+    return f"{zlib.crc32(content):08x}"

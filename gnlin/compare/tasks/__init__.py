@@ -1,4 +1,8 @@
-"""What can be trained: one function for each task, which loads its data and says in its docstring what it is."""
+"""Which problems are trained? `TASKS` names them all.
+
+Each name stands for a function that loads the data and returns a `Task`. The docstring of the
+function defines the task.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -25,5 +29,6 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 def describe(name: str) -> str:
-    """One line on what a task is."""
-    return (inspect.getdoc(TASKS[name]) or "").partition("\n")[0]
+    """The first paragraph of a task's definition, on one line."""
+    first = (inspect.getdoc(TASKS[name]) or "").partition("\n\n")[0]
+    return " ".join(first.split())

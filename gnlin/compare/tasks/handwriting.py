@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits, as three problems."""
+"""Scikit-learn's handwritten digits, as three tasks."""
 
 import math
 
@@ -70,9 +70,9 @@ def digits_autoencoder() -> Task:
     full batch.
 
     Data: scikit-learn's digits, pixels divided by 16; the split of `digits`. The loss is half the
-    squared error of an image, summed over its pixels, mean over images; held-out images are judged
-    by the same number, and solved is what the first 16 principal components of the training images
-    reach there (0.37).
+    squared error of an image, summed over its pixels, mean over images. Held-out images are judged
+    by the same number. Solved is the level that the first 16 principal components of the training
+    images reach there (0.37).
     Network: tanh hidden layers, linear output; weights are normal / √fan-in, biases zero.
     Budget: 1000 gradients of the full batch; target is a training loss of 0.4.
     """
@@ -93,10 +93,9 @@ def digits_autoencoder() -> Task:
 
 
 def _in_order() -> tuple[np.ndarray, np.ndarray]:
-    """Images (1797, 64) with pixels from 0 to 1, and labels (1797,); those that train come first."""
-    from sklearn.datasets import (
-        load_digits,  # takes two seconds, which the other commands need not wait for
-    )
+    """Images (1797, 64) with pixels from 0 to 1, and labels (1797,), training examples first."""
+    # The import takes two seconds. The other commands need not wait for it.
+    from sklearn.datasets import load_digits
 
     images, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(images))

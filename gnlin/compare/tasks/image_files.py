@@ -1,4 +1,4 @@
-"""Images from files that the user has downloaded: MNIST and CIFAR-10, in the binary formats they are published in."""
+"""MNIST and CIFAR-10, from files that the user has downloaded, in the formats of their authors."""
 
 import gzip
 import math
@@ -72,8 +72,8 @@ def cifar10() -> Task:
     GNLIN_DATA names (by default ``data/``). Pixels are divided by 255 and standardised by the mean
     and deviation of each colour over the training images. The 50000 images of the first five files
     train, the 10000 of the last are held out. No augmentation.
-    Network: 3 × 3 convolutions of 16, 32 and 64 channels with stride 2 and tanh, then 1024-64-10;
-    89 834 parameters, weights are normal / √fan-in, biases zero.
+    Network: 3 × 3 convolutions of 16, 32 and 64 channels with stride 2 and tanh, then 1024-64-10.
+    It has 89 834 parameters; weights are normal / √fan-in, biases zero.
     Budget: 4000 mini-batches of 256 examples, 195 to an epoch; target is a training loss of 1.1.
     """
     folder = _folder("cifar-10-batches-bin")
@@ -125,35 +125,30 @@ def _read_mnist(folder: Path, part: str) -> dict[str, np.ndarray]:
 
 
 def _read_idx(folder: Path, name: str, item: tuple[int, ...]) -> tuple[Path, np.ndarray]:
-    """Which file it is, and the unsigned bytes that it holds, (N, *item).
+    """The path of the file, and its unsigned bytes, (N, *item).
 
-    An IDX file begins with 0, 0, 8 (for bytes) and the number of axes; then comes the length of
-    each axis, big-endian.
+    An IDX file begins with 0, 0, 8 (for bytes) and the number of axes. The length of each axis
+    follows, big-endian.
     """
     axes = 1 + len(item)
 
     def read(path: Path, file: BinaryIO) -> np.ndarray:
+        def unusable(fault: str) -> DataError:
+            return _unusable(path, fault, _MNIST_SOURCE)
+
         header = file.read(4 + 4 * axes)
         if len(header) < 4 + 4 * axes or header[:4] != bytes([0, 0, 8, axes]):
-            raise _unusable(
-                path, f"does not begin as an IDX file of bytes with {axes} axes", _MNIST_SOURCE
-            )
+            raise unusable(f"does not begin as an IDX file of bytes with {axes} axes")
         count, *rest = np.frombuffer(header, ">u4", offset=4).tolist()
         if tuple(rest) != item:
-            raise _unusable(
-                path,
-                f"has images of {rest[0]} × {rest[1]}, not {item[0]} × {item[1]}",
-                _MNIST_SOURCE,
-            )
+            raise unusable(f"has images of {rest[0]} × {rest[1]}, not {item[0]} × {item[1]}")
         if not 0 < count <= _MNIST_MOST:
-            raise _unusable(path, f"claims {count} examples, not 1 to {_MNIST_MOST}", _MNIST_SOURCE)
+            raise unusable(f"claims {count} examples, not 1 to {_MNIST_MOST}")
         expected = count * math.prod(item)
-        content = file.read(expected + 1)
+        content = file.read(expected + 1)  # a byte more tells a file that is too long
         if len(content) != expected:
             found = "more" if len(content) > expected else len(content)
-            raise _unusable(
-                path, f"has {found} bytes of data where its header says {expected}", _MNIST_SOURCE
-            )
+            raise unusable(f"has {found} bytes of data where its header says {expected}")
         return np.frombuffer(content, np.uint8).reshape(count, *item)
 
     return _read([folder / name, folder / f"{name}.gz"], read, _MNIST_SOURCE)
@@ -175,9 +170,8 @@ def _read_cifar10(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     most = max(len(records) for _, records in files)
     for path, records in files:
         if len(records) < most:  # cut short between two records
-            raise _unusable(
-                path, f"has {len(records)} images where another part has {most}", _CIFAR_SOURCE
-            )
+            fault = f"has {len(records)} images where another part has {most}"
+            raise _unusable(path, fault, _CIFAR_SOURCE)
     records = np.concatenate([records for _, records in files])
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return {
@@ -195,7 +189,7 @@ def _standardised(pixels: np.ndarray, mean, deviation) -> np.ndarray:
     return images
 
 
-# What is said of files that are not there or not right.
+# Files that are missing or damaged.
 
 
 def _folder(name: str) -> Path:
@@ -205,7 +199,13 @@ def _folder(name: str) -> Path:
 def _read(
     paths: list[Path], read: Callable[[Path, BinaryIO], np.ndarray], source: str
 ) -> tuple[Path, np.ndarray]:
-    """The first of the files that is there, and what `read` makes of it, unpacked if its name ends in ``.gz``."""
+    """The first of the files that is there, and its content.
+
+    Args:
+        paths: names of the same file. One that ends in ``.gz`` is unpacked.
+        read: (path, open file) ↦ content.
+        source: the address of the original, for messages.
+    """
     for path in paths:
         try:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -222,7 +222,8 @@ def _read(
     packed = " (or .gz)" if len(paths) > 1 else ""
     folder = paths[0].parent.name
     raise DataError(
-        f"{paths[0]}{packed} is missing: put it there from {source}, or let GNLIN_DATA name the folder with {folder}/."
+        f"{paths[0]}{packed} is missing: put it there from {source}, "
+        f"or let GNLIN_DATA name the folder with {folder}/."
     )
 
 
@@ -232,10 +233,11 @@ def _check_labels(path: Path, labels: np.ndarray, source: str) -> None:
 
 
 def _check_size(name: str, folder: Path, train: dict[str, np.ndarray], source: str) -> None:
-    if len(train["y"]) < _BATCH_SIZE:
-        what = f"has {len(train['y'])} training images, fewer than the {_BATCH_SIZE} of a mini-batch of {name}"
-        raise _unusable(folder, what, source)
+    count = len(train["y"])
+    if count < _BATCH_SIZE:
+        few = f"fewer than the {_BATCH_SIZE} of a mini-batch of {name}"
+        raise _unusable(folder, f"has {count} training images, {few}", source)
 
 
-def _unusable(path: Path, what: str, source: str) -> DataError:
-    return DataError(f"{path} {what}: replace it by the original from {source}.")
+def _unusable(path: Path, fault: str, source: str) -> DataError:
+    return DataError(f"{path} {fault}: replace it by the original from {source}.")

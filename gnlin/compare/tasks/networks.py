@@ -65,11 +65,10 @@ def accuracy(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _patches(images: jax.Array) -> jax.Array:
-    """Every second 3 × 3 patch of images (N, H, W, C) as (N, H/2, W/2, 9 C); a row and a column of
-    zeros is appended.
+    """Every second 3 × 3 patch of images (N, H, W, C), as (N, H/2, W/2, 9 C).
 
-    As a product of matrices, a convolution inside a loop runs ten times as fast on CPUs as XLA's
-    own.
+    A row and a column of zeros are appended. As a product of matrices, a convolution inside a loop
+    runs ten times as fast on CPUs as XLA's own.
     """
     _, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)))

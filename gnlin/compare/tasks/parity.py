@@ -16,10 +16,10 @@ def sparse_parity() -> Task:
 
     Data: 40 fair bits ±1, drawn by ``numpy.random.default_rng(0)``; the label is 1 where the
     product of the first four is negative. 32 768 examples train, the 4096 drawn after them are held
-    out. There are C(40, 4) = 91 390 such parities, orthogonal to each other, and a linearised
-    network has no more features than parameters, 5506. Whatever these features are, they explain on
-    average at most 6 % of the variance of a parity. So a network linearised once stays near 50 %,
-    and what gets further has moved its features.
+    out. There are C(40, 4) = 91 390 such parities, orthogonal to each other. A linearised network
+    has no more features than parameters, 5506. Whatever these features are, they explain on average
+    at most 6 % of the variance of a parity. So a network linearised once stays near 50 %. A network
+    that gets further has moved its features.
     Network: a tanh hidden layer; weights are normal / √fan-in, biases zero.
     Budget: 10 000 mini-batches of 128 examples, 256 to an epoch; target is a training loss of
         0.001.
@@ -39,7 +39,10 @@ def sparse_parity() -> Task:
 
 
 def examples(generator: np.random.Generator, size: int) -> dict[str, np.ndarray]:
-    """Bits ``x`` (N, 40), ±1, and labels ``y`` (N,): 1 where the product of the first four is −1."""
+    """Bits ``x`` (N, 40), ±1, and labels ``y`` (N,).
+
+    A label is 1 where the product of the first four bits is −1.
+    """
     bits = generator.integers(0, 2, size=(size, BITS))
     return {
         "x": (1 - 2 * bits).astype(np.float32),

@@ -20,15 +20,15 @@ def poisson_pinn() -> Task:
     batch, float64.
 
     Data: −Δu = f on the unit square with u = 0 on the walls, where f = 2π²u and u = sin(πx)
-    sin(πy). The network is asked for f at 256 points and for zero at 64 points, 16 on each wall,
-    all drawn uniformly by ``numpy.random.default_rng(0)``. The residuals are −Δu − f at the first,
-    divided by √256, and u at the second, divided by √64: the loss is half the sum of the two mean
-    squares. Held out is u itself, on the centres of 50 × 50 cells, and judged by ‖u_network − u‖ /
-    ‖u‖.
+    sin(πy). The equation is posed at 256 points, the boundary condition at 64, 16 on each wall. All
+    are drawn uniformly by ``numpy.random.default_rng(0)``. The residuals are −Δu − f at the first,
+    divided by √256, and u at the second, divided by √64. So the loss is half the sum of the two
+    mean squares. Held out is u itself, on the centres of 50 × 50 cells. It is judged by
+    ‖u_network − u‖ / ‖u‖.
     Network: inputs moved to the square [−1, 1]², a tanh hidden layer, linear output; 129
     parameters, weights are normal / √fan-in, biases zero. Second derivatives let the curvature
-    range over many orders of magnitude, which is where methods without it end; float64 is for those
-    that get past that.
+    range over many orders of magnitude, where methods without curvature get stuck. Methods with it
+    get past that, and need float64 there.
     Budget: 50 000 gradients; target is a training loss of 1e-5.
     """
     generator = np.random.default_rng(0)
@@ -88,7 +88,10 @@ def network(params: Layers, points: jax.Array) -> jax.Array:
 
 
 def laplacian(function, points: jax.Array) -> jax.Array:
-    """Δ of a function of points (N, D), each value of which depends on its own point alone: forward over forward."""
+    """Δ of a function of points (N, D), forward over forward.
+
+    Each value of the function must depend on its own point alone.
+    """
 
     def second_derivative(direction):
         tangent = jnp.broadcast_to(direction[None], points.shape)
@@ -103,7 +106,7 @@ def laplacian(function, points: jax.Array) -> jax.Array:
 
 
 def residuals(params: Layers, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """−Δu − f in the interior and u on the walls, each divided by the root of its number of points."""
+    """−Δu − f in the interior and u on the walls, divided by the roots of the numbers of points."""
     interior, source, wall = batch["interior"], batch["source"], batch["wall"]
     equation = -laplacian(lambda points: network(params, points), interior) - source
     return {

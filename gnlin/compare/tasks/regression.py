@@ -17,15 +17,14 @@ def diabetes() -> Task:
     Data: scikit-learn's diabetes, each of the ten inputs and the target standardised over all
     patients. The first 353 of ``numpy.random.default_rng(0).permutation`` train, the other 89 are
     held out. The loss is half the mean squared error. Held-out patients are judged by R², the share
-    of their variance that is explained; solved is about what ridge regression reaches there (0.35,
+    of their variance that is explained. Solved is about the level of ridge regression there (0.35,
     penalty chosen by cross-validation). A network passes that level early and then overfits:
     reaching the target costs held-out quality.
     Network: tanh hidden layers, linear output; weights are normal / √fan-in, biases zero.
     Budget: 1000 gradients of the full batch; target is a training loss of 0.1.
     """
-    from sklearn.datasets import (
-        load_diabetes,  # takes two seconds, which the other commands need not wait for
-    )
+    # The import takes two seconds. The other commands need not wait for it.
+    from sklearn.datasets import load_diabetes
 
     inputs, progression = map(np.asarray, load_diabetes(return_X_y=True))
     inputs = (inputs - inputs.mean(axis=0)) / inputs.std(axis=0)

@@ -19,43 +19,13 @@ CONTEXT, WINDOWS, HELD_OUT_EVERY = 32, 4608, 9
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 WIDTH, HEADS, BLOCKS = 32, 2, 2
 
-MODULES = (  # each is one file from Python 3.11 to 3.13
-    *(
-        "argparse",
-        "ast",
-        "bdb",
-        "bisect",
-        "calendar",
-        "configparser",
-        "contextlib",
-        "copy",
-        "csv",
-        "dataclasses",
-    ),
-    *(
-        "enum",
-        "fileinput",
-        "fractions",
-        "functools",
-        "inspect",
-        "ipaddress",
-        "locale",
-        "mailbox",
-        "numbers",
-    ),
-    *(
-        "optparse",
-        "os",
-        "pdb",
-        "pickle",
-        "platform",
-        "random",
-        "sched",
-        "selectors",
-        "shelve",
-        "shutil",
-    ),
-)
+# Each of these is one file from Python 3.11 to 3.13.
+MODULES = (
+    "argparse", "ast", "bdb", "bisect", "calendar", "configparser", "contextlib", "copy", "csv",
+    "dataclasses", "enum", "fileinput", "fractions", "functools", "inspect", "ipaddress", "locale",
+    "mailbox", "numbers", "optparse", "os", "pdb", "pickle", "platform", "random", "sched",
+    "selectors", "shelve", "shutil",
+)  # fmt: skip
 
 
 def chars() -> Task:
@@ -64,11 +34,11 @@ def chars() -> Task:
 
     Data: the documentation strings of `MODULES`, from the sources of the running Python. Other
     versions of Python have slightly different texts, so compare results within one. The alphabet is
-    the newline and the 95 printable ASCII characters; anything else reads ``?``. The text is cut
-    into 4608 windows of 32 characters, each predicted from those before it in the window. Every
+    the newline and the 95 printable ASCII characters; other characters become ``?``. The text is
+    cut into 4608 windows of 32 characters, each predicted from those before it in the window. Every
     ninth window is held out and judged by bits per character; the other 4096 train.
     Network: learned positions, two pre-norm blocks of causal attention with two heads and a GELU
-    layer of width 128, without dropout; weights are normal / √fan-in, embeddings normal / 10.
+    layer of width 128, without dropout. Weights are normal / √fan-in, embeddings normal / 10.
     Budget: 1500 mini-batches of 64 windows, 64 to an epoch; target is a training loss of 1.8 nats.
     """
     text = windows(documentation(MODULES), WINDOWS)
@@ -116,7 +86,11 @@ def documentation(modules: Sequence[str], folder: Path | None = None) -> str:
 
 
 def windows(text: str, count: int) -> dict[str, np.ndarray]:
-    """The first `count` windows of the text: characters ``x`` and the ones after each, ``y``, both (count, 31)."""
+    """The first `count` windows of the text.
+
+    Returns:
+        Characters ``x`` and the character after each, ``y``, both (count, 31).
+    """
     if len(text) < count * CONTEXT:
         raise DataError(
             f"the task 'chars' needs {count * CONTEXT} characters of text and found {len(text)}"
@@ -145,22 +119,20 @@ def init(key: jax.Array) -> dict[str, Any]:
 def transformer(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     """Logits (N, T, C) of the character after each of ``batch["x"]`` (N, T)."""
     x = batch["x"]
-    # A product with one-hot vectors: its gradient is a product, too, where that of indexing is a
-    # slow scatter.
+    # A product with one-hot vectors has a product as its gradient. That of indexing is a slow
+    # scatter.
     chosen = jax.nn.one_hot(x, len(CHARACTERS), dtype=params["embedding"].dtype)
     hidden = jnp.dot(chosen, params["embedding"]) + params["positions"][None, : x.shape[1]]
     for block in params["blocks"]:
         hidden = hidden + _attention(block, _normalised(hidden, block["norm_attention"]))
-        inner = (
-            jnp.dot(_normalised(hidden, block["norm_dense"]), block["in"])
-            + block["bias"][None, None]
-        )
-        hidden = hidden + jnp.dot(jax.nn.gelu(inner), block["out"])
+        inner = jnp.dot(_normalised(hidden, block["norm_dense"]), block["in"])
+        inner = jax.nn.gelu(inner + block["bias"][None, None])
+        hidden = hidden + jnp.dot(inner, block["out"])
     return jnp.dot(_normalised(hidden, params["norm"]), params["output"])
 
 
 def mean_cross_entropy(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """Softmax cross-entropy of the characters ``batch["y"]`` (N, T), mean over all of them, in nats."""
+    """Softmax cross-entropy of the characters ``batch["y"]`` (N, T), their mean, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
 
@@ -176,12 +148,10 @@ def _init_block(key: jax.Array) -> dict[str, jax.Array]:
         "in": (WIDTH, 4 * WIDTH),
         "out": (4 * WIDTH, WIDTH),
     }
-    weights = {
-        name: _weights(each, shape)
-        for each, (name, shape) in zip(
-            jax.random.split(key, len(shapes)), shapes.items(), strict=True
-        )
-    }
+    keys = jax.random.split(key, len(shapes))
+    weights = {}
+    for each, (name, shape) in zip(keys, shapes.items(), strict=True):
+        weights[name] = _weights(each, shape)
     ones = jnp.ones(WIDTH, jnp.float32)
     return {
         **weights,
@@ -204,9 +174,8 @@ def _normalised(hidden: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _attention(block: dict[str, jax.Array], hidden: jax.Array) -> jax.Array:
     count, length, _ = hidden.shape
-    mixed = jnp.dot(hidden, block["query_key_value"]).reshape(
-        count, length, 3, HEADS, WIDTH // HEADS
-    )
+    mixed = jnp.dot(hidden, block["query_key_value"])
+    mixed = mixed.reshape(count, length, 3, HEADS, WIDTH // HEADS)
     query, key, value = (mixed[:, :, i] for i in range(3))
     scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(WIDTH // HEADS)
     past = np.tri(length, dtype=bool)[None, None]
