@@ -127,7 +127,7 @@ PICK = {"full": "ncmd->ncmd", "diagonal": "ncmc->cnm", "trace": "ncmc->nm"}
 SUMS = {"full": "ncp,mdp->ncmd", "diagonal": "ncp,mcp->cnm", "trace": "ncp,mcp->nm"}
 
 
-def plain(model, outputs):
+def plain(model, pairs):
     def kernel(params, x):
         jacobian = jax.vmap(
             lambda one: jax.jacrev(lambda params: model(params, one[None])[0])(params)
@@ -135,15 +135,15 @@ def plain(model, outputs):
         rows = jnp.concatenate(
             [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(jacobian)], axis=-1
         )
-        return jnp.einsum(SUMS[outputs], rows, rows, precision="highest")
+        return jnp.einsum(SUMS[pairs], rows, rows, precision="highest")
 
     return kernel
 
 
-def ours(model, outputs, **bound):
+def ours(model, pairs, **bound):
     objective = gnlin.Objective(model, lambda z, x: jnp.sum(z**2))
     return lambda params, x: gnlin.kernel.empirical_ntk(
-        objective, params, x, outputs=outputs, **bound
+        objective, params, x, pairs=pairs, **bound
     )
 
 
@@ -155,13 +155,13 @@ def seconds(function, *arguments):
 
 def compare_times(networks, x, repeats):
     print(
-        "| network | N | outputs | plain, ms | gnlin, ms | ratio | difference |\n"
+        "| network | N | pairs | plain, ms | gnlin, ms | ratio | difference |\n"
         + "|---" * 7
         + "|"
     )
     for name, (model, params, examples) in networks.items():
-        for outputs in SUMS:
-            both = [jax.jit(build(model, outputs)) for build in (plain, ours)]
+        for pairs in SUMS:
+            both = [jax.jit(build(model, pairs)) for build in (plain, ours)]
             kernels = [function(params, x[:examples]) for function in both]
             difference = jnp.max(jnp.abs(kernels[0] - kernels[1])) / jnp.max(jnp.abs(kernels[0]))
             times = np.array(
@@ -173,7 +173,7 @@ def compare_times(networks, x, repeats):
             old, new = np.median(times, axis=0)
             ratio = np.median(times[:, 0] / times[:, 1])
             print(
-                f"| {name} | {examples} | {outputs} | {1e3 * old:.1f} | {1e3 * new:.1f} | {ratio:.2f} ",
+                f"| {name} | {examples} | {pairs} | {1e3 * old:.1f} | {1e3 * new:.1f} | {ratio:.2f} ",
                 end="",
             )
             print(f"| {difference:.0e} |", flush=True)
@@ -181,16 +181,16 @@ def compare_times(networks, x, repeats):
 
 def compare_memory(networks, examples, bounds):
     """What compiled programs need beside their arguments, by XLA's own account."""
-    print("\n| network | N | outputs | bound, MiB | taken, MiB |\n" + "|---" * 5 + "|")
+    print("\n| network | N | pairs | bound, MiB | taken, MiB |\n" + "|---" * 5 + "|")
     for name, (model, params, _) in networks.items():
         shapes = (
             jax.eval_shape(lambda params=params: params),
             jax.ShapeDtypeStruct((examples, 64), jnp.float32),
         )
-        for outputs, bound in itertools.product(SUMS, bounds):
+        for pairs, bound in itertools.product(SUMS, bounds):
             try:
                 compiled = (
-                    jax.jit(ours(model, outputs, max_bytes=bound))
+                    jax.jit(ours(model, pairs, max_bytes=bound))
                     .lower(*shapes)
                     .compile()
                     .memory_analysis()
@@ -201,7 +201,7 @@ def compare_memory(networks, examples, bounds):
             except ValueError:
                 taken = "refused"
             print(
-                f"| {name} | {examples} | {outputs} | {bound / 2**20:.0f} | {taken} |", flush=True
+                f"| {name} | {examples} | {pairs} | {bound / 2**20:.0f} | {taken} |", flush=True
             )
 
 

@@ -109,7 +109,7 @@ def test_the_kernel_is_that_of_the_model_that_is_trained(period, x64):
 
 def test_a_reference_of_ones_own(x64):
     probe, elsewhere = batch(seed=7, examples=5), jax.tree.map(jnp.sin, start())
-    reference = gnlin.kernel.empirical_ntk(OBJECTIVE, elsewhere, probe, outputs="trace")
+    reference = gnlin.kernel.empirical_ntk(OBJECTIVE, elsewhere, probe, pairs="trace")
     tx = gnlin.measure_kernel_drift(SGD, OBJECTIVE, probe, every=10, reference=reference)
     found = gnlin.metrics(trained(tx, 1)[0][1])
     for name, value in by_hand(

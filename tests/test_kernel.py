@@ -15,7 +15,7 @@ import gnlin
 from gnlin.structure.parts import cut_of
 
 N, M = 6, 4
-KINDS = "full", "diagonal", "trace"
+PAIRS = "full", "diagonal", "trace"
 
 
 class Case(NamedTuple):
@@ -317,9 +317,9 @@ def all_kernels(case, *others, **bounds):
     def kernels(params, *batches):
         return [
             gnlin.kernel.empirical_ntk(
-                objective, params, *batches, outputs=outputs, max_bytes=bounds.get(outputs, 2**32)
+                objective, params, *batches, pairs=pairs, max_bytes=bounds.get(pairs, 2**32)
             )
-            for outputs in KINDS
+            for pairs in PAIRS
         ]
 
     return kernels(case.params, case.batch, *others)
@@ -330,9 +330,9 @@ def test_kernels_are_those_of_the_jacobian(name, x64):
     case = cases()[name]
     for others in ((), (other_batch(case),)):
         expected = dense_kernels(case, *others)
-        for kernel, outputs in zip(all_kernels(case, *others), KINDS, strict=True):
+        for kernel, pairs in zip(all_kernels(case, *others), PAIRS, strict=True):
             np.testing.assert_allclose(
-                kernel, expected[outputs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max()
+                kernel, expected[pairs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max()
             )
 
 
@@ -349,15 +349,15 @@ BOUNDS = {
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_parts_of_batches_make_the_same_kernel(name, x64):
-    case, bounds = cases()[name], dict.fromkeys(KINDS, BOUNDS[name])
+    case, bounds = cases()[name], dict.fromkeys(PAIRS, BOUNDS[name])
     # Between two batches, and once with itself: then one side's rows are those of the other.
     others = () if name == "pytree" else (other_batch(case),)
     with pytest.raises(ValueError, match=r"the work on two examples may take"):
         jax.eval_shape(lambda: all_kernels(case, *others, full=BOUNDS[name] // 4))
     expected = dense_kernels(case, *others)
-    for kernel, outputs in zip(all_kernels(case, *others, **bounds), KINDS, strict=True):
+    for kernel, pairs in zip(all_kernels(case, *others, **bounds), PAIRS, strict=True):
         np.testing.assert_allclose(
-            kernel, expected[outputs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max()
+            kernel, expected[pairs], rtol=0, atol=1e-13 * np.abs(expected["full"]).max()
         )
 
 
@@ -393,7 +393,7 @@ def test_ways_to_contract_that_depend_on_the_batch(x64):
     inputs, outputs = x @ weights[0], weights[1]
     expected = 10 * (inputs @ inputs.T) + (x @ x.T) * jnp.sum(outputs**2)
     for bound in (2**32, 2**20):
-        kernel = gnlin.kernel.empirical_ntk(objective, weights, x, outputs="trace", max_bytes=bound)
+        kernel = gnlin.kernel.empirical_ntk(objective, weights, x, pairs="trace", max_bytes=bound)
         np.testing.assert_allclose(kernel, expected, rtol=1e-10)
 
 
@@ -405,7 +405,7 @@ def test_batch_normalisation_within_a_bound():
     for bound in (2**24, 2**28, 2**31):
         jax.eval_shape(
             lambda bound=bound: gnlin.kernel.empirical_ntk(
-                objective, params, data, outputs="trace", max_bytes=bound
+                objective, params, data, pairs="trace", max_bytes=bound
             )
         )
 
@@ -434,7 +434,7 @@ def test_parameters_of_low_precision():
     params, batch = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16), (case.params, {"x": case.batch["x"]})
     )
-    kernel = gnlin.kernel.empirical_ntk(objective_of(case), params, batch, outputs="trace")
+    kernel = gnlin.kernel.empirical_ntk(objective_of(case), params, batch, pairs="trace")
     exact = dense_kernels(
         case._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
     )["trace"]
@@ -482,7 +482,7 @@ def normalised(examples):
 
 
 @pytest.mark.parametrize(
-    ("model", "shapes", "bounds", "outputs"),
+    ("model", "shapes", "bounds", "pairs"),
     [
         (deep, wide, (6, 24), "full"),
         (deep, wide, (6,), "trace"),
@@ -494,11 +494,11 @@ def normalised(examples):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_memory_stays_within_the_bound(model, shapes, bounds, outputs):
+def test_memory_stays_within_the_bound(model, shapes, bounds, pairs):
     """By XLA's own account; a full kernel by itself takes 4 MiB."""
     objective, shapes = gnlin.Objective(third_party_model(model), loss), shapes(100)
     for bound in bounds:
-        options = {"outputs": outputs, "max_bytes": bound * 2**20}
+        options = {"pairs": pairs, "max_bytes": bound * 2**20}
         lowered = jax.jit(
             lambda params, batch, options=options: gnlin.kernel.empirical_ntk(
                 objective, params, batch, **options
@@ -585,10 +585,10 @@ def test_alignment_and_distance_in_numpy(x64):
     moved = case._replace(
         params=jax.tree.map(lambda leaf: leaf + 0.3 * jnp.sin(9 * leaf), case.params)
     )
-    for outputs, kernel in dense_kernels(case).items():
+    for pairs, kernel in dense_kernels(case).items():
         other, examples = (
-            dense_kernels(moved)[outputs],
-            {"full": (0, 2), "diagonal": (1, 2), "trace": (0, 1)}[outputs],
+            dense_kernels(moved)[pairs],
+            {"full": (0, 2), "diagonal": (1, 2), "trace": (0, 1)}[pairs],
         )
         centre = np.eye(N) - 1 / N
         centred = [np.moveaxis(each, examples, (-2, -1)) for each in (kernel, other)]
@@ -652,9 +652,9 @@ def test_what_vanishes_is_no_nan():
 
 def test_spectrum_and_effective_rank(x64):
     case = cases()["pytree"]
-    for outputs, kernel in dense_kernels(case).items():
+    for pairs, kernel in dense_kernels(case).items():
         square = (
-            kernel.reshape(kernel.shape[0] * kernel.shape[1], -1) if outputs == "full" else kernel
+            kernel.reshape(kernel.shape[0] * kernel.shape[1], -1) if pairs == "full" else kernel
         )
         values = np.linalg.svd(square, compute_uv=False)
         # Absolute: rounding is relative to the largest.
@@ -677,15 +677,15 @@ def test_errors_name_the_argument():
     objective = gnlin.Objective(lambda p, b: b["x"] @ p, loss)
     params, batch = jnp.ones((3, 2)), {"x": jnp.ones((4, 3))}
     kernel = functools.partial(gnlin.kernel.empirical_ntk, objective, params, batch)
-    with pytest.raises(ValueError, match=r"`outputs` must be one of .*; got 'mean'"):
-        kernel(outputs="mean")
+    with pytest.raises(ValueError, match=r"`pairs` must be one of .*; got 'mean'"):
+        kernel(pairs="mean")
     with pytest.raises(ValueError, match=r"`max_bytes` must be positive; got 0"):
         kernel(max_bytes=0)
     with pytest.raises(TypeError, match=r"`max_bytes` must be a number; got '4G'"):
         kernel(max_bytes="4G")
     with pytest.raises(
         ValueError,
-        match=r'`max_bytes` is 255, but the kernel by itself takes 256: .*outputs="trace"',
+        match=r'`max_bytes` is 255, but the kernel by itself takes 256: .*pairs="trace"',
     ):
         kernel(max_bytes=255)
     with pytest.raises(

@@ -50,7 +50,7 @@ for name, tx in transforms.items():
         assert abs(a - b).max() <= 2e-5 * max(abs(a).max(), 1), (name, a, b)
 
 both = batch, jax.device_put(batch, by_row)
-for options in ({"outputs": "trace"}, {"outputs": "full", "max_bytes": 120_000}):  # as a whole, and in parts
+for options in ({"pairs": "trace"}, {"pairs": "full", "max_bytes": 120_000}):  # as a whole, and in parts
     one, eight = jax.device_get([gnlin.kernel.empirical_ntk(objective, params, each, **options) for each in both])
     assert abs(one - eight).max() <= 1e-5 * abs(one).max()
 """

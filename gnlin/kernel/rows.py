@@ -1,9 +1,11 @@
-"""Rows of a linearised model's Jacobian, one pull-back for each output of an example.
+"""Rows of a linearised model's Jacobian, from one pull-back for each output of an example.
 
-One pull-back serves output c of all N examples at once: C pull-backs instead of N·C. That is right
-only where each example's outputs depend on its own rows, which `by_example` proves from the
-equations of the pull-back. Of a dense layer the rows are kept as what they are made of, its inputs
-and cotangents, where that is less.
+One pull-back serves output c of all N examples at once. That makes C pull-backs, not N·C. It is
+right only where the outputs of each example depend on its own rows. `gnlin.structure.independence`
+proves this from the equations of the pull-back.
+
+At a dense layer the rows are kept as their factors, its inputs and cotangents, where these are
+smaller.
 """
 
 import math
@@ -20,49 +22,71 @@ from gnlin.structure.independence import ByExample, Summed, run_by_example
 from gnlin.structure.layers import Layer, Reading, read_layers
 from gnlin.tree import Outputs, Params
 
-# Numbers held at once beside the M² of K itself: cotangents and rows that are kept, a block of
-# rows, the intermediate results of the pull-backs that run together. Half a gigabyte in float32.
+# Numbers held at once beside the M² of K itself: cotangents and rows, a block of rows, and the
+# intermediate results of the pull-backs that run together. Half a gigabyte in float32.
 BUDGET = 2**27
 
 
-class Rows(NamedTuple):
-    """Rows of J, one for output c of example n, at each leaf by its position; of a layer with a bias at W's."""
+class Factors(NamedTuple):
+    """Rows at a layer, Σ_t x̃_t s_tᵀ, as their factors. With a bias x̃ = (x, 1), without x̃ = x."""
 
-    factored: dict[
-        int, tuple[jax.Array, jax.Array]
-    ]  # Σ_t x̃_t s_tᵀ: x̃ = (x, 1) (N, T, I) and s (N, C, T, O)
+    inputs: jax.Array  # x̃, (N, T, I)
+    cotangents: jax.Array  # s, (N, C, T, O)
+
+    def product(self) -> jax.Array:
+        """The rows themselves, (N, C, I, O)."""
+        return jnp.einsum("nti,ncto->ncio", *self, precision="highest")
+
+
+class Rows(NamedTuple):
+    """Rows of J, one for output c of example n, at each leaf by its position.
+
+    Those of a layer with a bias are at W's position, and have those of b at their end.
+    """
+
+    factored: dict[int, Factors]
     whole: dict[int, jax.Array]  # (N, C, size)
+
+    def at(self, leaf: int) -> jax.Array:
+        """The rows at one leaf, (N, C, size)."""
+        if leaf in self.whole:
+            return self.whole[leaf]
+        product = self.factored[leaf].product()
+        return product.reshape(*product.shape[:2], -1)
 
 
 class Found(NamedTuple):
-    """What rows could be had by one pull-back for each output of an example."""
+    """The rows that can be had by one pull-back for each output of an example."""
 
     rows: Rows
-    layers: tuple[Layer, ...]
-    left: frozenset[
-        int
-    ]  # leaves that are in none of the rows, and have an influence on the outputs
+    layers: tuple[Layer, ...]  # those that the rows have
+    left: frozenset[int]  # leaves that are in none of the rows, and may influence the outputs
     pull_backs: int
 
     def without(self, left: frozenset[int]) -> Rows:
-        """The rows but those that `left` has leaves of; all that are left then have to be in it.
+        """The rows, less those that share a leaf with `left`.
 
         Raises:
-            LeftOutError: they are not.
+            LeftOutError: `left` lacks a leaf that is then in none of the rows.
         """
-        layers = {layer.weight: {layer.weight, layer.bias} - {None} for layer in self.layers}
-        kinds = self.rows.factored, self.rows.whole
-        dropped = {index for kind in kinds for index in kind if layers.get(index, {index}) & left}
-        if missing := self.left.union(*(layers.get(index, {index}) for index in dropped)) - left:
+        of_layer: dict[int, set[int]] = {}
+        for layer in self.layers:
+            of_layer[layer.weight] = {layer.weight, layer.bias} - {None}
+        held = [*self.rows.factored, *self.rows.whole]
+        dropped = {leaf for leaf in held if of_layer.get(leaf, {leaf}) & left}
+        missing = self.left.union(*(of_layer.get(leaf, {leaf}) for leaf in dropped)) - left
+        if missing:
             raise LeftOutError(missing)
-        return Rows(
-            {index: row for index, row in self.rows.factored.items() if index not in dropped},
-            {index: row for index, row in self.rows.whole.items() if index not in dropped},
-        )
+        factored = {leaf: row for leaf, row in self.rows.factored.items() if leaf not in dropped}
+        whole = {leaf: row for leaf, row in self.rows.whole.items() if leaf not in dropped}
+        return Rows(factored, whole)
 
 
 class LeftOutError(Exception):
-    """Leaves of the parameters whose rows could not be had: how a product is contracted may depend on the batch."""
+    """Leaves of the parameters have no rows in one part of a batch, but in another.
+
+    The order in which a product is contracted may depend on the number of examples.
+    """
 
     def __init__(self, leaves: frozenset[int]):
         super().__init__(f"leaves {sorted(leaves)}")
@@ -78,98 +102,117 @@ def number_of_examples(outputs: Outputs) -> int:
 def find_rows(
     jvp: Callable[[Params], Outputs], params: Params, budget: int = BUDGET, keep: float = math.inf
 ) -> Found:
-    """Rows of a linearisation at `params` where examples are proved apart, as long as no more than `keep` numbers."""
+    """Rows of a linearisation at `params`, at the leaves where examples are proved apart.
+
+    Args:
+        jvp: the push-forward.
+        params: the parameters.
+        budget: numbers that the pull-backs which run together may hold.
+        keep: numbers that the rows may hold. Leaves beyond that have none.
+    """
     outputs, leaves = jax.eval_shape(jvp, params), jax.tree.leaves(params)
     examples, dtype = number_of_examples(outputs), tree.accumulation_dtype(params)
-    left = {index for index, leaf in enumerate(leaves) if leaf.size}
+    not_empty = {leaf for leaf, value in enumerate(leaves) if value.size}
     if examples < 2:
-        return Found(Rows({}, {}), (), frozenset(left), 0)
-    reading, colours = read_layers(jvp, params), tree.size(outputs) // examples
-    layers, others, idle = _rows_by_example(reading, outputs, examples, budget, keep)
-    rows, kept = Rows({}, {}), []
-    for index, cotangents in layers.items():
-        layer = reading.layers[index]
-        inputs = layer.inputs.astype(dtype).reshape(examples, -1, layer.inputs.shape[-1])
-        if layer.bias is not None:
-            inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
-        factors = inputs, jnp.swapaxes(cotangents.astype(dtype), 0, 1)
-        (_, length, fan_in), fan_out = inputs.shape, cotangents.shape[-1]
-        if colours * fan_in * fan_out <= length * (fan_in + colours * fan_out):
-            rows.whole[layer.weight] = product_of(*factors).reshape(examples, colours, -1)
+        return Found(Rows({}, {}), (), frozenset(not_empty), 0)
+    reading = read_layers(jvp, params)
+    pulled = _pull_back_by_example(reading, outputs, examples, budget, keep)
+
+    rows, layers, with_rows = Rows({}, {}), [], set(pulled.others)
+    for number, cotangents in pulled.layers.items():
+        layer = reading.layers[number]
+        factors = _factors(layer, cotangents, examples, dtype)
+        if _whole_is_smaller(factors):
+            product = factors.product()
+            rows.whole[layer.weight] = product.reshape(*product.shape[:2], -1)
         else:
             rows.factored[layer.weight] = factors
-        kept.append(layer)
-        left -= {layer.weight, layer.bias}
-    for index, each in others.items():
-        rows.whole[index] = jnp.swapaxes(each, 0, 1).astype(dtype)
-    return Found(
-        rows,
-        tuple(kept),
-        frozenset(left - others.keys() - idle),
-        colours if layers or others else 0,
-    )
+        layers.append(layer)
+        with_rows |= {layer.weight, layer.bias}
+    for leaf, of_outputs in pulled.others.items():
+        rows.whole[leaf] = jnp.swapaxes(of_outputs, 0, 1).astype(dtype)
+
+    per_example = tree.size(outputs) // examples
+    left = frozenset(not_empty - with_rows - pulled.idle)
+    if not left and not with_rows:
+        # Rows of length 0, so that their product is a kernel of zeros.
+        rows.whole[0] = jnp.zeros([examples, per_example, 0], dtype)
+    return Found(rows, tuple(layers), left, per_example if with_rows else 0)
 
 
-def _rows_by_example(
+def _factors(layer: Layer, cotangents: jax.Array, examples: int, dtype: Any) -> Factors:
+    """The factors of a layer, from its cotangents (C, N, T, O)."""
+    inputs = layer.inputs.astype(dtype).reshape(examples, -1, layer.inputs.shape[-1])
+    if layer.bias is not None:
+        inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
+    return Factors(inputs, jnp.swapaxes(cotangents.astype(dtype), 0, 1))
+
+
+def _whole_is_smaller(factors: Factors) -> bool:
+    """Whether the rows take no more numbers than their factors."""
+    _, positions, fan_in = factors.inputs.shape
+    _, per_example, _, fan_out = factors.cotangents.shape
+    return per_example * fan_in * fan_out <= positions * (fan_in + per_example * fan_out)
+
+
+class _Pulled(NamedTuple):
+    """The results of one pull-back for each of the C outputs of an example."""
+
+    layers: dict[int, jax.Array]  # number of a layer ↦ its cotangents, (C, N, T, O)
+    others: dict[int, jax.Array]  # another leaf ↦ its rows, (C, N, size)
+    idle: frozenset[int | None]  # leaves that have no influence on the outputs
+
+
+class _OfOneOutput(NamedTuple):
+    """The same from the pull-back for one output: without the axis C."""
+
+    layers: dict[int, jax.Array]
+    others: dict[int, jax.Array]
+
+    def only(self, chosen: "_OfOneOutput") -> "_OfOneOutput":
+        """The entries that `chosen` has as well."""
+        return _OfOneOutput(
+            {key: value for key, value in self.layers.items() if key in chosen.layers},
+            {key: value for key, value in self.others.items() if key in chosen.others},
+        )
+
+
+def _pull_back_by_example(
     reading: Reading, outputs: Outputs, examples: int, budget: int, room: float
-) -> tuple[dict, dict, set[int | None]]:
-    """Where examples are proved apart: layer ↦ cotangents (C, N, T, fan-out), other leaf ↦ rows (C,
-    N, size).
-
-    And the leaves that have no influence on the outputs.
-    """
+) -> _Pulled:
+    """Cotangents and rows where examples are proved apart, as long as there is room for them."""
     pull_back, shape = jax.make_jaxpr(reading.pull_back, return_shape=True)(outputs)
-    structure, like = jax.tree.structure(shape), jax.tree.leaves(outputs)
-    colours = tree.size(outputs) // examples
+    structure = jax.tree.structure(shape)
+    per_example = tree.size(outputs) // examples
     idle: set[int | None] = set()
 
-    def rows_of(colour):
-        hot = (jnp.arange(colours, dtype=jnp.int32) == colour).astype(
-            tree.accumulation_dtype(outputs)
-        )
-        ends = np.cumsum([leaf.size // examples for leaf in like])[:-1]
-        parts = [
-            jnp.broadcast_to(part[None, :], [examples, part.size]) for part in jnp.split(hot, ends)
-        ]
-        parts = [
-            part.reshape(leaf.shape).astype(leaf.dtype)
-            for part, leaf in zip(parts, like, strict=True)
-        ]
-        found = run_by_example(pull_back, parts, examples)
-        of_layers, of_others = jax.tree.unflatten(structure, [_Box(value) for value in found])
-        layers, others = {}, {}
-        for index, (value,) in enumerate(of_layers):
+    def of_output(place: jax.Array) -> _OfOneOutput:
+        basis = _basis_cotangent(place, outputs, examples)
+        values = run_by_example(pull_back, jax.tree.leaves(basis), examples)
+        # Boxes, for `jax.tree` would look into the values.
+        of_layers, of_others = jax.tree.unflatten(structure, [_Box(value) for value in values])
+        found = _OfOneOutput({}, {})
+        for number, (value,) in enumerate(of_layers):
             if isinstance(value, ByExample) and value.axis == 0:
-                layers[index] = value.array.reshape(examples, -1, value.array.shape[1])
+                found.layers[number] = value.array.reshape(examples, -1, value.array.shape[1])
             elif isinstance(value, jax.Array):
-                idle.update((reading.layers[index].weight, reading.layers[index].bias))
-        for index, (value,) in of_others.items():
+                idle.update((reading.layers[number].weight, reading.layers[number].bias))
+        for leaf, (value,) in of_others.items():
             if isinstance(value, Summed):
-                others[index] = value.addends.reshape(examples, -1)
-            elif isinstance(
-                value, jax.Array
-            ):  # a linear function that does not depend on its arguments is 0
-                idle.add(index)
-        return layers, others
+                found.others[leaf] = value.addends.reshape(examples, -1)
+            elif isinstance(value, jax.Array):
+                # A linear function that does not depend on its arguments is 0.
+                idle.add(leaf)
+        return found
 
-    kept = jax.eval_shape(rows_of, jax.ShapeDtypeStruct((), jnp.int32))
-    chosen: tuple[set[int], set[int]] = (set(), set())
-    for kind, found in zip(chosen, kept, strict=True):
-        for index, leaf in found.items():
-            if (needed := colours * leaf.size) <= room:
-                kind.add(index)
-                room -= needed
-
-    def kept_rows_of(colour):
-        return tuple(
-            {index: leaf for index, leaf in found.items() if index in kind}
-            for kind, found in zip(chosen, rows_of(colour), strict=True)
-        )
-
-    if not any(chosen):
-        return {}, {}, idle
+    # This trace also says which leaves are idle.
+    shapes = jax.eval_shape(of_output, jax.ShapeDtypeStruct((), jnp.int32))
+    kept = _within(room, shapes, per_example)
+    if not kept.layers and not kept.others:
+        return _Pulled({}, {}, frozenset(idle))
     together = max(1, budget // numbers_held_by(pull_back.jaxpr))
-    return *map_together(kept_rows_of, colours, together), idle
+    found = map_together(lambda place: of_output(place).only(kept), per_example, together)
+    return _Pulled(found.layers, found.others, frozenset(idle))
 
 
 class _Box(NamedTuple):
@@ -178,16 +221,37 @@ class _Box(NamedTuple):
     value: Any
 
 
-def product_of(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
-    """Σ_t x_t s_tᵀ: (N, C, I, O)."""
-    return jnp.einsum("nti,ncto->ncio", inputs, cotangents, precision="highest")
+def _within(room: float, found: _OfOneOutput, per_example: int) -> _OfOneOutput:
+    """The first entries that fit into so many numbers, those of all outputs together."""
+    kept = _OfOneOutput({}, {})
+    for values, chosen in ((found.layers, kept.layers), (found.others, kept.others)):
+        for key, value in values.items():
+            needed = per_example * value.size
+            if needed <= room:
+                chosen[key] = value
+                room -= needed
+    return kept
+
+
+def _basis_cotangent(place: jax.Array, outputs: Outputs, examples: int) -> Outputs:
+    """The cotangent that is 1 at one output of each example, and 0 elsewhere."""
+    leaves, structure = jax.tree.flatten(outputs)
+    lengths = [leaf.size // examples for leaf in leaves]
+    hot = jnp.arange(sum(lengths), dtype=jnp.int32) == place
+    hot = hot.astype(tree.accumulation_dtype(outputs))
+    found = []
+    for leaf, part in zip(leaves, jnp.split(hot, np.cumsum(lengths)[:-1]), strict=True):
+        of_all = jnp.broadcast_to(part[None, :], [examples, part.size])
+        found.append(of_all.reshape(leaf.shape).astype(leaf.dtype))
+    return jax.tree.unflatten(structure, found)
 
 
 def map_together(function: Callable[[jax.Array], Any], count: int, together: int) -> Any:
-    """Results for 0, ..., count − 1, so many computed together; without a loop where that is all of them."""
+    """Results for 0, ..., count − 1, of which `together` are computed at once.
+
+    There is no loop where that is all of them.
+    """
     places = jnp.arange(count, dtype=jnp.int32)
-    return (
-        jax.vmap(function)(places)
-        if count <= together
-        else jax.lax.map(function, places, batch_size=together)
-    )
+    if count <= together:
+        return jax.vmap(function)(places)
+    return jax.lax.map(function, places, batch_size=together)

@@ -68,7 +68,7 @@ def measure_kernel_drift(
         objective: the problem.
         probe: a batch.
         every: updates from one measurement to the next.
-        reference: (n, n), as ``empirical_ntk(objective, params, probe, outputs="trace")`` gives it;
+        reference: (n, n), as ``empirical_ntk(objective, params, probe, pairs="trace")`` gives it;
             `None` for the kernel at the first update.
 
     Returns:
