@@ -112,7 +112,7 @@ def methods(quick):
                 yield "lineax, `CG`", iterations, solved_by(lineax(iterations))
             words = f"somax-sgn:damping={DAMPING},rtol=0,max_iterations={iterations}"
             yield "somax, `sgn`", iterations, contestant(words, 0.1)
-            words = f"optimistix-gn:solver=cg,rtol=0,max_steps={iterations}"
+            words = f"optimistix-gn:solver=cg,rtol=0,max_iterations={iterations}"
             yield "optimistix, `GaussNewton`", iterations, contestant(words, 1.0)
     yield "gnlin, defaults", None, trained_by(gnlin.gauss_newton)
     if not quick:
