@@ -1,6 +1,9 @@
+import ast
 import concurrent.futures
 import dataclasses
 import functools
+import importlib
+import inspect
 import json
 import math
 import os
@@ -9,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -1059,3 +1063,101 @@ def test_a_method_is_what_an_optimiser_from_another_library_becomes(tiny):
     first, second = (run(tiny, [contestant], seeds=1)[0]["curve"]["loss"] for _ in range(2))
     assert first == second
     assert first[-1] < first[0]
+
+
+# The rooms.
+
+COMPARE = Path(gnlin.compare.__file__).parent
+# Data flows downwards: a module imports only from modules above it.
+ORDER = [
+    "tasks.task",
+    "tasks.networks",
+    "tasks.handwriting",
+    "tasks.regression",
+    "tasks.parity",
+    "tasks.poisson",
+    "tasks.text",
+    "tasks.image_files",
+    "tasks",
+    "entrants",
+    "entrants.method",
+    "entrants.contestant",
+    "entrants.optimisers",
+    "entrants.peers",
+    "entrants.requirements",
+    "entrants.contestants",
+    "entrants.entry",
+    "runs",
+    "runs.cost",
+    "runs.meter",
+    "runs.records",
+    "runs.tuning",
+    "runs.evaluation",
+    "runs.trial",
+    "runs.jobs",
+    "runs.study",
+    "runs.workers",
+    "report",
+    "report.summary",
+    "report.wording",
+    "report.bands",
+    "report.lines",
+    "report.axes",
+    "report.drawing",
+    "report.figures",
+    "report.progress",
+    "report.terminal",
+    "report.csv_files",
+    "report.page",
+    "api",
+    "cli",
+]
+SOURCES = {
+    ".".join(path.relative_to(COMPARE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in COMPARE.rglob("*.py")
+    if path.parent != COMPARE or path.stem != "__init__"
+}
+
+
+def imported(path):
+    """Modules of the comparison, and others, that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}".removeprefix("gnlin.compare.")
+                found.add(f"gnlin.compare.{inner}" if inner in SOURCES else node.module)
+    return found
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_one_way(module):
+    names = {name for name in imported(SOURCES[module]) if name.startswith("gnlin.compare")}
+    above = {f"gnlin.compare.{name}" for name in ORDER[: ORDER.index(module)]}
+    assert names <= above
+
+
+def test_every_module_of_the_comparison_has_its_place():
+    assert sorted(SOURCES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("room", ["", "tasks", "entrants", "runs", "report"])
+def test_no_function_shares_its_name_with_a_module_of_its_room(room):
+    inside = [name for name in ORDER if name.rpartition(".")[0] == room]
+    for name in inside:
+        module = importlib.import_module(f"gnlin.compare.{name}")
+        functions = {
+            own
+            for own, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        }
+        assert functions.isdisjoint(each.rpartition(".")[2] for each in inside)
+
+
+def test_what_jax_writes_down_is_known_in_one_place():
+    for path in SOURCES.values():
+        assert not any(name.startswith(("jax.extend", "jax._src")) for name in imported(path))
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\.eqns|\.invars|\.outvars|cond_jaxpr|body_jaxpr|Literal\b", text)

@@ -474,6 +474,53 @@ def test_styles_differ_without_colour():
     assert len(set(looks)) == 16
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cost": [1e-6, 4.0, 8.0, 12.0]},  # a first state that costs a little
+        {"cost": [2.5, 4.0, 8.0, 12.0]},  # and one that costs more
+        {"cost": [1e-6, 1e-5, 8.0, 12.0]},  # a first step that costs next to nothing
+        {"seconds": [1e-7, 0.2, 0.3, 0.4]},
+        {"seconds": [0.0, 1e-9, 0.3, 0.4]},  # a clock that has hardly moved
+        {"step": [0, 1, 20_000, 50_000]},
+    ],
+    ids=["start", "dear-start", "step", "seconds-start", "clock", "steps"],
+)
+def test_axes_begin_where_work_begins(changes):
+    early = record([1.0, 0.5, 0.2, 0.05], contestant="b", label="b")
+    early["curve"] |= changes
+    runs = [record([1.0, 0.4, 0.3, 0.04]), early]
+    drawn = figures.pictures(summarise(runs, TASKS), FACTS)
+    curves = [picture for picture in drawn if picture.kind == "curve"]
+    assert len(curves) == 5
+    for picture in curves:
+        (axes,) = picture.figure.axes
+        firsts = []
+        for run in runs:
+            places = zip(run["curve"]["step"], run["curve"][picture.against], strict=True)
+            end = run["curve"][picture.against][-1]
+            firsts.append(min(x for step, x in places if step > 0 and x >= 1e-4 * end))
+        left, right = axes.get_xlim()
+        first, last = min(firsts), max(run["curve"][picture.against][-1] for run in runs)
+        assert axes.get_xscale() == "log"
+        assert first / 2 < left < first
+        assert last < right < 2 * last
+        picture.figure.draw_without_rendering()
+
+
+def test_what_has_not_begun_is_not_drawn():
+    """A run that has only its start has no place on an axis of work, nor has it a say in others."""
+    start = record([1.0], status="diverged", contestant="b", label="b")
+    start["curve"]["cost"] = [1e-6]
+    runs = [record([1.0, 0.4, 0.3, 0.04]), start]
+    for picture in figures.pictures(summarise(runs, TASKS), FACTS)[:5]:
+        assert picture.left_out == ("b",)
+        assert picture.figure.axes[0].get_xlim()[0] > 0.09
+    others = [{**start, "seed": seed} for seed in (1, 2)]
+    found = band([record([8.0, 4.0, 2.0]), *others], "cost", "loss", math.inf, 50)
+    np.testing.assert_array_equal(found.across, [1, 2])
+
+
 # The terminal.
 
 
@@ -499,6 +546,46 @@ def test_table_fits_into_80_columns_and_says_what_is_missing():
         assert expected in shown
     assert "kfac: of 1 run 1 failed: no such module" in shown
     assert "stays at or below" in shown
+
+
+@pytest.fixture
+def table():
+    """Labels and numbers as long as they usually are; not all runs reach the target."""
+    runs = entry("sgd", {}, 5.5e-5) + entry("il", {}, label="il:inner=sgd,period=1024")
+    runs += entry("gn", {}, label="gn-cg:control=constant,learning_rate=0.5", tuned="damping")
+    runs += entry("lm", {}, 0.5, quality=90.0, tuned="damping", best=1.0)
+    runs[-1]["curve"]["loss"][-1] = 0.05
+    runs += entry("muon", {}, 0.3)
+    return ResultTable(summarise(runs, TASKS), FACTS)
+
+
+def between_rules(shown):
+    """Lines of the table between its horizontal rules: the headings, then the rows."""
+    parts = re.split(r"^ ─+ *$", shown, flags=re.MULTILINE)
+    return [part.strip("\n").split("\n") for part in parts[1:-1]]
+
+
+@pytest.mark.parametrize(("width", "headings"), [(80, 3), (120, 2), (160, 2), (240, 1)])
+def test_table_uses_the_width_that_it_has(table, width, headings):
+    shown = as_text(table, width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert len(between_rules(shown)[0]) == headings
+    for number in ("97.9", "96.9", "3/3", "0/3", "1 of 3"):
+        assert number in shown
+    in_one_line = width >= 120
+    assert ("5.5e-2 ± 5.0e-3" in shown) == in_one_line
+    assert ("97.9 ± 0.1" in shown) == in_one_line
+    assert ("not reached" in shown) == in_one_line
+    assert ("il:inner=sgd,period=1024" in shown) == in_one_line
+    assert ("gn-cg:control=constant,learning_rate=0.5" in shown) == (width >= 160)
+
+
+def test_a_wide_table_has_one_line_for_a_row(table):
+    for width, most in ((80, 5), (120, 3), (160, 2), (200, 1)):
+        _, *rows = between_rules(as_text(table, width))
+        rows = rows if len(rows) > 1 else [[line] for line in rows[0]]
+        assert len(rows) == 5
+        assert max(map(len, rows)) <= most
 
 
 def test_terminal_shows_labels_as_they_are():

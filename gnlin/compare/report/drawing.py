@@ -221,7 +221,8 @@ def spread_out(wanted: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _wrapped(label: str) -> str:
     """A label in lines of a bounded length."""
-    return textwrap.fill(breakable(label), _LABEL_LENGTH, break_on_hyphens=False)
+    label = breakable(label, _LABEL_LENGTH)
+    return textwrap.fill(label, _LABEL_LENGTH, break_on_hyphens=False)
 
 
 def _break(axes: Axes, place: float) -> None:

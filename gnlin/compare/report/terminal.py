@@ -32,35 +32,40 @@ _LEGEND = (
     "trained, and beside it of the network at the same parameters. Solved: runs that end "
     "{direction} {solved:g}. * best setting at the edge of its grid."
 )
-_LABEL_LENGTH = 24  # characters of a label that is broken
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """A way to lay the table out.
+    """A way to lay the table out; the default is the narrowest.
 
     Attributes:
-        in_one_line: a mean and its deviation stand on one line.
-        apart: settings and seconds of compilation have columns of their own, so that a row is one
-            line.
         heading_lines: lines of the headings.
-        broken_labels: long labels are broken.
+        in_one_line: a mean and its deviation stand on one line.
+        apart: settings and seconds of compilation have columns of their own.
+        counts_beside: numbers of runs and seeds, where some are missing, stand beside a value and
+            not below it.
+        longest_label: characters of a label from which on it is broken.
     """
 
-    in_one_line: bool
-    apart: bool
-    heading_lines: int
-    broken_labels: bool
+    heading_lines: int = 3
+    in_one_line: bool = False
+    apart: bool = False
+    counts_beside: bool = False
+    longest_label: float = 20
 
 
+_ONE_LINE = _Layout(2, in_one_line=True, apart=True, counts_beside=True, longest_label=math.inf)
+_COUNTS_BELOW = dataclasses.replace(_ONE_LINE, counts_beside=False)
+_SETTING_BELOW = dataclasses.replace(_COUNTS_BELOW, apart=False)
 # The first that fits is taken, and the last where none does.
 _LAYOUTS = (
-    _Layout(in_one_line=True, apart=True, heading_lines=1, broken_labels=False),
-    _Layout(in_one_line=True, apart=True, heading_lines=2, broken_labels=False),
-    _Layout(in_one_line=True, apart=False, heading_lines=2, broken_labels=False),
-    _Layout(in_one_line=True, apart=True, heading_lines=2, broken_labels=True),
-    _Layout(in_one_line=True, apart=False, heading_lines=2, broken_labels=True),
-    _Layout(in_one_line=False, apart=False, heading_lines=3, broken_labels=True),
+    dataclasses.replace(_ONE_LINE, heading_lines=1),
+    _ONE_LINE,
+    _COUNTS_BELOW,
+    _SETTING_BELOW,
+    dataclasses.replace(_COUNTS_BELOW, longest_label=24),
+    dataclasses.replace(_SETTING_BELOW, longest_label=24),
+    _Layout(),
 )
 
 
@@ -125,7 +130,7 @@ class _Drawn:
             is_text = heading == "setting"
             view.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
         for row in self.rows:
-            view.add_row(*self.cells(row), end_section=not self.layout.apart)
+            view.add_row(*self.cells(row), end_section=not self.layout.counts_beside)
         return view
 
     def headings(self) -> list[str]:
@@ -169,11 +174,12 @@ class _Drawn:
         return [Text(f"{label}\n{setting}"), *numbers, seconds]
 
     def label(self, row: Row) -> str:
-        if not self.layout.broken_labels:
-            return row.label
-        if not self.layout.in_one_line:  # rich breaks it at the end of the column
-            return breakable(row.label)
-        return textwrap.fill(breakable(row.label), _LABEL_LENGTH, break_on_hyphens=False)
+        """Rich breaks a label at spaces, and within a word where it must."""
+        longest = self.layout.longest_label
+        label = breakable(row.label, longest)
+        if longest == math.inf or not self.layout.in_one_line:
+            return label
+        return textwrap.fill(label, int(longest), break_on_hyphens=False)
 
     def setting(self, row: Row) -> str:
         """The chosen setting, and how many seeds there are of those that were asked for."""
@@ -181,7 +187,7 @@ class _Drawn:
         if len(row.records) == self.seeds or row.failed:
             return setting
         begun = f"{counted(len(row.records), 'seed')} so far"
-        return f"{setting}, {begun}" if self.layout.apart else f"{setting}\n{begun}"
+        return f"{setting}, {begun}" if self.layout.counts_beside else f"{setting}\n{begun}"
 
     def spread(self, spread: Spread, show: Callable[[float], str], otherwise: str) -> str:
         """Mean, deviation, and how many runs have a value where not all have one."""
@@ -193,5 +199,5 @@ class _Drawn:
             text += f"{between}± {show(spread.deviation)}"
         if spread.count < spread.total:
             missing = f"{spread.count} of {spread.total}"
-            text += f" ({missing})" if self.layout.apart else f"\n{missing}"
+            text += f" ({missing})" if self.layout.counts_beside else f"\n{missing}"
         return text

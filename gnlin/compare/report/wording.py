@@ -14,7 +14,6 @@ _NAMES = {
     "damping-first-or-last": "first or last damping λ",
     "period": "K, the steps for which an anchor is kept",
 }
-_LONG = 24  # characters of a label that is broken
 
 
 def words(name: str) -> str:
@@ -30,9 +29,9 @@ def setting_in_words(setting: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def breakable(label: str) -> str:
-    """A long label with room for a break after each colon and comma."""
-    return label if len(label) <= _LONG else label.replace(":", ": ").replace(",", ", ")
+def breakable(label: str, longest: float) -> str:
+    """A label of more than `longest` characters gets a space after each colon and comma."""
+    return label if len(label) <= longest else label.replace(":", ": ").replace(",", ", ")
 
 
 def counted(number: int, noun: str) -> str:
