@@ -1,5 +1,6 @@
 """Checks on arguments: numbers, parts that users write themselves, and how a factory is called."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -7,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -67,6 +70,26 @@ def check_part(name: str, part: Any, methods: Sequence[str], kind: str, example:
         )
 
 
+def check_state(opt_state: Any, init: Callable[[Any], Any], params: Any) -> None:
+    """Raise unless `opt_state` has the form that `init` gives it for these parameters."""
+    expected = jax.eval_shape(init, params)
+    same = jax.tree.structure(opt_state) == jax.tree.structure(expected)
+    if same:
+        shapes = jax.tree.map(jnp.shape, opt_state), jax.tree.map(jnp.shape, expected)
+        same = shapes[0] == shapes[1]
+    if not same:
+        raise ValueError(
+            "`opt_state` is not that of these parameters; call tx.init(params) with them. Its form "
+            f"is\n  {_form(opt_state)}\nand should be\n  {_form(expected)}"
+        )
+
+
+def _form(tree: Any) -> str:
+    """The shapes in a tree, one line of at most 500 characters."""
+    text = str(jax.tree.map(jnp.shape, tree))
+    return text if len(text) <= 500 else f"{text[:500]} ..."
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -83,11 +106,24 @@ def shows_signature(function: Callable[P, R]) -> Callable[P, R]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            parameters = [
-                each.replace(annotation=each.empty) for each in signature.parameters.values()
-            ]
-            shown = inspect.Signature(parameters)
-            raise TypeError(f"{error}. Write {function.__name__}{shown}") from None
+            shown = _written(signature)
+            raise TypeError(f"{error}. Write {function.__name__}({shown})") from None
         return function(*args, **kwargs)
 
     return call
+
+
+def _written(signature: inspect.Signature) -> str:
+    """``objective, *, damping=GainRatio(...)``: parameters without annotations."""
+    parts = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        default = parameter.default
+        if default is parameter.empty:
+            parts.append(parameter.name)
+        elif dataclasses.is_dataclass(default):
+            parts.append(f"{parameter.name}={type(default).__name__}(...)")
+        else:
+            parts.append(f"{parameter.name}={default!r}")
+    return ", ".join(parts)

@@ -27,6 +27,7 @@ __all__ = [
     "Problem",
     "classifier",
     "enable_x64",
+    "full_steps",
     "host_copy",
     "linear_regression",
     "logistic_regression",
@@ -158,6 +159,12 @@ def linear_regression(
     return Problem(objective, {"w": jnp.zeros(features, dtype)}, (batch,)), {
         "w": jnp.asarray(x.T @ y / examples, dtype)
     }
+
+
+def full_steps(objective, damping, rate=1.0, **options) -> optax.GradientTransformationExtraArgs:
+    """The textbook's damped Gauss-Newton: the whole solution, times a rate."""
+    solve = gnlin.scale_by_gauss_newton(objective, damping, **options)
+    return optax.chain(solve, optax.scale_by_learning_rate(rate))
 
 
 def third_party(function: Any) -> Any:

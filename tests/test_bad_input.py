@@ -23,7 +23,7 @@ TRANSFORMS = {
     ),
     "prox_linear": lambda objective: gnlin.prox_linear(optax.sgd(0.1), objective, 2),
     "scale_by_gauss_newton": lambda objective: gnlin.scale_by_gauss_newton(objective, 0.1),
-    "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, gnlin.GainRatio(0.1)),
+    "gauss_newton": lambda objective: gnlin.gauss_newton(objective, damping=gnlin.GainRatio(0.1)),
     "levenberg_marquardt": lambda objective: gnlin.levenberg_marquardt(objective),
 }
 
@@ -125,7 +125,7 @@ def test_a_parameter_that_is_no_array():
     with pytest.raises(
         TypeError, match=r"params\['w'\] is 1.0; make it an array, jnp.asarray\(1.0\)"
     ):
-        gnlin.gauss_newton(1.0, OBJECTIVE, 0.1).init({"w": 1.0})
+        gnlin.gauss_newton(OBJECTIVE, damping=0.1).init({"w": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_residuals_that_are_no_function():
 
 DAMPED = {
     "scale_by_gauss_newton": lambda damping: gnlin.scale_by_gauss_newton(OBJECTIVE, damping),
-    "gauss_newton": lambda damping: gnlin.gauss_newton(1.0, OBJECTIVE, damping),
+    "gauss_newton": lambda damping: gnlin.gauss_newton(OBJECTIVE, damping=damping),
 }
 each_damped = pytest.mark.parametrize("build", DAMPED.values(), ids=DAMPED.keys())
 
@@ -278,9 +278,9 @@ def test_damping_that_is_no_number(build, damping):
 
 
 @given(damping=BAD_DAMPING | st.just(0.0))
-def test_initial_damping_out_of_range(damping):
-    with pytest.raises(ValueError, match="`initial_damping` must be"):
-        gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=damping)
+def test_first_damping_out_of_range(damping):
+    with pytest.raises(ValueError, match="`damping` must be"):
+        gnlin.levenberg_marquardt(OBJECTIVE, damping=damping)
     with pytest.raises(ValueError, match="`initial` must be"):
         gnlin.GainRatio(damping)
     with pytest.raises(ValueError, match="`radius` must be"):
@@ -296,8 +296,8 @@ def test_acceptance_out_of_range(accept):
 
 
 def test_trust_region_needs_a_solver_that_finds_the_damping():
-    with pytest.raises(TypeError, match=r"`initial_damping=TrustRegion.*gnlin.Dense\(\).*got CG"):
-        gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=gnlin.TrustRegion())
+    with pytest.raises(TypeError, match=r"`damping=TrustRegion.*gnlin.Dense\(\).*got CG"):
+        gnlin.levenberg_marquardt(OBJECTIVE, damping=gnlin.TrustRegion())
 
 
 def test_limits_of_damping():
@@ -311,13 +311,18 @@ def test_limits_of_damping():
 def test_limits_of_damping_fit_its_dtype():
     """λ neither vanishes nor overflows, from where it would not come back."""
     policy = gnlin.GainRatio(1e-2, minimum=1e-60, maximum=1e60)
-    low = high = policy.init()
+
+    def after(state, ratio):
+        ratio = jnp.asarray(ratio)
+        return policy.after(state, gnlin.Trial(ratio, ratio, ratio, ratio, jnp.inf))[0]
+
+    low = high = policy.init(jnp.ones(1))[0]
     for _ in range(150):
-        low, high = policy.update(low, jnp.asarray(1.0)), policy.update(high, jnp.asarray(-1.0))
+        low, high = after(low, 1.0), after(high, -1.0)
     assert 0 < float(low.damping) < 1e-30
     assert 1e30 < float(high.damping) < float("inf")
-    assert float(policy.update(low, jnp.asarray(-1.0)).damping) > float(low.damping)
-    assert float(policy.update(high, jnp.asarray(1.0)).damping) < float(high.damping)
+    assert float(after(low, -1.0).damping) > float(low.damping)
+    assert float(after(high, 1.0).damping) < float(high.damping)
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), "1", None])
@@ -326,19 +331,20 @@ def test_learning_rate(rate):
         (ValueError, TypeError),
         match=r"`learning_rate` must be (a number|finite and at least 0); got",
     ):
-        gnlin.gauss_newton(rate, OBJECTIVE)
+        gnlin.gauss_newton(OBJECTIVE, learning_rate=rate)
 
 
 @pytest.mark.parametrize("step", [0.5, "exact", gnlin.Subspace])
 def test_step_rule(step):
     with pytest.raises(
-        TypeError, match=r"`step` must be a record such as gnlin\.Subspace\(\); got"
+        TypeError,
+        match=r"`step` must be a (step rule such as gnlin\.Subspace\(\)|record, not its class)",
     ):
-        gnlin.gauss_newton(1.0, OBJECTIVE, step=step)
+        gnlin.gauss_newton(OBJECTIVE, step=step)
 
 
 def test_state_of_other_parameters_is_named():
-    transform = gnlin.gauss_newton(1.0, OBJECTIVE)
+    transform = gnlin.gauss_newton(OBJECTIVE)
     others = jax.tree.map(
         lambda leaf: jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] + 1)), PROBLEM.params
     )
@@ -350,12 +356,12 @@ def test_preconditioner_that_is_to_solve():
     with pytest.raises(
         TypeError, match=r"`solver` must solve systems; .* gnlin\.CG\(preconditioner=Nystrom\("
     ):
-        gnlin.gauss_newton(1.0, OBJECTIVE, solver=gnlin.Nystrom())  # pyright: ignore[reportArgumentType]
+        gnlin.gauss_newton(OBJECTIVE, solver=gnlin.Nystrom())  # pyright: ignore[reportArgumentType]
 
 
 def test_preconditioner_must_return_a_function():
-    transform = gnlin.gauss_newton(
-        1.0, OBJECTIVE, 0.1, solver=gnlin.CG(preconditioner=lambda system: 1.0)
+    transform = gnlin.scale_by_gauss_newton(
+        OBJECTIVE, 0.1, solver=gnlin.CG(preconditioner=lambda system: 1.0)
     )
     with pytest.raises(
         TypeError, match="`preconditioner`, a function of the System, must return the function"
@@ -368,7 +374,7 @@ def test_damping_is_one_number(damping):
     with pytest.raises(
         (ValueError, TypeError), match=r"`damping` must be (a number, a schedule|a single number)"
     ):
-        gnlin.gauss_newton(1.0, OBJECTIVE, damping)
+        gnlin.gauss_newton(OBJECTIVE, damping=damping)
 
 
 PERIODIC = {
@@ -509,7 +515,7 @@ def test_acceleration_out_of_range(size):
     "build",
     [
         lambda solver: gnlin.scale_by_gauss_newton(OBJECTIVE, 0.1, solver=solver),
-        lambda solver: gnlin.gauss_newton(1.0, OBJECTIVE, gnlin.GainRatio(0.1), solver=solver),
+        lambda solver: gnlin.gauss_newton(OBJECTIVE, damping=gnlin.GainRatio(0.1), solver=solver),
         lambda solver: gnlin.levenberg_marquardt(OBJECTIVE, solver=solver),
     ],
     ids=["scale_by_gauss_newton", "gauss_newton", "levenberg_marquardt"],
@@ -517,18 +523,16 @@ def test_acceleration_out_of_range(size):
 def test_solver_that_is_none(build):
     with pytest.raises(TypeError, match=r"`solver` must be a solver record such as gnlin\.CG\(\)"):
         build("cg")
-    with pytest.raises(
-        TypeError, match=r"`solver` must be a solver record, not its class; write CG\("
-    ):
+    with pytest.raises(TypeError, match=r"`solver` must be a record, not its class; write CG\("):
         build(gnlin.CG)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_steps": 0}, "`max_steps` must be an integer of at least 1; got 0"),
-        ({"max_steps": 2.0}, "`max_steps` must be an integer of at least 1; got 2.0"),
-        ({"max_steps": True}, "`max_steps` must be an integer of at least 1; got True"),
+        ({"max_iterations": 0}, "`max_iterations` must be an integer of at least 1; got 0"),
+        ({"max_iterations": 2.0}, "`max_iterations` must be an integer of at least 1; got 2.0"),
+        ({"max_iterations": True}, "`max_iterations` must be an integer of at least 1; got True"),
         ({"rtol": -1}, "`rtol` must be a number of at least 0; got -1"),
         ({"rtol": float("nan")}, "`rtol` must be a number of at least 0; got nan"),
         ({"progress_tol": -1e-3}, "`progress_tol` must be a number of at least 0"),
@@ -556,8 +560,8 @@ def test_preconditioner_that_is_no_function():
         (gnlin.iterative_linearisation, (optax.sgd(0.1), OBJECTIVE, 2), "reset"),
         (gnlin.prox_linear, (optax.sgd(0.1), OBJECTIVE, 2), "losses"),
         (gnlin.scale_by_gauss_newton, (OBJECTIVE, 0.1), "slover"),
-        (gnlin.gauss_newton, (1.0, OBJECTIVE, 0.1), "momentum"),
-        (gnlin.levenberg_marquardt, (OBJECTIVE,), "damping"),
+        (gnlin.gauss_newton, (OBJECTIVE,), "momentum"),
+        (gnlin.levenberg_marquardt, (OBJECTIVE,), "initial_damping"),
         (gnlin.width.scale_by_spectral_condition, (), "steps"),
         (gnlin.width.Fans, (), "fan_in"),
         (gnlin.CG, (), "maxiter"),
@@ -572,14 +576,127 @@ def test_misspelt_option(factory, arguments, option):
         factory(*arguments, **{option: 0.5})
 
 
+@pytest.mark.parametrize(
+    ("call", "shown"),
+    [
+        (
+            lambda: gnlin.gauss_newton(1.0, OBJECTIVE),
+            r"Write gauss_newton\(objective, \*, learning_rate=1\.0, damping=GainRatio\(\.\.\.\)",
+        ),
+        (
+            lambda: gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=0.1),
+            r"Write levenberg_marquardt\(objective, \*, damping=None",
+        ),
+        (
+            lambda: gnlin.scale_by_gauss_newton(OBJECTIVE),
+            r"'damping'\. Write scale_by_gauss_newton",
+        ),
+        (
+            lambda: gnlin.prox_linear(OBJECTIVE, steps=3),
+            r"Write prox_linear\(inner, objective, steps",
+        ),
+    ],
+)
+def test_a_call_that_does_not_fit_shows_the_one_that_does(call, shown):
+    with pytest.raises(TypeError, match=shown):
+        call()
+
+
+def test_names_of_a_room_are_told_where_they_are():
+    with pytest.raises(AttributeError, match=r"gnlin\.Fans is now gnlin\.width\.Fans"):
+        _ = gnlin.Fans
+    with pytest.raises(AttributeError, match="no attribute 'sgd'"):
+        _ = gnlin.sgd
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: gnlin.scale_by_gauss_newton(OBJECTIVE, 0.1, solver=gnlin.Kronecker()),
+        lambda: gnlin.levenberg_marquardt(OBJECTIVE, solver=gnlin.Kronecker()),
+        lambda: gnlin.levenberg_marquardt(
+            OBJECTIVE, solver=gnlin.Blocks({"a": gnlin.Dense(), "b": gnlin.Kronecker()}, "a")
+        ),
+    ],
+)
+def test_a_direction_without_a_length_is_no_solution(build):
+    with pytest.raises(TypeError, match=r"gives a direction without a length.*gauss_newton\("):
+        build()
+
+
+class Lacking:
+    """A record with none of the methods."""
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda part: gnlin.gauss_newton(OBJECTIVE, step=part),
+            "`step` .* lacks init, choose, after",
+        ),
+        (lambda part: gnlin.gauss_newton(OBJECTIVE, solver=part), "`solver` .* lacks init, solve"),
+        (
+            lambda part: gnlin.gauss_newton(OBJECTIVE, damping=part),
+            "`damping` .* lacks init, damping, after",
+        ),
+        (
+            lambda part: gnlin.levenberg_marquardt(OBJECTIVE, damping=part),
+            "`damping` .* lacks init, damping, after",
+        ),
+        (lambda part: gnlin.linearise_gradients(OBJECTIVE, part), "`period` must be an integer"),
+        (lambda part: gnlin.CG(preconditioner=part), "`preconditioner` .* init, prepare"),
+    ],
+)
+def test_a_part_that_lacks_a_method_is_refused_by_name(build, message):
+    with pytest.raises(TypeError, match=message):
+        build(Lacking())
+
+
+def test_a_part_that_lacks_one_method_is_told_which():
+    class Rule(Lacking):
+        def init(self, params):
+            return (), {}
+
+        def choose(self, search, state):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match="lacks after$"):
+        gnlin.gauss_newton(OBJECTIVE, step=Rule())
+    with pytest.raises(TypeError, match="`period` must be a period rule .* lacks after$"):
+        gnlin.linearise_gradients(OBJECTIVE, Rule())
+
+
+def test_no_step_rule_names_the_textbooks_method():
+    with pytest.raises(TypeError, match=r"optax\.chain\(gnlin\.scale_by_gauss_newton\("):
+        gnlin.gauss_newton(OBJECTIVE, step=None)
+
+
+def test_a_policy_where_no_step_is_judged():
+    with pytest.raises(TypeError, match="`damping` must be a number or a schedule here"):
+        gnlin.scale_by_gauss_newton(OBJECTIVE, gnlin.GainRatio(0.1))
+    with pytest.raises(TypeError, match="a TrustRegion gives a radius"):
+        gnlin.gauss_newton(OBJECTIVE, damping=gnlin.TrustRegion())
+    with pytest.raises(TypeError, match="`damping` must be the first λ or a policy"):
+        gnlin.levenberg_marquardt(OBJECTIVE, damping=lambda count: 0.1)
+
+
 # The driver.
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_steps": 0}, ValueError, "`max_steps` must be an integer of at least 1; got 0"),
-        ({"max_steps": 2.5}, ValueError, "`max_steps` must be an integer of at least 1; got 2.5"),
+        (
+            {"max_steps": 0},
+            ValueError,
+            "`max_steps` must be an integer of at least 1; got 0",
+        ),
+        (
+            {"max_steps": 2.5},
+            ValueError,
+            "`max_steps` must be an integer of at least 1; got 2.5",
+        ),
         ({"tol": -1e-3}, ValueError, "`tol` must be finite and at least 0; got -0.001"),
         ({"tol": float("nan")}, ValueError, "`tol` must be finite and at least 0; got nan"),
         ({"tol": "small"}, TypeError, "`tol` must be a number; got 'small'"),

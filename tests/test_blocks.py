@@ -8,11 +8,11 @@ import numpy as np
 import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import classifier
+from problems import classifier, full_steps
 
 import gnlin
 
-CG = gnlin.CG(max_steps=200, rtol=1e-13)
+CG = gnlin.CG(max_iterations=200, rtol=1e-13)
 DAMPING = 0.3
 
 
@@ -53,12 +53,12 @@ def _flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
-def _solve(solver, system, rhs, carry):
-    def solve(rhs, carry):
-        solution, carry = solver.solve(system, rhs, carry)
-        return solution.step, solution.stats, carry
+def _solve(solver, system, rhs, state):
+    def solve(rhs, state):
+        solution, state = solver.solve(system, rhs, state)
+        return solution.direction, solution.stats, state
 
-    return jax.jit(solve)(rhs, carry)
+    return jax.jit(solve)(rhs, state)
 
 
 def _expected(matrix, diagonal, blocks, params, rhs):
@@ -84,7 +84,7 @@ def test_block_diagonal_solve(x64, labels, blocks, inner, scaled):
         rhs,
     )
     solver = gnlin.Blocks(inner, labels)
-    system = gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, DAMPING, scaling)
+    system = model.system(DAMPING, scaling)
     carry, stats = solver.init(params)
     step, new_stats, new_carry = _solve(solver, system, rhs, carry)
     np.testing.assert_allclose(_flat(step), expected, rtol=1e-8, atol=1e-10)
@@ -95,19 +95,19 @@ def test_block_diagonal_solve(x64, labels, blocks, inner, scaled):
 def test_a_solver_for_each_label_and_what_is_reported(x64):
     objective, params, batch = _problem()
     solvers = {
-        "w": gnlin.CG(max_steps=2, rtol=0.0),
-        "b": gnlin.CG(max_steps=3, rtol=0.0),
+        "w": gnlin.CG(max_iterations=2, rtol=0.0),
+        "b": gnlin.CG(max_iterations=3, rtol=0.0),
         "out": gnlin.Dense(),
     }
     labels = {"first": {"w": "w", "b": "b"}, "last": "out"}
-    tx = gnlin.gauss_newton(1.0, objective, DAMPING, solver=gnlin.Blocks(solvers, labels))
+    tx = full_steps(objective, DAMPING, solver=gnlin.Blocks(solvers, labels))
     _, state = jax.jit(lambda p, s: tx.update(None, s, p, batch=batch))(params, tx.init(params))
     found = gnlin.metrics(state)
-    assert int(found["cg/steps"]) == 5
+    assert int(found["cg/iterations"]) == 5
     assert not found["cg/converged"]
     assert found["dense/converged"]
     model = gnlin.quadratic_model(objective, params, batch)
-    system = gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, DAMPING)
+    system = model.system(DAMPING)
     alone = []  # one block of three solved, and its residual
     for label, solver in solvers.items():
         idle = {name: solver if name == label else _Idle() for name in solvers}
@@ -116,7 +116,7 @@ def test_a_solver_for_each_label_and_what_is_reported(x64):
     np.testing.assert_allclose(
         found["cg/residual"], max(each["cg/residual"] for each in alone[:2]), rtol=1e-6
     )
-    assert [int(each["cg/steps"]) for each in alone[:2]] == [2, 3]
+    assert [int(each["cg/iterations"]) for each in alone[:2]] == [2, 3]
 
 
 class _Idle:
@@ -130,7 +130,7 @@ class _Idle:
 
 
 BLOCKS = gnlin.Blocks(
-    gnlin.CG(max_steps=4, warm_start=0.5),
+    gnlin.CG(max_iterations=4, warm_start=0.5),
     lambda params: {"hidden": "hidden", "readout": {"w": "out", "b": "out"}},
 )
 TRANSFORMS = {
@@ -138,7 +138,7 @@ TRANSFORMS = {
         objective, 0.1, solver=BLOCKS
     ),
     "gauss_newton": lambda objective: gnlin.gauss_newton(
-        1.0, objective, gnlin.GainRatio(0.1), solver=BLOCKS
+        objective, damping=gnlin.GainRatio(0.1), solver=BLOCKS
     ),
     "levenberg_marquardt": lambda objective: gnlin.levenberg_marquardt(objective, solver=BLOCKS),
 }
@@ -176,9 +176,9 @@ def test_kronecker_factors_within_blocks():
     labels = {"hidden": "hidden", "readout": "out"}
     solvers = {
         "hidden": gnlin.Kronecker(),
-        "out": gnlin.CG(max_steps=2, preconditioner=gnlin.Kronecker()),
+        "out": gnlin.CG(max_iterations=2, preconditioner=gnlin.Kronecker()),
     }
-    tx = gnlin.gauss_newton(1.0, problem.objective, solver=gnlin.Blocks(solvers, labels))
+    tx = gnlin.gauss_newton(problem.objective, solver=gnlin.Blocks(solvers, labels))
     state = tx.init(problem.params)
     update = jax.jit(lambda p, s, b: tx.update(None, s, p, batch=b))
     updates, after = update(problem.params, state, problem.batches[0])
@@ -205,9 +205,9 @@ def test_a_block_costs_what_lies_between_it_and_the_outputs():
     def products(solver, labels):
         def run(params, x):
             model = gnlin.quadratic_model(objective, params, x)
-            system = gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, 1.0)
+            system = model.system(1.0)
             blocks = solver(labels)
-            return blocks.solve(system, params, blocks.init(params)[0])[0].step
+            return blocks.solve(system, params, blocks.init(params)[0])[0].direction
 
         analysis = jax.jit(run).lower(params, x).compile().cost_analysis()
         return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
@@ -227,8 +227,8 @@ class _TwoProducts:
         del params
         return (), {}
 
-    def solve(self, system, rhs, carry):
-        return gnlin.Solution(system.matvec(system.matvec(rhs)), {}), carry
+    def solve(self, system, rhs, state):
+        return gnlin.Solution(system.matvec(system.matvec(rhs)), {}), state
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_labels_that_do_not_fit(labels, error, message):
 
 def test_solvers_that_do_not_fit():
     for solver in ("cg", gnlin.CG, {"a": 3}):
-        with pytest.raises(TypeError, match="`solver` must be a solver record"):
+        with pytest.raises(TypeError, match="`solver` must be a record"):
             gnlin.Blocks(solver, "a")
     with pytest.raises(
         ValueError, match=r"`solver` must have a record for every label; got \['b'\], without 'a'"

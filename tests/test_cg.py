@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from problems import classifier
+from problems import classifier, full_steps
 
 import gnlin
 
@@ -19,14 +19,14 @@ def _spd(size, seed, spread=2.0):
     return jnp.asarray(q * np.logspace(0, spread, size) @ q.T)
 
 
-def _solve(cg, system, rhs, carry=None):
+def _solve(cg, system, rhs, state=None):
     @jax.jit
-    def solve(rhs, carry):
-        solution, carry = cg.solve(system, rhs, carry)
-        return solution.step, solution.stats, carry
+    def solve(rhs, state):
+        solution, state = cg.solve(system, rhs, state)
+        return solution.direction, solution.stats, state
 
-    step, stats, carry = solve(rhs, cg.init(rhs)[0] if carry is None else carry)
-    return gnlin.Solution(step, stats), carry
+    direction, stats, state = solve(rhs, cg.init(rhs)[0] if state is None else state)
+    return gnlin.Solution(direction, stats), state
 
 
 @pytest.mark.parametrize("preconditioned", [False, True], ids=["plain", "preconditioned"])
@@ -41,11 +41,11 @@ def test_each_iterate_is_the_best_of_its_krylov_space(x64, preconditioned):
         basis = np.linalg.qr(space[:, :k])[0]
         best = basis @ np.linalg.solve(basis.T @ matrix @ basis, basis.T @ b)
         solution, _ = _solve(
-            gnlin.CG(max_steps=k, rtol=0.0, preconditioner=function),
+            gnlin.CG(max_iterations=k, rtol=0.0, preconditioner=function),
             _system(jnp.asarray(matrix)),
             jnp.asarray(b),
         )
-        np.testing.assert_allclose(solution.step, best, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(solution.direction, best, rtol=1e-9, atol=1e-11)
         residual = np.linalg.norm(b - matrix @ best) / np.linalg.norm(b)
         np.testing.assert_allclose(solution.stats["cg/residual"], residual, rtol=1e-8)
 
@@ -74,19 +74,21 @@ def test_unrolled_iterations_are_those_of_the_loop(x64, options):
             **options,
             "preconditioner": lambda system: lambda v: {"a": _jacobi(system)(v["a"])},
         }
-    loop, written = (gnlin.CG(max_steps=14, unroll=unroll, **options) for unroll in (False, True))
+    loop, written = (
+        gnlin.CG(max_iterations=14, unroll=unroll, **options) for unroll in (False, True)
+    )
     carry = loop.init(rhs)[0]
     for _ in range(2 if "warm_start" in options else 1):
         ours, next_carry = _solve(written, system, rhs, carry)
         theirs, carry = _solve(loop, system, rhs, carry)
         assert jax.tree.structure(carry) == jax.tree.structure(next_carry)
-        np.testing.assert_allclose(ours.step["a"], theirs.step["a"], rtol=1e-10)
-        assert int(ours.stats["cg/steps"]) == int(theirs.stats["cg/steps"])
+        np.testing.assert_allclose(ours.direction["a"], theirs.direction["a"], rtol=1e-10)
+        assert int(ours.stats["cg/iterations"]) == int(theirs.stats["cg/iterations"])
         assert bool(ours.stats["cg/converged"]) == bool(theirs.stats["cg/converged"])
         np.testing.assert_allclose(
             ours.stats["cg/residual"], theirs.stats["cg/residual"], rtol=1e-6
         )
-    assert (int(ours.stats["cg/steps"]) < 14) is (
+    assert (int(ours.stats["cg/iterations"]) < 14) is (
         options.get("rtol", 0.0) > 0 or "progress_tol" in options
     )
 
@@ -95,18 +97,18 @@ def test_unrolled_iterations_are_those_of_the_loop(x64, options):
 def test_breakdown_keeps_what_was_reached(unroll):
     """Two sound steps, then a direction of negative curvature, or a product that is not a number."""
     b = jnp.ones(3)
-    cg = gnlin.CG(max_steps=6, rtol=0.0, unroll=unroll)
+    cg = gnlin.CG(max_iterations=6, rtol=0.0, unroll=unroll)
     solution, _ = _solve(cg, _system(jnp.diag(jnp.asarray([1.0, 2.0, -0.1]))), b)
-    assert 0 < int(solution.stats["cg/steps"]) < 3
+    assert 0 < int(solution.stats["cg/iterations"]) < 3
     assert not solution.stats["cg/converged"]
-    assert jnp.max(jnp.abs(solution.step)) > 0
+    assert jnp.max(jnp.abs(solution.direction)) > 0
     broken = _system(jnp.full([3, 3], jnp.nan))
     solution, _ = _solve(cg, broken, b)
-    np.testing.assert_array_equal(solution.step, 0)
-    assert int(solution.stats["cg/steps"]) == 0
+    np.testing.assert_array_equal(solution.direction, 0)
+    assert int(solution.stats["cg/iterations"]) == 0
     for rhs, converged in ((jnp.zeros(3), True), (jnp.full(3, jnp.nan), False)):
         solution, _ = _solve(cg, _system(jnp.eye(3)), rhs)
-        np.testing.assert_array_equal(solution.step, 0)
+        np.testing.assert_array_equal(solution.direction, 0)
         assert bool(solution.stats["cg/converged"]) is converged
 
 
@@ -126,21 +128,21 @@ def test_progress_rule_is_that_of_martens(x64):
     expected = next(
         k for k in range(11, 40) if (values[k] - values[k - 10]) / values[k] < 10 * tolerance
     )
-    cg = gnlin.CG(max_steps=40, rtol=0.0, progress_tol=tolerance)
+    cg = gnlin.CG(max_iterations=40, rtol=0.0, progress_tol=tolerance)
     solution, _ = _solve(cg, _system(jnp.asarray(matrix)), jnp.asarray(b))
-    assert int(solution.stats["cg/steps"]) == expected
+    assert int(solution.stats["cg/iterations"]) == expected
     assert solution.stats["cg/converged"]
 
 
 def test_a_warm_start_counts_towards_progress(x64):
     matrix, b = _spd(12, 7), oracles.normal(12, seed=8)
-    cg = gnlin.CG(max_steps=40, rtol=1e-10, progress_tol=1e-6, warm_start=1.0)
+    cg = gnlin.CG(max_iterations=40, rtol=1e-10, progress_tol=1e-6, warm_start=1.0)
     first, carry = _solve(cg, _system(matrix), b)
     again, _ = _solve(cg, _system(matrix), b, carry)
-    assert int(again.stats["cg/steps"]) <= 1 < int(first.stats["cg/steps"])
-    np.testing.assert_allclose(again.step, first.step, rtol=1e-8)
+    assert int(again.stats["cg/iterations"]) <= 1 < int(first.stats["cg/iterations"])
+    np.testing.assert_allclose(again.direction, first.direction, rtol=1e-8)
     opposite, _ = _solve(cg, _system(matrix), -b, carry)  # φ > 0 there: dropped
-    np.testing.assert_allclose(opposite.step, -first.step, rtol=1e-8)
+    np.testing.assert_allclose(opposite.direction, -first.direction, rtol=1e-8)
 
 
 def _convolutional():
@@ -163,7 +165,7 @@ def test_unrolled_iterations_leave_no_loop(max_steps):
 
     def compiled(unroll):
         tx = gnlin.scale_by_gauss_newton(
-            objective, 0.1, solver=gnlin.CG(max_steps=max_steps, rtol=0.0, unroll=unroll)
+            objective, 0.1, solver=gnlin.CG(max_iterations=max_steps, rtol=0.0, unroll=unroll)
         )
         return (
             jax.jit(lambda p, s, b: tx.update(None, s, p, batch=b))
@@ -179,9 +181,8 @@ def test_unrolled_iterations_leave_no_loop(max_steps):
 def test_unrolled_in_bfloat16_under_scan():
     problem = classifier()
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), problem.params)
-    tx = gnlin.gauss_newton(
-        0.5, problem.objective, 0.1, solver=gnlin.CG(max_steps=3, unroll=True, warm_start=0.5)
-    )
+    cg = gnlin.CG(max_iterations=3, unroll=True, warm_start=0.5)
+    tx = full_steps(problem.objective, 0.1, 0.5, solver=cg)
 
     def step(carry, batch):
         params, state = carry
@@ -198,8 +199,8 @@ def test_unrolled_in_bfloat16_under_scan():
 
 
 def test_unroll_of_a_silly_size_is_refused():
-    with pytest.raises(ValueError, match="`unroll` needs `max_steps` of at most 32; got 50"):
+    with pytest.raises(ValueError, match="`unroll` needs `max_iterations` of at most 32; got 50"):
         gnlin.CG(unroll=True)
     with pytest.raises(TypeError, match="`unroll` must be True or False; got 4"):
-        gnlin.CG(max_steps=4, unroll=4)
-    assert gnlin.CG(max_steps=32, unroll=True).unroll
+        gnlin.CG(max_iterations=4, unroll=4)
+    assert gnlin.CG(max_iterations=32, unroll=True).unroll

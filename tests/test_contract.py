@@ -99,7 +99,7 @@ class Case:
 
 
 LINEARISED = frozenset({"linearise/loss", "linearise/refreshes", "linearise/age"})
-CG_STATS = frozenset({"cg/steps", "cg/residual", "cg/converged"})
+CG_STATS = frozenset({"cg/iterations", "cg/residual", "cg/converged"})
 DENSE_STATS = frozenset({"dense/residual", "dense/converged"})
 STEP = frozenset({"subspace/length", "subspace/momentum", "gain_ratio", "loss", "accepted"})
 LM_STATS = frozenset({"loss", "accepted", "gain_ratio", "damping", "rejections"})
@@ -261,14 +261,15 @@ def preconditioned(name, solver, stats, key):
     )
 
 
-def descending(name, damping, hyperparameters, metrics=CG_STATS, key="cg/converged", **options):
+def descending(name, damping, hyperparameters, metrics, key="cg/converged", **options):
     """`gauss_newton` with one kind of damping."""
 
     def build(objective):
-        return gnlin.gauss_newton(0.9, objective, damping, **options)
+        return gnlin.gauss_newton(objective, learning_rate=0.9, damping=damping, **options)
 
     def inject(objective):
-        return optax.inject_hyperparams(gnlin.gauss_newton)(0.9, objective, damping, **options)
+        factory = optax.inject_hyperparams(gnlin.gauss_newton)
+        return factory(objective, learning_rate=0.9, damping=damping, **options)
 
     return Case(
         f"gauss_newton-{name}",
@@ -281,21 +282,21 @@ def descending(name, damping, hyperparameters, metrics=CG_STATS, key="cg/converg
     )
 
 
-def accepting(name, stats, key, *, initial_damping=1.0, **options):
+def accepting(name, stats, key, *, damping=1.0, **options):
     """`levenberg_marquardt`, damped enough from the start to accept steps on small batches."""
 
     def build(objective):
-        return gnlin.levenberg_marquardt(objective, initial_damping=initial_damping, **options)
+        return gnlin.levenberg_marquardt(objective, damping=damping, **options)
 
     def inject(objective):
         factory = optax.inject_hyperparams(gnlin.levenberg_marquardt)
-        return factory(objective, initial_damping=initial_damping, **options)
+        return factory(objective, damping=damping, **options)
 
     return Case(
         f"levenberg_marquardt-{name}",
         build,
         inject,
-        frozenset({"initial_damping"} if isinstance(initial_damping, float) else ()),
+        frozenset({"damping"} if isinstance(damping, float) else ()),
         LM_STATS | stats,
         notices_nan=lambda _, metrics: not metrics["accepted"] and not metrics[key],
         convex_steps=12,
@@ -361,10 +362,18 @@ CASES = [
         convex_accuracy=0.1,
     ),
     prox("lbfgs", third_party(optax.lbfgs()), 5, extras=for_line_searches),
-    preconditioned("cg", gnlin.CG(max_steps=20), CG_STATS, "cg/converged"),
-    preconditioned("warm-start", gnlin.CG(max_steps=20, warm_start=0.9), CG_STATS, "cg/converged"),
+    preconditioned("cg", gnlin.CG(max_iterations=20), CG_STATS, "cg/converged"),
+    preconditioned(
+        "warm-start", gnlin.CG(max_iterations=20, warm_start=0.9), CG_STATS, "cg/converged"
+    ),
     preconditioned("dense", gnlin.Dense(), DENSE_STATS, "dense/converged"),
-    descending("schedule", DAMPING_SCHEDULE, frozenset({"learning_rate", "damping"})),
+    descending(
+        "schedule",
+        DAMPING_SCHEDULE,
+        frozenset({"learning_rate", "damping"}),
+        CG_STATS | STEP,
+        solver=gnlin.CG(),
+    ),
     descending(
         "gain-ratio",
         gnlin.GainRatio(0.2),
@@ -374,7 +383,7 @@ CASES = [
     ),
     descending(
         "adaptive",
-        None,
+        gnlin.GainRatio(1e-2, minimum=1e-3),
         frozenset({"learning_rate"}),
         STEP | {"kronecker/finite"},
         "kronecker/finite",
@@ -384,7 +393,7 @@ CASES = [
         "trust-region",
         DENSE_STATS | {"radius"},
         "dense/converged",
-        initial_damping=gnlin.TrustRegion(0.1),
+        damping=gnlin.TrustRegion(0.1),
         solver=gnlin.Dense(),
         scaling="marquardt",
     ),
@@ -547,7 +556,7 @@ def test_map_params_finds_the_copies_of_the_parameters(subject):
     for (path, found), leaf in zip(changed, jax.tree.leaves(opt_state), strict=True):
         # Moments lie in trees like the parameters', as Adafactor's; singular vectors and counters
         # too.
-        moments = {".rows", ".columns", ".vectors", ".remaining"} & {str(key) for key in path}
+        moments = {".left", ".right", ".vectors", ".moves"} & {str(key) for key in path}
         assert found == (leaf.shape in shapes) or moments
 
 

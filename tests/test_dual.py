@@ -10,11 +10,11 @@ import optax
 import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import third_party, tolerance
+from problems import full_steps, third_party, tolerance
 
 import gnlin
 from gnlin.kernel.gram import kernel_matrix
-from gnlin.solve.dual import Dual
+from gnlin.solve.dual import Dual, DualState
 
 N = 5
 
@@ -216,13 +216,13 @@ def _curvature(case, params):
 
 def _system(objective, params, batch, damping, scaling=None):
     model = gnlin.quadratic_model(objective, params, batch)
-    system = gnlin.System(model.linear.jvp, model.linear.vjp, model.hessian, damping, scaling)
+    system = model.system(damping, scaling)
     return system, model.gradient()
 
 
 def _solved(solver, system, rhs):
     solution, _ = solver.solve(system, rhs, solver.init(rhs)[0])
-    return solution.step, solution.stats
+    return solution.direction, solution.stats
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -375,7 +375,7 @@ def test_spring_is_damped_towards_the_last_solution(x64):
     momentum, objective, rate, damping = 0.9, gnlin.Objective(case.model, case.loss), 0.1, 1e-2
     scale = jnp.linspace(0.5, 1.5, 4)
     batches = {"x": jnp.stack([case.batch["x"] * s for s in scale])}
-    tx = gnlin.gauss_newton(rate, objective, damping, solver=Dual(momentum=momentum))
+    tx = full_steps(objective, damping, rate, solver=Dual(momentum=momentum))
 
     def step(carry, batch):
         params, state = carry
@@ -408,10 +408,9 @@ def test_batches_of_solves_and_right_hand_sides_without_a_solution(x64):
     def solve(damping, factor, share, other, last):
         system, gradient = _system(objective, case.params, {"x": case.batch["x"] * factor}, damping)
         rhs = jax.tree.map(lambda g, p: share * g + other * jnp.cos(p), gradient, case.params)
-        solution, (last, _) = solver.solve(
-            system, rhs, (jax.tree.map(lambda p: last * p, case.params), ())
-        )
-        return _raveled(solution.step), _raveled(last), solution.stats
+        state = DualState(jax.tree.map(lambda p: last * p, case.params), ())
+        solution, state = solver.solve(system, rhs, state)
+        return _raveled(solution.direction), _raveled(state.last), solution.stats
 
     lanes = [
         # λ, factor of the data, share of the gradient and of another vector in b, last solution
@@ -469,7 +468,7 @@ def test_too_many_outputs_are_refused_before_anything_is_computed():
 def test_another_solver_for_too_many_outputs():
     objective, params, batch = wide_problem()
     batch = batch[:60]
-    cg = gnlin.CG(max_steps=4)
+    cg = gnlin.CG(max_iterations=4)
     tx = gnlin.scale_by_gauss_newton(objective, 0.1, solver=Dual(otherwise=cg, max_outputs=100))
     alone = gnlin.scale_by_gauss_newton(objective, 0.1, solver=cg)
 

@@ -55,7 +55,7 @@ def test_damping_within_a_radius_agrees_with_a_dense_search(x64):
         solution, _, damping = gnlin.Dense().solve_within(system, jnp.asarray(b), (), radius)
         np.testing.assert_allclose(damping, middle, rtol=1e-4)
         np.testing.assert_allclose(
-            np.linalg.norm(np.sqrt(scaling) * solution.step), radius, rtol=1e-5
+            np.linalg.norm(np.sqrt(scaling) * solution.direction), radius, rtol=1e-5
         )
 
     # Outside the range of a singular H nothing but damping bounds the step.
@@ -67,12 +67,16 @@ def test_damping_within_a_radius_agrees_with_a_dense_search(x64):
         jnp.asarray(scaling),
     )
     solution, _, _ = gnlin.Dense().solve_within(singular, jnp.asarray(b), (), 0.7)
-    np.testing.assert_allclose(np.linalg.norm(np.sqrt(scaling) * solution.step), 0.7, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(np.sqrt(scaling) * solution.direction), 0.7, rtol=1e-5
+    )
 
     # A radius that does not bind leaves the undamped step.
     solution, _, damping = gnlin.Dense().solve_within(system, jnp.asarray(b), (), 2 * length(0.0))
     assert damping < 1e-12
-    np.testing.assert_allclose(solution.step, np.linalg.solve(jacobian.T @ jacobian, b), rtol=1e-9)
+    np.testing.assert_allclose(
+        solution.direction, np.linalg.solve(jacobian.T @ jacobian, b), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_the_first_radius_is_the_size_of_the_parameters_and_no_longer_than_the_s
 def test_a_rejected_step_moves_nothing_and_raises_the_damping():
     # From here the first steps overshoot by orders of magnitude.
     objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 1e-3)
-    tx = gnlin.levenberg_marquardt(objective, initial_damping=1e-12)
+    tx = gnlin.levenberg_marquardt(objective, damping=1e-12)
     params = jnp.asarray([-12.0])
     state, seen, update = tx.init(params), [], jax.jit(tx.update)
     for _ in range(40):
@@ -181,7 +185,7 @@ def test_geodesic_acceleration_of_an_undamped_step_is_chebyshevs_iteration(x64):
     """For one equation r(x) = 0: x − r/r' − r''r²/(2r'³), of third order."""
     objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 3.0)
     tx = gnlin.levenberg_marquardt(
-        objective, initial_damping=1e-18, solver=gnlin.Dense(), geodesic_acceleration=0.75
+        objective, damping=1e-18, solver=gnlin.Dense(), geodesic_acceleration=0.75
     )
     start = jnp.asarray([1.3])
     updates, state = tx.update(None, tx.init(start), start)

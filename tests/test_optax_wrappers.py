@@ -9,7 +9,7 @@ import optimistix
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from problems import classifier, linear_regression, third_party, tolerance, train
+from problems import classifier, full_steps, linear_regression, third_party, tolerance, train
 
 import gnlin
 
@@ -41,7 +41,7 @@ def mean_loss(problem, params):
     "inner",
     [
         lambda objective: optax.chain(gnlin.linearise_gradients(objective, PERIOD), optax.sgd(0.5)),
-        lambda objective: gnlin.gauss_newton(0.9, objective, 0.3),
+        lambda objective: full_steps(objective, 0.3, 0.9),
     ],
     ids=["linearise_gradients", "gauss_newton"],
 )
@@ -61,7 +61,7 @@ def test_schedule_free(inner):
     "fast",
     [
         lambda objective: optax.chain(gnlin.linearise_gradients(objective, PERIOD), optax.sgd(0.5)),
-        lambda objective: gnlin.gauss_newton(0.9, objective, damped()),
+        lambda objective: gnlin.gauss_newton(objective, learning_rate=0.9, damping=damped()),
     ],
     ids=["linearise_gradients", "gauss_newton"],
 )
@@ -88,7 +88,7 @@ def test_lookahead_with_a_bound_objective(fast):
 def test_lookahead_without_it_names_the_remedy():
     problem = classifier()
     tx = optax.lookahead(
-        gnlin.gauss_newton(1.0, problem.objective, 0.3), sync_period=2, slow_step_size=0.5
+        gnlin.gauss_newton(problem.objective, damping=0.3), sync_period=2, slow_step_size=0.5
     )
     params = optax.LookaheadParams.init_synced(problem.params)
     with pytest.raises(ValueError, match=r"`batch` is missing.*objective\.bind\(batch\)"):
@@ -155,9 +155,9 @@ SEARCHES = {
     "zoom": lambda: optax.scale_by_zoom_linesearch(max_linesearch_steps=20),
 }
 DIRECTIONS = {
-    "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, 0.01),
+    "gauss_newton": lambda objective: full_steps(objective, 0.01),
     "scale_by_gauss_newton": lambda objective: optax.chain(
-        gnlin.scale_by_gauss_newton(objective, 0.01, solver=gnlin.CG(max_steps=10)),
+        gnlin.scale_by_gauss_newton(objective, 0.01, solver=gnlin.CG(max_iterations=10)),
         optax.scale(-1.0),
     ),
     "prox_linear": lambda objective: gnlin.prox_linear(optax.sgd(0.5), objective, 10),
@@ -224,10 +224,8 @@ class Network(nnx.Module):
     "build",
     [
         lambda objective: optax.chain(gnlin.linearise_gradients(objective, PERIOD), optax.sgd(0.5)),
-        lambda objective: gnlin.gauss_newton(0.9, objective, damped()),
-        lambda objective: gnlin.levenberg_marquardt(
-            objective, initial_damping=1.0, solver=gnlin.Dense()
-        ),
+        lambda objective: gnlin.gauss_newton(objective, learning_rate=0.9, damping=damped()),
+        lambda objective: gnlin.levenberg_marquardt(objective, damping=1.0, solver=gnlin.Dense()),
     ],
     ids=["linearise_gradients", "gauss_newton", "levenberg_marquardt"],
 )
@@ -267,7 +265,7 @@ DRIVEN = {
         optax.sgd(0.5), objective, PERIOD, line_search=(1.0, 0.5)
     ),
     "prox_linear": lambda objective: gnlin.prox_linear(optax.sgd(0.5), objective, 5),
-    "gauss_newton": lambda objective: gnlin.gauss_newton(1.0, objective, 1e-3),
+    "gauss_newton": lambda objective: gnlin.gauss_newton(objective, damping=1e-3),
     "levenberg_marquardt": lambda objective: gnlin.levenberg_marquardt(objective),
     "adam": lambda objective: optax.adam(0.05),
     "lbfgs": lambda objective: optax.lbfgs(),
@@ -405,7 +403,7 @@ def test_metrics_of_the_same_name_are_numbered():
     metrics = gnlin.metrics(state)
     assert metrics["damping"] == 0.5
     assert metrics["damping/1"] == 0.25
-    assert {"cg/steps", "cg/steps/1", "cg/residual", "cg/residual/1"} <= metrics.keys()
+    assert {"cg/iterations", "cg/iterations/1", "cg/residual", "cg/residual/1"} <= metrics.keys()
 
 
 def test_prediction_follows_the_anchor_through_a_cycle():

@@ -82,9 +82,7 @@ def _curvature(model, loss=_softmax) -> np.ndarray:
 def _system(case: Case, damping, scaling=None) -> tuple[gnlin.System, Any]:
     """The system at these parameters, and the gradient."""
     model = gnlin.quadratic_model(case.objective, case.params, case.batch)
-    return gnlin.System(
-        model.linear.jvp, model.linear.vjp, model.hessian, damping, scaling
-    ), model.gradient()
+    return model.system(damping, scaling), model.gradient()
 
 
 def _flat(tree) -> np.ndarray:
@@ -97,7 +95,7 @@ def _inverse_matrix(preconditioner):
 
     def inverse(params, batch, damping, scaling, objective):
         system, _ = _system(Case(objective, params, batch), damping, scaling)
-        apply, state = preconditioner.prepare(system, params, preconditioner.init_state(params))
+        (apply, _), state = preconditioner.prepare(system, params, preconditioner.init(params)[0])
         flat, unravel = ravel_pytree(params)
         rows = jax.vmap(lambda row: ravel_pytree(apply(unravel(row)))[0])(
             jnp.eye(len(flat), dtype=flat.dtype)
@@ -134,14 +132,14 @@ def test_answers_do_not_depend_on_it(name, x64):
     """Two damped systems and any right-hand sides, solved side by side under `vmap`."""
     case, curvature = _case(_network), _curvature(_network)
     scaling = jax.tree.map(lambda leaf: 0.1 + leaf**2, case.params)
-    solver = gnlin.CG(max_steps=400, rtol=1e-12, preconditioner=PRECONDITIONERS[name])
+    solver = gnlin.CG(max_iterations=400, rtol=1e-12, preconditioner=PRECONDITIONERS[name])
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, 0))
     def solve(damping, rhs):
         system, _ = _system(case, damping, scaling)
         solution, _ = solver.solve(system, rhs, solver.init(case.params)[0])
-        return solution.step, solution.stats["cg/converged"]
+        return solution.direction, solution.stats["cg/converged"]
 
     dampings, sides = (
         np.asarray([1e-2, 1.0]),
@@ -166,11 +164,11 @@ def _steps_on_badly_scaled_features(preconditioner) -> int:
         lambda z, batch: jnp.sum((z - 1.0) ** 2) / 96,
     )
     params = {"w": jnp.zeros([24, 2]), "b": jnp.zeros(2)}
-    solver = gnlin.CG(max_steps=1000, rtol=1e-6, preconditioner=preconditioner)
+    solver = gnlin.CG(max_iterations=1000, rtol=1e-6, preconditioner=preconditioner)
     tx = gnlin.scale_by_gauss_newton(objective, 1e-4, solver=solver)
     _, state = jax.jit(lambda p: tx.update(None, tx.init(p), p, batch=x))(params)
     assert gnlin.metrics(state)["cg/converged"]
-    return int(gnlin.metrics(state)["cg/steps"])
+    return int(gnlin.metrics(state)["cg/iterations"])
 
 
 @pytest.mark.parametrize(
@@ -191,12 +189,11 @@ def test_state_keeps_its_form_and_is_at_least_float32(name, dtype):
     objective, preconditioner = _case(_network).objective, PRECONDITIONERS[name]
 
     def prepared(params, batch, state):
-        apply, state = preconditioner.prepare(
-            _system(Case(objective, params, batch), 0.1)[0], params, state
-        )
-        return apply(params), state
+        system, _ = _system(Case(objective, params, batch), 0.1)
+        preparation, state = preconditioner.prepare(system, params, state)
+        return preparation.apply(params), state
 
-    before = jax.eval_shape(preconditioner.init_state, case[0])
+    before, _ = jax.eval_shape(preconditioner.init, case[0])
     applied, after = jax.eval_shape(prepared, *case, before)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), before) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), after
@@ -272,7 +269,7 @@ def test_the_diagonal_is_averaged_over_steps(x64):
     def after(state):
         return jacobi.prepare(_system(case, 0.1)[0], case.params, state)[1]
 
-    start = jacobi.init_state(case.params)
+    start = jacobi.init(case.params)[0]
     state, expected = start, np.zeros(32)
     for count, keep in enumerate((0.0, 1 / 2, 0.6, 0.6)):
         alone = after(
@@ -322,7 +319,7 @@ def test_sketches_are_refreshed_in_their_time(x64):
         state = nystrom.prepare(_system(case._replace(params=params), 0.1)[0], params, state)[1]
         return (jax.tree.map(lambda leaf: 0.9 * leaf, params), state), state
 
-    start = (case.params, nystrom.init_state(case.params))
+    start = (case.params, nystrom.init(case.params)[0])
     _, states = jax.jit(lambda carry: jax.lax.scan(step, carry, length=7))(start)
     changed = [
         not np.array_equal(a, b) for a, b in zip(states.vectors, states.vectors[1:], strict=False)
@@ -339,7 +336,7 @@ def test_sketches_of_one_system_converge_to_its_largest_eigenvalues(x64):
         state = nystrom.prepare(_system(case, 0.1)[0], case.params, state)[1]
         return state, state.eigenvalues
 
-    _, history = jax.jit(lambda: jax.lax.scan(step, nystrom.init_state(case.params), length=8))()
+    _, history = jax.jit(lambda: jax.lax.scan(step, nystrom.init(case.params)[0], length=8))()
     exact = np.linalg.eigvalsh(_curvature(_network))[::-1][:6]
     errors = np.max(np.abs(history - exact[None]), axis=1) / exact[0]
     assert errors[-1] < errors[0] / 10
@@ -357,7 +354,7 @@ def test_sketch_stays_definite_in_low_precision(dtype):
     @jax.jit
     def sketched(params, batch, damping):
         system, _ = _system(Case(objective, params, batch), damping)
-        apply, state = nystrom.prepare(system, params, nystrom.init_state(params))
+        (apply, _), state = nystrom.prepare(system, params, nystrom.init(params)[0])
         return jax.vmap(apply)(jnp.eye(40)), state
 
     for damping in (0.0, 1e-6, 1.0):

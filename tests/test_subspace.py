@@ -11,7 +11,6 @@ from scipy.optimize import minimize
 from test_kronecker import problem
 
 import gnlin
-from gnlin.problem.curvature import LOSS_MODELS
 
 
 def choose(
@@ -30,12 +29,13 @@ def choose(
     rhs = rhs_of(gradient)
     direction = rhs if direction_of is None else direction_of(rhs)
     last = last_scale * np.cos(np.arange(len(flat)))
-    loss = LOSS_MODELS[rule.loss_model](objective, model.linear.outputs, batch)
-    chosen = jax.jit(
-        lambda direction, rhs, last: rule.choose(
-            model, loss, damping, direction, rhs, last, rate
-        )._asdict()
-    )(
+
+    def chosen_of(direction, rhs, last):
+        search = gnlin.Search(objective, batch, model, damping, direction, rhs, rate)
+        chosen = rule.choose(search, last)
+        return {name: getattr(chosen, name) for name in ("step", "change", "sound", "stats")}
+
+    chosen = jax.jit(chosen_of)(
         unravel(jnp.asarray(direction)),
         unravel(jnp.asarray(rhs)),
         unravel(jnp.asarray(last)) if rule.momentum else (),
@@ -153,7 +153,7 @@ def quadratic_bowl(constant):
 def test_damping_survives_convergence(constant):
     """In float32 decreases drop below the resolution of the loss long before the end: no reason to raise λ."""
     objective, batches = quadratic_bowl(constant)
-    transform = gnlin.gauss_newton(1.0, objective)
+    transform = gnlin.gauss_newton(objective)
 
     @jax.jit
     def train(carry, batch):
@@ -181,7 +181,9 @@ def _dampings(transform, params, batches):
 
 def test_a_rate_of_zero_says_nothing_about_the_damping():
     objective, (batch, _) = quadratic_bowl(0.0)
-    transform = gnlin.gauss_newton(lambda count: jnp.where(count < 8, 0.0, 1.0), objective)
+    transform = gnlin.gauss_newton(
+        objective, learning_rate=lambda count: jnp.where(count < 8, 0.0, 1.0)
+    )
     *waiting, (damping, largest) = _dampings(transform, jnp.zeros((5, 3)), [batch] * 9)
     assert {step for _, step in waiting} == {0.0}
     assert damping == waiting[0][0]
@@ -198,9 +200,7 @@ def test_a_gradient_that_is_not_finite_says_nothing_about_the_damping():
     x = jax.random.normal(jax.random.key(0), (20, 4))
     assert bool(jnp.isfinite(objective.value(jnp.ones((4, 2)), {"x": x.at[0, 0].set(jnp.inf)})))
     batches = [{"x": x.at[0, 0].set(jnp.inf)}] * 5 + [{"x": x}]
-    *bad, (damping, largest) = _dampings(
-        gnlin.gauss_newton(1.0, objective), jnp.ones((4, 2)), batches
-    )
+    *bad, (damping, largest) = _dampings(gnlin.gauss_newton(objective), jnp.ones((4, 2)), batches)
     assert {step for _, step in bad} == {0.0}
     assert damping == bad[0][0]
     assert largest > 0

@@ -65,7 +65,7 @@ class DampingPolicy(Protocol):
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 2.0)
         >>> tx = gnlin.gauss_newton(objective, damping=UpAndDown())
         >>> _, state = tx.update(None, tx.init(jnp.zeros(1)), jnp.zeros(1))
-        >>> float(state.damping.round(4))
+        >>> round(float(state.damping), 4)
         0.001
     """
 

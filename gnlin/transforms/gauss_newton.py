@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_number, shows_signature
+from gnlin.checks import check_number, check_state, shows_signature
 from gnlin.problem.curvature import QuadraticModel, quadratic_model
 from gnlin.problem.masking import visible_problem
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
@@ -145,6 +145,7 @@ def gauss_newton(
     ):
         del extra_args
         problem = visible_problem(objective, params, all_params)
+        check_state(state, init_fn, params)
         damping = policy.damping(state.damping, state.count)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
@@ -254,6 +255,7 @@ def scale_by_gauss_newton(
     ):
         del extra_args
         problem = visible_problem(objective, params, all_params)
+        check_state(state, init_fn, params)
         damping = policy.damping((), state.count)
         models = _models(problem, updates, params, batch, curvature_batch)
         system = models.curvature.system(damping)

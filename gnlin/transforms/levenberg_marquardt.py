@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_number, check_positive, shows_signature
+from gnlin.checks import check_number, check_positive, check_state, shows_signature
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import QuadraticModel, System, quadratic_model
 from gnlin.problem.masking import visible_problem
@@ -131,6 +131,7 @@ def levenberg_marquardt(
     ):
         del updates, extra_args
         problem = visible_problem(objective, params, all_params)
+        check_state(state, init_fn, params)
         model = quadratic_model(problem, params, batch)
         rhs = model.gradient()
         largest, diagonal = state.scaling, None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_part, check_positive
 from gnlin.problem.curvature import LOSS_MODELS, QuadraticModel, check_loss_model
-from gnlin.problem.objective import Objective, check_like_params
+from gnlin.problem.objective import Objective
 from gnlin.solve.protocols import Stats
 from gnlin.transforms.damping import resolution
 from gnlin.tree import Batch, Params
@@ -163,7 +163,6 @@ class Subspace:
         rhs, dtype = search.rhs, tree.accumulation_dtype(search.rhs)
         candidates = [tree.scale(-1, search.direction)]
         if self.momentum:
-            check_like_params("opt_state", state, rhs, "call `init` with these parameters")
             candidates.append(state)
         span = _span(search, candidates, dtype)
         outputs = search.model.linear.outputs
