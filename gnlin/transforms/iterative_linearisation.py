@@ -22,7 +22,7 @@ K = 1 has φ = θ always, where ∇Q_φ(θ) = Jᵀ∇ℓ(f(θ)) is the true grad
 head.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,7 @@ from gnlin.problem.linearisation import Linearisation, linearise
 from gnlin.problem.masking import visible_problem
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
 from gnlin.transforms.layer_periods import LayerPeriods
+from gnlin.transforms.line_search import best_along, check_line_search
 from gnlin.transforms.period import Every, Period, PeriodRule, Served, rule_of
 from gnlin.tree import Batch, Outputs, Params
 
@@ -209,7 +210,7 @@ def iterative_linearisation(
     inner = optax.with_extra_args_support(inner)
     check_objective(objective)
     rule = rule_of(period)
-    alphas = _check_line_search(line_search)
+    alphas = check_line_search(line_search)
     if isinstance(rule, LayerPeriods) and (reset_inner or alphas is not None):
         name = "reset_inner" if reset_inner else "line_search"
         raise ValueError(
@@ -241,7 +242,7 @@ def iterative_linearisation(
         if alphas is not None:
 
             def at_end(updates):
-                return _best_along(problem, after.anchor, params, updates, alphas, batch)
+                return best_along(problem, after.anchor, params, updates, alphas, batch)
 
             def within(updates):
                 return updates, metrics["line_search/alpha"]
@@ -378,48 +379,3 @@ def _skipping_pays(linear: Linearisation, rule: PeriodRule) -> bool:
     # XLA on CPU runs a convolution inside `cond` several times slower than outside.
     names = primitive_names(jax.make_jaxpr(linear.jvp)(linear.anchor).jaxpr)
     return "conv_general_dilated" not in names
-
-
-# The end of a cycle.
-
-
-def _check_line_search(line_search: Any) -> tuple[float, ...] | None:
-    if line_search is None:
-        return None
-    if isinstance(line_search, str) or not isinstance(line_search, Iterable):
-        raise TypeError(
-            "`line_search` must be a sequence of step fractions such as (1.0, 0.5); got "
-            f"{line_search!r}"
-        )
-    alphas = tuple(float(alpha) for alpha in line_search)
-    if not alphas or not all(0 < alpha < float("inf") for alpha in alphas):
-        raise ValueError(
-            "`line_search` must be a non-empty sequence of positive step fractions; got "
-            f"{line_search!r}"
-        )
-    return alphas
-
-
-def _best_along(
-    objective: Objective,
-    anchor: Params,
-    params: Params,
-    updates: Params,
-    alphas: Sequence[float],
-    batch: Batch,
-) -> tuple[Params, jax.Array]:
-    """``(updates, α)`` to the best φ + α(θ' − φ), θ' = params + updates, on the true loss.
-
-    The losses are those at the parameters to which the rounded updates lead. α = 0 is φ itself, and
-    no product with a direction that may be infinite.
-    """
-    direction = tree.subtract(tree.add(params, updates), anchor)
-    best, best_alpha = tree.subtract(anchor, params), jnp.asarray(0.0, float)
-    lowest = objective.value(tree.add(params, best), batch)
-    for alpha in alphas:
-        candidate = tree.subtract(tree.add_scaled(anchor, alpha, direction), params)
-        loss = objective.value(tree.add(params, candidate), batch)
-        better = loss < lowest  # false for NaN; among equals the first stays
-        found = candidate, jnp.asarray(alpha, float), loss
-        best, best_alpha, lowest = tree.select(better, found, (best, best_alpha, lowest))
-    return best, best_alpha
