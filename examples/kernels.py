@@ -1,12 +1,11 @@
-"""The empirical kernel (`gnlin.kernel.empirical_ntk`) against a plain contraction of the Jacobian:
-time, and memory.
+"""The empirical kernel (`gnlin.kernel.empirical_ntk`) against a plain contraction of the Jacobian.
 
-python examples/kernels.py             # time on the digits; --full adds larger networks and the
-memory table
+    python examples/kernels.py          # time, on the digits
+    python examples/kernels.py --full   # larger networks, and memory
 
-Plain is what one writes first: `jax.vmap` of `jax.jacrev` over the examples, its rows as one
-matrix, and its products. Both are compiled, and take turns in one process; ratios above 1 say that
-plain is slower.
+The plain contraction is `jax.vmap` of `jax.jacrev` over the examples, its rows as one matrix, and
+the products of these. Both are compiled, and take turns in one process. Ratios above 1 say that the
+plain one is slower.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gnlin
-from gnlin.compare.tasks.digits import digits
+from gnlin.compare.tasks import digits
 
 
 def perceptron(params, x):
@@ -142,9 +141,7 @@ def plain(model, pairs):
 
 def ours(model, pairs, **bound):
     objective = gnlin.Objective(model, lambda z, x: jnp.sum(z**2))
-    return lambda params, x: gnlin.kernel.empirical_ntk(
-        objective, params, x, pairs=pairs, **bound
-    )
+    return lambda params, x: gnlin.kernel.empirical_ntk(objective, params, x, pairs=pairs, **bound)
 
 
 def seconds(function, *arguments):
@@ -155,9 +152,7 @@ def seconds(function, *arguments):
 
 def compare_times(networks, x, repeats):
     print(
-        "| network | N | pairs | plain, ms | gnlin, ms | ratio | difference |\n"
-        + "|---" * 7
-        + "|"
+        "| network | N | pairs | plain, ms | gnlin, ms | ratio | difference |\n" + "|---" * 7 + "|"
     )
     for name, (model, params, examples) in networks.items():
         for pairs in SUMS:
@@ -173,7 +168,9 @@ def compare_times(networks, x, repeats):
             old, new = np.median(times, axis=0)
             ratio = np.median(times[:, 0] / times[:, 1])
             print(
-                f"| {name} | {examples} | {pairs} | {1e3 * old:.1f} | {1e3 * new:.1f} | {ratio:.2f} ",
+                f"| {name} | {examples} | {pairs} | {1e3 * old:.1f} | {1e3 * new:.1f} ",
+                f"| {ratio:.2f} ",
+                sep="",
                 end="",
             )
             print(f"| {difference:.0e} |", flush=True)
@@ -200,9 +197,7 @@ def compare_memory(networks, examples, bounds):
                 )
             except ValueError:
                 taken = "refused"
-            print(
-                f"| {name} | {examples} | {pairs} | {bound / 2**20:.0f} | {taken} |", flush=True
-            )
+            print(f"| {name} | {examples} | {pairs} | {bound / 2**20:.0f} | {taken} |", flush=True)
 
 
 def main():

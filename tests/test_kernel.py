@@ -1,4 +1,7 @@
-"""The empirical kernel, blocked and not, against a dense Jacobian by forward mode; proofs that batches may be cut."""
+"""The empirical kernel against a dense Jacobian by forward mode; proofs that batches may be cut.
+
+Kernels are assembled as a whole and in parts.
+"""
 
 import functools
 from typing import NamedTuple
@@ -85,7 +88,10 @@ def stacked(params, batch):
 
 
 def assorted(params, batch):
-    """What else keeps examples apart: sorting, the largest few, sums along features, a part of them, hard choices."""
+    """Other operations that keep examples apart.
+
+    Sorting, the largest few, sums along features, a part of them, hard choices.
+    """
     h = jnp.tanh(batch["x"] @ params["in"])
     largest, places = jax.lax.top_k(h, 3)
     part = jax.lax.dynamic_slice_in_dim(jnp.cumsum(h, axis=1), 1, 3, axis=1)
@@ -116,7 +122,7 @@ def batch_statistics(params, batch):
 
 
 def standardised_inputs(params, batch):
-    """Here the parameters' derivatives alone would not tell that a part of the batch has other outputs."""
+    """A part of the batch has other outputs: derivatives by the parameters do not tell that."""
     return (batch["x"] - jnp.mean(batch["x"], axis=0, keepdims=True)) @ params["in"]
 
 
@@ -386,7 +392,7 @@ def test_a_leaf_that_only_looks_like_examples_is_not_cut(x64):
 
 
 def test_ways_to_contract_that_depend_on_the_batch(x64):
-    """Layers that are read from two examples may not be from sixty: none of their rows may be lost."""
+    """Layers of two examples may be no layers of sixty. None of their rows may be lost."""
     weights = oracles.normal(10, 10, seed=1), oracles.normal(10, 10, seed=2)
     objective = gnlin.Objective(lambda p, b: jnp.einsum("ni,ij,jk->nk", b, p[0], p[1]), loss)
     x = oracles.normal(60, 10, seed=3)
@@ -417,6 +423,23 @@ def test_one_example(x64):
         objective_of(case), case.params, one, {"x": case.batch["x"]}
     )
     np.testing.assert_allclose(kernel, dense_kernels(case)["full"][:1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["apart", "mixed"])
+def test_a_model_that_uses_no_parameter_has_a_kernel_of_zeros(centred):
+    def model(params, batch):
+        mean = jnp.mean(batch["x"], axis=0, keepdims=True) if centred else 0.0
+        return batch["x"] - mean
+
+    case = cases()["perceptron"]
+    params, batch = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32), (case.params, {"x": case.batch["x"]})
+    )
+    for pairs, shape in {"full": (N, 3, N, 3), "diagonal": (3, N, N), "trace": (N, N)}.items():
+        kernel = gnlin.kernel.empirical_ntk(
+            gnlin.Objective(model, loss), params, batch, pairs=pairs
+        )
+        np.testing.assert_array_equal(kernel, np.zeros(shape, np.float32))
 
 
 def test_data_that_is_bound(x64):

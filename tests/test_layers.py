@@ -1,4 +1,4 @@
-"""What is read from a linearisation: inputs and cotangents of dense layers, however the network is written."""
+"""Inputs and cotangents of dense layers, read from a linearisation, for many ways to write them."""
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,8 @@ import pytest
 from problems import third_party_model
 
 from gnlin.structure.layers import matrix_shape, read_layers
+from gnlin.structure.layers.inspector import find_sites
+from gnlin.structure.layers.notes import Bias
 
 
 def normal(*shape):
@@ -212,3 +214,22 @@ def test_what_is_no_layer_has_its_gradient():
 )
 def test_leaves_as_matrices(shape, sides):
     assert matrix_shape(shape) == sides
+
+
+def test_notes_of_a_dense_layer():
+    """The worked example at the head of the inspector."""
+    params = [normal(3, 4), normal(4)]
+    _, jvp = jax.linearize(lambda p: X @ p[0] + row(p[1]), params)
+    push_forward = jax.make_jaxpr(jvp)(params)
+    sites = find_sites(push_forward, [leaf.shape for leaf in params])
+    assert [equation.primitive.name for equation in push_forward.eqns] == [
+        "dot_general",
+        "broadcast_in_dim",
+        "add",
+    ]
+    assert list(sites) == [(0,)]
+    site = sites[(0,)]
+    assert (site.weight, site.transposed, site.output.shape) == (0, False, (5, 4))
+    assert (site.applications, site.fan_out) == ((0,), (1,))
+    assert site.bias == Bias(leaf=1, sum=(2,), trail=(0,))
+    np.testing.assert_array_equal(site.inputs, X)

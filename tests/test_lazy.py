@@ -1,4 +1,4 @@
-"""Lazy training in closed form against long training of the linearised model, and against dense solves."""
+"""Lazy training in closed form against long training of the linearised model and dense solves."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def model(params, batch):
 
 
 def weighted(outputs, batch):
-    """A squared error with weights, one of them 0, and a term that couples the outputs of an example."""
+    """A squared error with weights, one of them 0, and a term that couples an example's outputs."""
     errors = outputs - batch["y"]
     return jnp.sum(batch["weights"][:, None] * errors**2) / 6 + 0.1 * jnp.sum(
         jnp.sum(errors, axis=1) ** 2
@@ -101,7 +101,7 @@ def test_ridge_is_the_damped_gauss_newton_step(x64):
 
 
 def test_predictions_are_kernel_regression(x64):
-    """f(x) = f₀(x) + K(x, X) (K + μI)⁻¹ (y − f₀(X)) for ½ Σ (z − y)², on data that was not trained on."""
+    """f(x) = f₀(x) + K(x, X) (K + μI)⁻¹ (y − f₀(X)) for ½ Σ (z − y)², on other data."""
     _, params, batch = problem()
     objective = gnlin.Objective(model, lambda z, b: jnp.sum((z - b["y"]) ** 2) / 2)
     other = {**batch, "x": oracles.normal(3, 3, seed=9)}
@@ -136,7 +136,7 @@ def test_half_precision_parameters_keep_their_dtype():
 
 
 def test_long_times_and_little_damping_do_not_amplify_rounding():
-    """In single precision, with inputs that come twice and cannot be told apart whatever the time."""
+    """In single precision, with inputs that come twice: no time tells them apart."""
     params, x = (
         {"in": oracles.normal(3, 40, seed=1), "out": oracles.normal(40, 1, seed=2)},
         oracles.normal(10, 3, seed=3),

@@ -1,4 +1,13 @@
-"""The kernel J Jᵀ: rows of the Jacobian, their products, what kernels say, and training while they stand still."""
+"""The kernel J Jᵀ of a linearised model.
+
+* `rows`: rows of J, by one pull-back for each output of an example.
+* `products`: products of rows, leaf by leaf.
+* `gram`: kernel matrices of linearisations, for solvers.
+* `assembly`: kernels of two batches, within a bound on memory.
+* `ntk`: the empirical neural tangent kernel, and products with it.
+* `alignment`: comparison of kernels.
+* `lazy`: training while the kernel stands still, in closed form.
+"""
 
 from gnlin.kernel.alignment import (
     effective_rank,

@@ -1,4 +1,4 @@
-"""How kernels compare: how far one has turned from another, how far it has moved in all, how many directions it has."""
+"""Comparison of kernels: how far one has turned or moved, and how many directions it has."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,12 @@ from gnlin import tree
 def kernel_alignment(a: jax.Array, b: jax.Array, *, centred: bool = True) -> jax.Array:
     r"""Cosine between two kernels, in the Frobenius inner product.
 
-    .. math:: A(a, b) = \frac{\langle CaC, CbC\rangle_F}{\|CaC\|_F\,\|CbC\|_F}, \qquad C = I - \tfrac1N 1 1^\top
+    .. math:: A(a, b) = \frac{\langle CaC, CbC\rangle_F}{\|CaC\|_F\,\|CbC\|_F},
+              \qquad C = I - \tfrac1N 1 1^\top
 
-    With `centred`, the features' mean over examples is taken out; without, C = I and 1 − A is the
-    kernel distance of Fort et al. Neither the scale of a kernel nor the order of its parameters or
-    examples changes it.
+    With `centred`, the features' mean over examples is taken out. Without it C = I, and 1 − A is
+    Fort's kernel distance. The alignment does not change with the scale of a kernel, or with the
+    order of its parameters or examples.
 
     Args:
         a: as `empirical_ntk` returns it: (N, M), (C, N, M) or (N, C, M, C), where C counts outputs.
@@ -38,16 +39,18 @@ def kernel_alignment(a: jax.Array, b: jax.Array, *, centred: bool = True) -> jax
     a, b = _kernels(a, b)
     if centred:
         a, b = _centre(a), _centre(b)
-    size = tree.norm(a), tree.norm(b)
-    units = [
-        kernel / jnp.where(norm > 0, norm, 1) for kernel, norm in zip((a, b), size, strict=True)
-    ]
     # Rounding alone must not carry it beyond 1.
-    return jnp.clip(tree.inner(*units), -1, 1)
+    return jnp.clip(tree.inner(_unit(a), _unit(b)), -1, 1)
+
+
+def _unit(kernel: jax.Array) -> jax.Array:
+    """A kernel of norm 1; 0 where it vanishes."""
+    norm = tree.norm(kernel)
+    return kernel / jnp.where(norm > 0, norm, 1)
 
 
 def kernel_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    r"""How far a kernel is from a reference, relative to its size.
+    r"""Distance of a kernel from a reference, relative to the reference's size.
 
     .. math:: D(a, b) = \|a - b\|_F \,/\, \|b\|_F
 
@@ -90,8 +93,8 @@ def kernel_spectrum(kernel: jax.Array) -> jax.Array:
     Raises:
         ValueError: the kernel is not square.
 
-    Reference: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5 (what is learnt along qᵢ decays
-        as exp(−ηλᵢt)).
+    Reference: Jacot, Gabriel & Hongler, arXiv 1806.07572, section 5 (the error along qᵢ decays as
+        exp(−ηλᵢt)).
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -109,7 +112,7 @@ def kernel_spectrum(kernel: jax.Array) -> jax.Array:
 
 
 def effective_rank(kernel: jax.Array) -> jax.Array:
-    r"""How many directions a kernel has, each counted by its weight.
+    r"""The number of directions of a kernel, each counted by its weight.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \lambda_i / \sum_j \lambda_j
 
@@ -133,31 +136,33 @@ def effective_rank(kernel: jax.Array) -> jax.Array:
         4.0
     """
     values = kernel_spectrum(kernel)
-    total = jnp.sum(values, axis=-1, keepdims=True)
-    shares = values / jnp.where(total > 0, total, 1)
-    entropy = -jnp.sum(
-        jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), axis=-1
-    )
-    return jnp.where(
-        total[..., 0] == 0, 0, jnp.where(jnp.isfinite(total[..., 0]), jnp.exp(entropy), jnp.nan)
-    )
+    total = jnp.sum(values, axis=-1)
+    shares = values / jnp.where(total > 0, total, 1)[..., None]
+    # The limit of p log p at 0 is 0; without the inner `where` it would be NaN.
+    terms = jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0)
+    rank = jnp.exp(-jnp.sum(terms, axis=-1))
+    return jnp.where(total == 0, 0, jnp.where(jnp.isfinite(total), rank, jnp.nan))
 
 
+# From the number of axes of a kernel to the two that count examples.
 _EXAMPLE_AXES = {2: (0, 1), 3: (1, 2), 4: (0, 2)}
 
 
 def _kernels(*kernels: jax.Array) -> list[jax.Array]:
+    """Kernels in their accumulation dtypes. All must have the same shape, and a kernel's."""
     arrays = [jnp.asarray(kernel) for kernel in kernels]
     for array in arrays:
         if array.ndim not in _EXAMPLE_AXES or array.shape != arrays[0].shape:
             raise ValueError(
-                "kernels must have the shape (N, M), (C, N, M) or (N, C, M, C) that gnlin.kernel.empirical_ntk gives them, "
-                f"and the same; got {[each.shape for each in arrays]}"
+                "kernels must have the shape (N, M), (C, N, M) or (N, C, M, C) that "
+                "gnlin.kernel.empirical_ntk gives them, and the same; "
+                f"got {[each.shape for each in arrays]}"
             )
     return [array.astype(tree.accumulation_dtype(array)) for array in arrays]
 
 
 def _centre(kernel: jax.Array) -> jax.Array:
+    """C K C, for each pair of outputs."""
     for axis in _EXAMPLE_AXES[kernel.ndim]:
         kernel = kernel - jnp.mean(kernel, axis=axis, keepdims=True)
     return kernel

@@ -1,24 +1,24 @@
 r"""Lazy training in closed form.
 
-Trained by gradient descent from an anchor φ on a loss that is quadratic in the outputs, with
-gradient g and Hessian H = R Rᵀ at f(φ), the linearised model follows a linear recurrence, of matrix
-I − ηHK with K = J Jᵀ. From the eigendecomposition Rᵀ K R = Q Λ Qᵀ
+The linearised model is trained by gradient descent from an anchor φ. Its loss is quadratic in the
+outputs, with gradient g and Hessian H = R Rᵀ at f(φ). Then the outputs follow a linear recurrence,
+of matrix I − ηHK with K = J Jᵀ. From the eigendecomposition Rᵀ K R = Q Λ Qᵀ
 
-    θ = φ − Jᵀu,     u = R Q F(Λ) Qᵀ R⁺ g,
+    θ = φ − Jᵀu,     u = R Q F(Λ) Qᵀ R⁺ g.
 
-and how it is trained is in the filter F alone:
+The kind of training is in the filter F alone:
 
-    gradient descent, k steps of size η      F(λ) = (1 − (1 − ηλ)ᵏ) / λ
-    gradient flow, time t                    F(λ) = (1 − exp(−λt)) / λ
-    kernel ridge regression, damping μ       F(λ) = 1 / (λ + μ)
+* gradient descent, k steps of size η: F(λ) = (1 − (1 − ηλ)ᵏ) / λ
+* gradient flow, time t: F(λ) = (1 − exp(−λt)) / λ
+* kernel ridge regression, damping μ: F(λ) = 1 / (λ + μ)
 
-The last is the damped Gauss-Newton step, and for μ = 0 the limit of the others: the least change of
-the parameters that minimises the loss.
+The last is the damped Gauss-Newton step. For μ = 0 it is the limit of the others, the least change
+of the parameters that minimises the loss.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import chex
 import jax
@@ -36,11 +36,11 @@ from gnlin.tree import Batch, Params
 
 @dataclasses.dataclass(frozen=True)
 class LazyTraining:
-    r"""The linearised model at an anchor, and where training would take its parameters.
+    r"""The linearised model at an anchor, and its parameters after any training.
 
-    Each method returns θ, shaped like the parameters. What the lazy model then says of any data is
-    ``gnlin.linearise(objective, anchor, data).predict(theta)``. Methods work under `jit` and
-    `vmap`, so that ``jax.vmap(lazy.gradient_flow)(times)`` is a whole curve.
+    Each method returns θ, shaped like the parameters. The lazy model's predictions on other data
+    are ``gnlin.linearise(objective, anchor, data).predict(theta)``. Methods work under `jit` and
+    `vmap`, so ``jax.vmap(lazy.gradient_flow)(times)`` is a whole curve.
 
     Attributes:
         linear: the linearisation at the anchor, on the training data.
@@ -50,8 +50,8 @@ class LazyTraining:
         directions: R Q, (N·C, N·C).
         residual: Qᵀ R⁺ g, (N·C,): the gradient along each direction.
         outside: ‖g − R R⁺ g‖ / ‖g‖, the share of the gradient in outputs in which the loss is not
-            curved: 0 of squared errors. It is left out: training by a loss that falls for ever (a
-            linear one, Huber's far out) is not this.
+            curved: 0 of squared errors. This share is left out. So the methods do not describe
+            training by a loss that falls for ever (a linear one, Huber's far out).
     """
 
     linear: Linearisation
@@ -66,16 +66,15 @@ class LazyTraining:
         check_number("steps", steps)
         if not isinstance(steps, Tracer) and float(steps) % 1:
             raise ValueError(f"`steps` must be a whole number; got {steps!r}")
-        rate, count = (
-            jnp.asarray(value, self.eigenvalues.dtype) for value in (learning_rate, steps)
-        )
+        dtype = self.eigenvalues.dtype
+        rate, count = jnp.asarray(learning_rate, dtype), jnp.asarray(steps, dtype)
 
-        def filtered(values):
+        def filtered(values: jax.Array) -> jax.Array:
             base = 1 - rate * values
-            # Close to 1 a power loses the digits that its difference from 1 has; below 0 its sign
-            # alternates.
+            # A negative base has powers of alternating sign.
             sign = jnp.where((base < 0) & (jnp.mod(count, 2) == 1), -1, 1)
             power = sign * jnp.abs(base) ** count
+            # Close to 1 a power loses the digits that its difference from 1 has.
             slow = rate * values < 0.5
             gentle = -jnp.expm1(count * jnp.log1p(-jnp.where(slow, rate * values, 0)))
             return jnp.where(slow, gentle, 1 - power) / values
@@ -89,28 +88,31 @@ class LazyTraining:
         return self._moved(lambda values: -jnp.expm1(-values * time) / values, time)
 
     def ridge(self, damping: chex.Numeric) -> Params:
-        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression; for 0 its
-        limit.
+        """Parameters that minimise Q(θ) + ½ damping ‖θ − φ‖²: kernel ridge regression.
 
-        For a loss ½ Σ (z − y)² its residuals are multiplied by (K + damping I)⁻¹, for the mean of ½
-        (z − y)² over N examples by (K + N damping I)⁻¹.
+        For 0 it is the limit. For a loss ½ Σ (z − y)² the residuals are multiplied by
+        (K + damping I)⁻¹. For the mean of ½ (z − y)² over N examples the factor is
+        (K + N damping I)⁻¹.
         """
         check_number("damping", damping)
-        strength = jnp.asarray(damping, self.eigenvalues.dtype)
-        return self._moved(lambda values: 1 / (values + strength), 1 / strength)
+        damping = jnp.asarray(damping, self.eigenvalues.dtype)
+        return self._moved(lambda values: 1 / (values + damping), 1 / damping)
 
     def _moved(self, filtered: Callable[[jax.Array], jax.Array], at_zero: jax.Array) -> Params:
-        """θ for the filter F, whose limit at 0 is `at_zero`; where that is beyond what λ resolves F is 0 there."""
-        bounded = at_zero * _noise(self.eigenvalues) <= 1
-        seen = self.eigenvalues > jnp.where(bounded, 0, _noise(self.eigenvalues))
+        """θ for the filter F, whose limit at 0 is `at_zero`.
+
+        An eigenvalue of 0 takes the limit. But a limit beyond 1 / noise is more than λ resolves.
+        Then F is 0 for all eigenvalues up to the noise.
+        """
+        noise = _noise(self.eigenvalues)
+        bounded = at_zero * noise <= 1
+        seen = self.eigenvalues > jnp.where(bounded, 0, noise)
         limit = jnp.where(bounded, at_zero, 0)
-        weights = (
-            jnp.where(seen, filtered(jnp.where(seen, self.eigenvalues, 1)), limit) * self.residual
-        )
+        values = filtered(jnp.where(seen, self.eigenvalues, 1))
+        weights = jnp.where(seen, values, limit) * self.residual
         cotangent = tree.unflatten(self.directions @ weights, self.linear.outputs)
-        return tree.cast_like(
-            tree.subtract(self.linear.anchor, self.linear.vjp(cotangent)), self.linear.anchor
-        )
+        theta = tree.subtract(self.linear.anchor, self.linear.vjp(cotangent))
+        return tree.cast_like(theta, self.linear.anchor)
 
 
 def lazy_training(
@@ -118,12 +120,15 @@ def lazy_training(
 ) -> LazyTraining:
     r"""Solve the training of the linearised model in closed form, at any time.
 
-    .. math:: \theta_k = \phi - J^\top R\,Q\,F_k(\Lambda)\,Q^\top R^+ g, \qquad R^\top J J^\top R = Q \Lambda Q^\top
+    .. math:: \theta_k = \phi - J^\top R\,Q\,F_k(\Lambda)\,Q^\top R^+ g,
+              \qquad R^\top J J^\top R = Q \Lambda Q^\top
 
-    Exact where the loss is quadratic in the outputs, as a squared error is, whatever its weights;
-    of another loss it is the quadratic model at f(φ), as with ``loss_model="quadratic"``, but for
-    what `outside` says. Takes two eigendecompositions of the size of the N·C outputs; long times
-    deserve double precision.
+    This is exact where the loss is quadratic in the outputs. A squared error is, whatever its
+    weights. Another loss counts as its quadratic model at f(φ), as with
+    ``loss_model="quadratic"``, less the share `outside` of the gradient.
+
+    It takes two eigendecompositions of the size of the N·C outputs. Long times deserve double
+    precision.
 
     Args:
         objective: the problem; averages and weights are in its loss, and so in the rates.
@@ -158,8 +163,9 @@ def lazy_training(
     )
     if count > max_outputs:
         raise ValueError(
-            f"`max_outputs` is {max_outputs}, but there are {count} outputs, and eigendecompositions of that size: "
-            "take fewer examples, raise `max_outputs`, or train with gnlin.linearise_gradients(objective, period=None)"
+            f"`max_outputs` is {max_outputs}, but there are {count} outputs, and "
+            "eigendecompositions of that size: take fewer examples, raise `max_outputs`, or train "
+            "with gnlin.linearise_gradients(objective, period=None)"
         )
     linear = linearise(objective, params, batch)
     dtype = tree.accumulation_dtype(params, linear.outputs)
@@ -168,25 +174,52 @@ def lazy_training(
     def hessian_column(cotangent: jax.Array) -> jax.Array:
         return tree.flatten(hessian(tree.unflatten(cotangent, linear.outputs)), dtype)
 
-    curvature = jax.vmap(hessian_column)(jnp.eye(count, dtype=dtype))
-    values, vectors = _eigh(curvature)
-    root, sound = vectors * jnp.sqrt(values)[None, :], values > _noise(values)
-    inverse = jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)
+    root = _square_root(jax.vmap(hessian_column)(jnp.eye(count, dtype=dtype)))
     kernel = kernel_matrix(linear.jvp, linear.vjp, params).matrix.astype(dtype)
-    eigenvalues, turned = _eigh(root.T @ kernel @ root)
+    turned = _eigh(root.matrix.T @ kernel @ root.matrix)
     slope = tree.flatten(gradient, dtype)
-    along = vectors.T @ slope
-    unseen, size = jnp.linalg.norm(jnp.where(sound, 0, along)), jnp.linalg.norm(slope)
-    outside = unseen / jnp.where(size > 0, size, 1)
-    return LazyTraining(linear, eigenvalues, root @ turned, turned.T @ (inverse * along), outside)
+    along = root.eigen.vectors.T @ slope
+    unseen = jnp.linalg.norm(jnp.where(root.curved, 0, along))
+    size = jnp.linalg.norm(slope)
+    return LazyTraining(
+        linear,
+        eigenvalues=turned.values,
+        directions=root.matrix @ turned.vectors,
+        residual=turned.vectors.T @ (root.inverse * along),
+        outside=unseen / jnp.where(size > 0, size, 1),
+    )
 
 
-def _eigh(matrix: jax.Array) -> tuple[Any, Any]:
-    """Eigenvalues, those that rounding made negative set to 0, and eigenvectors of a positive semi-definite matrix."""
+class _Eigen(NamedTuple):
+    """An eigendecomposition of a positive semi-definite matrix."""
+
+    values: jax.Array
+    vectors: jax.Array
+
+
+def _eigh(matrix: jax.Array) -> _Eigen:
+    """Eigenvalues in ascending order, with 0 for those that rounding made negative."""
     values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
-    return jnp.maximum(values, 0), vectors
+    return _Eigen(jnp.maximum(values, 0), vectors)
+
+
+class _Root(NamedTuple):
+    """R with R Rᵀ = H = V S Vᵀ."""
+
+    eigen: _Eigen  # S and V
+    matrix: jax.Array  # R = V S^½
+    curved: jax.Array  # which of S are more than noise
+    inverse: jax.Array  # S^-½, with 0 for the others: R⁺ = S^-½ Vᵀ
+
+
+def _square_root(hessian: jax.Array) -> _Root:
+    eigen = _eigh(hessian)
+    root = jnp.sqrt(eigen.values)
+    curved = eigen.values > _noise(eigen.values)
+    inverse = jnp.where(curved, 1 / jnp.where(curved, root, 1), 0)
+    return _Root(eigen, eigen.vectors * root[None, :], curved, inverse)
 
 
 def _noise(values: jax.Array) -> jax.Array:
-    """Eigenvalues up to this size are rounding."""
+    """The size up to which eigenvalues are rounding."""
     return len(values) * jnp.finfo(values.dtype).eps * jnp.max(values, initial=0)

@@ -1,7 +1,7 @@
 r"""The empirical neural tangent kernel K = J Jᵀ: how outputs move together in training.
 
-To first order, a step of gradient descent of size η on the loss ℓ of example m moves output c of
-example n by −η Σ_d K[n, c, m, d] ∂ℓ/∂z[m, d].
+Take a step of gradient descent of size η on the loss ℓ of example m. To first order, output c of
+example n moves by −η Σ_d K[n, c, m, d] ∂ℓ/∂z[m, d].
 """
 
 import functools
@@ -67,9 +67,9 @@ def empirical_ntk(
         float32.
 
     Raises:
-        ValueError: `max_bytes` is too small for the kernel or for the work on two examples;
-            `pairs` is none of the three; `other` has another structure than `batch`; outputs are
-            for different numbers of examples.
+        ValueError: `max_bytes` is too small for the kernel or for the work on two examples. Or
+            `pairs` is none of the three, `other` has another structure than `batch`, or outputs
+            are for different numbers of examples.
         ValueError, TypeError: as `linearise`.
 
     References: Jacot, Gabriel & Hongler, arXiv 1806.07572; Novak, Sohl-Dickstein & Schoenholz,

@@ -86,8 +86,10 @@ def _of_whole(u: jax.Array, v: jax.Array, pairs: Pairs, weight: jax.Array | None
         return jnp.einsum("ncp,mcp->cnm", u, v, precision="highest")
     # As products of matrices, which are faster than those of arrays.
     if pairs == "trace":
-        return jnp.matmul(u.reshape(examples, -1), v.reshape(others, -1).T, precision="highest")
-    product = jnp.matmul(u.reshape(-1, size), v.reshape(-1, size).T, precision="highest")
+        u, v = u.reshape(examples, per_example * size), v.reshape(others, per_example * size)
+        return jnp.matmul(u, v.T, precision="highest")
+    u, v = u.reshape(examples * per_example, size), v.reshape(others * per_example, size)
+    product = jnp.matmul(u, v.T, precision="highest")
     return product.reshape(examples, per_example, others, per_example)
 
 
