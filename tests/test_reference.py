@@ -160,14 +160,10 @@ def clip_then_decay(gradient, theta):
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.05), optax.add_decayed_weights(0.01))
 
 GAUSS_NEWTON = {
-    "squared loss": regression(),
     "softmax loss": classification(),
     "logistic loss": Case(perceptron(1), logistic, [Step(two_class_batch(90, 0, distinct=4))] * 8),
     "sequence, a quarter of the applications": Case(
         sequence(2), squared, [Step(regression_batch(20, 0, positions=15))] * 8
-    ),
-    "options of the factors": classification(
-        kronecker={"decay": 0.5, "fraction": 0.9, "seed": 3},
     ),
     "curvature_batch": classification(
         steps=[Step(class_batch(90, seed), class_batch(40, 50 + seed)) for seed in range(8)]
@@ -178,14 +174,19 @@ GAUSS_NEWTON = {
         damping=Adaptive(0.1, accept=0.3, minimum=0.05, maximum=0.3),
         rejections=True,
     ),
-    "learning rate, no momentum": classification(learning_rate=0.7, rule={"momentum": False}),
+    "learning rate, no momentum, options of the factors": classification(
+        learning_rate=0.7,
+        rule={"momentum": False},
+        kronecker={"decay": 0.5, "fraction": 0.9, "seed": 3},
+    ),
     "schedule of the learning rate": regression(
         learning_rate=table(0.5, 0.7, 2.5, 2.5, 0.0, 1.0, 1.0, 0.9), rejections=True
     ),
     "quadratic model": classification(rule={"loss_model": "quadratic"}),
-    "max_norm": classification(rule={"max_norm": 0.3}),
     "damping a number": regression(steps=misled(6), damping=0.02, rejections=True),
-    "damping a schedule": classification(damping=table(*np.geomspace(1, 1e-3, 8))),
+    "damping a schedule, max_norm": classification(
+        damping=table(*np.geomspace(1, 1e-3, 8)), rule={"max_norm": 0.3}
+    ),
     "masked leaves": classification(hidden=("in_bias", "out")),
     "clipping and decay": classification(
         incoming=Incoming(CLIPPED, clip_then_decay), rejections=True
