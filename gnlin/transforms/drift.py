@@ -83,14 +83,15 @@ def measure_kernel_drift(
     References: Fort et al., arXiv 2010.15110; Lee et al., arXiv 1902.06720.
 
     Example:
-        >>> import gnlin, jax.numpy as jnp, optax
+        >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective(
         ...     lambda p, x: jnp.tanh(x @ p), lambda z, x: jnp.sum((z - 1) ** 2))
         >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
         >>> tx = gnlin.measure_kernel_drift(optax.sgd(0.1), objective, x, every=10)
-        >>> params = jnp.zeros((2, 3)); state = tx.init(params)
+        >>> params = jnp.zeros((2, 3)); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(11):
-        ...     updates, state = tx.update(objective.value_and_grad(params, x)[1], state, params)
+        ...     grads = objective.value_and_grad(params, x)[1]
+        ...     updates, state = update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> round(float(gnlin.metrics(state)["kernel/alignment"]), 2)
         0.43

@@ -103,9 +103,9 @@ def gauss_newton(
         >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 2.0)
         >>> tx = gnlin.gauss_newton(objective)
-        >>> params = jnp.zeros(1); state = tx.init(params)
+        >>> params = jnp.zeros(1); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(8):
-        ...     updates, state = tx.update(None, state, params)
+        ...     updates, state = update(None, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> bool(abs(params[0] - jnp.log(2.0)) < 1e-6)
         True

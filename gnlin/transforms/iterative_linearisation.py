@@ -111,9 +111,9 @@ def linearise_gradients(
         >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
         >>> tx = optax.chain(gnlin.linearise_gradients(objective, period=4), optax.sgd(0.1))
-        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> params = jnp.ones(1); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(40):
-        ...     updates, state = tx.update(None, state, params)
+        ...     updates, state = update(None, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> params.round(3)
         Array([1.414], dtype=float32)
@@ -194,14 +194,14 @@ def iterative_linearisation(
     References: Goldwaser & Ge, arXiv 2211.12345; Abreu et al., arXiv 2510.09378 (the line search).
 
     Example:
-        >>> import gnlin, jax.numpy as jnp, optax
+        >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
         >>> tx = gnlin.iterative_linearisation(
         ...     optax.sgd(0.1, momentum=0.5), objective, period=5, reset_inner=True,
         ...     line_search=(1.0, 0.5))
-        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> params = jnp.ones(1); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(60):
-        ...     updates, state = tx.update(None, state, params)
+        ...     updates, state = update(None, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> bool(objective.value(params) < 1e-3)
         True

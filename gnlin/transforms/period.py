@@ -51,7 +51,7 @@ class PeriodRule(Protocol):
     flag. The first update always does.
 
     Example:
-        >>> import dataclasses, gnlin, jax.numpy as jnp, optax
+        >>> import dataclasses, gnlin, jax, jax.numpy as jnp, optax
         >>> from typing import Any, NamedTuple
         >>> class Moves(NamedTuple):
         ...     moves: Any
@@ -65,9 +65,9 @@ class PeriodRule(Protocol):
         ...         return Moves(moved > self.limit), {}
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
         >>> tx = optax.chain(gnlin.linearise_gradients(objective, Distance(0.2)), optax.sgd(0.1))
-        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> params = jnp.ones(1); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(40):
-        ...     updates, state = tx.update(None, state, params)
+        ...     updates, state = update(None, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> int(gnlin.metrics(state)["linearise/refreshes"])
         2
@@ -162,13 +162,13 @@ class RelativeGap:
     is ours.
 
     Example:
-        >>> import gnlin, jax.numpy as jnp, optax
+        >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
         >>> period = gnlin.RelativeGap(0.1)
         >>> tx = optax.chain(gnlin.linearise_gradients(objective, period), optax.sgd(0.1))
-        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> params = jnp.ones(1); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(40):
-        ...     updates, state = tx.update(None, state, params)
+        ...     updates, state = update(None, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> params.round(3), int(gnlin.metrics(state)["linearise/refreshes"])
         (Array([1.414], dtype=float32), 2)

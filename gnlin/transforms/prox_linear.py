@@ -59,12 +59,12 @@ def prox_linear(
     compositions of convex functions and smooth maps, 2019 (prox-linear).
 
     Example:
-        >>> import gnlin, jax.numpy as jnp, optax
+        >>> import gnlin, jax, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2 - 2.0)
         >>> tx = gnlin.prox_linear(optax.sgd(0.1), objective, steps=20)
-        >>> params = jnp.ones(1); state = tx.init(params)
+        >>> params = jnp.ones(1); state = tx.init(params); update = jax.jit(tx.update)
         >>> for _ in range(5):
-        ...     updates, state = tx.update(None, state, params)
+        ...     updates, state = update(None, state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> params.round(3)
         Array([1.414], dtype=float32)
