@@ -1,14 +1,15 @@
-"""How much the features of a network move, and which layers have to: two maps of iterative
-linearisation.
+"""Two maps of iterative linearisation: how far features move, and which layers have to learn them.
 
-python examples/feature_learning.py digits-cnn      # or sparse-parity; minutes, and resumed where
-it was stopped python examples/feature_learning.py digits --quick
+    python examples/feature_learning.py digits-cnn       # or sparse-parity; some minutes
+    python examples/feature_learning.py digits --quick
 
-The first table has a row for each period K of the anchor: how far the kernel of the trained model
-has come from that at the start, on 64 held-out examples, and what the model is worth. The second
-has one for each choice of layers that are linearised at the start for good (0), while the others
-follow their true gradient (1). Runs are kept in two directories in gnlin-results/, of which ``gnlin
-report`` makes pages with figures.
+The first table has a row for each period K of the anchor. It says how far the kernel of the trained
+model has moved since the start, on 64 held-out examples, and how good the model is. The second has
+a row for each choice of layers. Those marked 0 are linearised at the start for good. Those marked 1
+follow their true gradient.
+
+Runs are kept in two directories in gnlin-results/. A run that was stopped goes on where it was.
+``gnlin report`` makes pages with figures of them.
 """
 
 import argparse
@@ -31,7 +32,7 @@ PERIODS = (1, 2, 4, 16, 64, 256, 1024, None)
 
 
 def drifting(task, options, every):
-    """Iterative linearisation of Adam whose kernel is looked at every so many steps."""
+    """Iterative linearisation of Adam whose kernel is measured every so many steps."""
     probe = jax.tree.map(lambda leaf: leaf[:64], task.held_out)
     period = options["period"]
     inner = gnlin.iterative_linearisation(
@@ -61,7 +62,8 @@ def learning_in_some_layers(task, options):
 def drift(every):
     return Contestant(
         "il-drift",
-        f"Iterative linearisation of Adam; its kernel on 64 held-out examples is looked at every {every} steps",
+        "Iterative linearisation of Adam; its kernel on 64 held-out examples is measured every "
+        f"{every} steps",
         functools.partial(drifting, every=every),
         grid=RATES,
         options={"period": period(16), "batch": batch()},
@@ -85,7 +87,8 @@ def mean(records, read):
 
 def print_drift(rows):
     print(
-        "| K | rate | anchors | centred alignment | alignment | distance | training loss | held out |"
+        "| K | rate | anchors | centred alignment | alignment | distance | training loss "
+        "| held out |"
     )
     print("|---" * 8 + "|")
     for row in rows:
@@ -150,9 +153,8 @@ def main():
         rows(drift(every), {"period": ["never" if k is None else k for k in periods]}, "drift")
     )
     print_layers(rows(SOME, {"layers": marks}, "layers"))
-    print(
-        f"\nFor figures: gnlin report gnlin-results/{name}-drift; gnlin report gnlin-results/{name}-layers"
-    )
+    print(f"\nFor figures: gnlin report gnlin-results/{name}-drift; ", end="")
+    print(f"gnlin report gnlin-results/{name}-layers")
 
 
 def layers_of(task):

@@ -167,13 +167,8 @@ def compare_times(networks, x, repeats):
             )
             old, new = np.median(times, axis=0)
             ratio = np.median(times[:, 0] / times[:, 1])
-            print(
-                f"| {name} | {examples} | {pairs} | {1e3 * old:.1f} | {1e3 * new:.1f} ",
-                f"| {ratio:.2f} ",
-                sep="",
-                end="",
-            )
-            print(f"| {difference:.0e} |", flush=True)
+            measured = f"{1e3 * old:.1f} | {1e3 * new:.1f} | {ratio:.2f} | {difference:.0e}"
+            print(f"| {name} | {examples} | {pairs} | {measured} |", flush=True)
 
 
 def compare_memory(networks, examples, bounds):

@@ -98,8 +98,9 @@ def _of_factors(
 ) -> jax.Array:
     """The product at a layer, by the route that takes less work."""
     if weight is None and _positions_are_cheaper(a, b, pairs, budget):
-        positions = jnp.moveaxis(a.inputs, 1, 0), jnp.moveaxis(a.cotangents, 2, 0)
-        return _sum_over(lambda position: _at_position(*position, b, pairs), positions)
+        # One position of a after another: both with that axis first.
+        x, s = jnp.moveaxis(a.inputs, 1, 0), jnp.moveaxis(a.cotangents, 2, 0)
+        return _sum_over(lambda of_a: _at_position(of_a[0], of_a[1], b, pairs), (x, s))
     return _by_rows(a, b, pairs, weight, budget)
 
 
