@@ -16,6 +16,11 @@ from gnlin.structure.independence.values import (
 
 
 def dot_general(operation: Operation) -> list[ByExample] | list[Summed] | None:
+    """A product that contracts some axes, and is taken for each index of other, shared ones.
+
+    The examples may be among the shared axes or among those that one factor keeps: both leave them
+    apart. Contracted, they are summed over.
+    """
     left, right = operation.inputs
     place = 0 if isinstance(left, ByExample) else 1  # of the factor that depends on the examples
     value, other = (left, right) if place == 0 else (right, left)

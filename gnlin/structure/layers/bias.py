@@ -15,8 +15,8 @@ def add(operation: Operation, notes: Notes) -> Tangent:
     if found is None:
         notes.spoil(views)
     else:
-        notes.bias(found, views[0].leaf, operation.path)
-    return notes.tangent(addends)
+        notes.add_bias(found, views[0].leaf, operation.path)
+    return notes.new_tangent(addends)
 
 
 def _product_that_takes(bias: View, addends: Sequence[Addend], notes: Notes) -> Addend | None:

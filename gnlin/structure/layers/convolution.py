@@ -40,4 +40,4 @@ def conv_general_dilated(operation: Operation, notes: Notes) -> Tangent | None:
     images, channels, *positions = numbers.out_spec
     applications, features = (images, *positions), (channels,)
     site = Site(view.leaf, inputs, transposed, operation.output, applications, features)
-    return notes.site(operation.path, site)
+    return notes.add_site(operation.path, site)

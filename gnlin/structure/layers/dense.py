@@ -41,4 +41,4 @@ def dot_general(operation: Operation, notes: Notes) -> Tangent | None:
         split = len(free)
         applications, features = places[:split], places[split:]
     site = Site(view.leaf, inputs, transposed, operation.output, applications, features)
-    return notes.site(operation.path, site)
+    return notes.add_site(operation.path, site)

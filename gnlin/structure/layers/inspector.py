@@ -78,7 +78,7 @@ def find_sites(push_forward: Any, shapes: Sequence[tuple[int, ...]]) -> dict[Pat
         if output is not None:
             return [output]
         notes.spoil(operation.inputs)
-        return operation.all_outputs(notes.tangent)
+        return operation.all_outputs(notes.new_tangent)
 
     tangents = [View.of_leaf(leaf, shape) for leaf, shape in enumerate(shapes)]
     outputs = run_jaxpr(push_forward, tangents, follow)

@@ -99,19 +99,19 @@ class Notes:
         self._uses = [0] * leaves  # of each leaf
         self._readers: list[int] = []  # of each tangent: how many operations read it
 
-    def site(self, path: Path, site: Site) -> Tangent:
+    def add_site(self, path: Path, site: Site) -> Tangent:
         """Note a layer, which is one use of its weight. Returns its product."""
         self._uses[site.weight] += 1
         self.sites[path] = site
-        return self.tangent([Addend(path, tuple(range(len(site.output.shape))), ())])
+        return self.new_tangent([Addend(path, tuple(range(len(site.output.shape))), ())])
 
-    def bias(self, addend: Addend, leaf: int, path: Path) -> None:
+    def add_bias(self, addend: Addend, leaf: int, path: Path) -> None:
         """Note that the operation at `path` adds a leaf to a product: one use of that leaf."""
         self._uses[leaf] += 1
         site = self.sites[addend.product]
         self.sites[addend.product] = site._replace(bias=Bias(leaf, path, addend.trail))
 
-    def tangent(self, addends: Sequence[Addend] = ()) -> Tangent:
+    def new_tangent(self, addends: Sequence[Addend] = ()) -> Tangent:
         """A new tangent, the sum of these addends and maybe of others. It is on their trails."""
         number = len(self._readers)
         self._readers.append(0)

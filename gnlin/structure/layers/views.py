@@ -20,7 +20,7 @@ def transpose(operation: Operation, notes: Notes) -> View | Tangent:
         addend._replace(order=tuple(addend.order[axis] for axis in order))
         for addend in value.addends
     ]
-    return notes.tangent(moved)
+    return notes.new_tangent(moved)
 
 
 def broadcast_in_dim(operation: Operation, notes: Notes) -> View | None:
