@@ -4,7 +4,6 @@ The loops in `references` know the formulas and the two functions of an objectiv
 the package. Parameters and all metrics must agree after every step.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 from problems import third_party, tolerance
 from references.damping import Adaptive
 from references.dense import Dense
@@ -39,70 +37,9 @@ from references.networks import (
     squared,
     two_class_batch,
 )
+from trajectories import check, compiled, follow, table
 
 import gnlin
-
-# A step solves systems of condition 10³ to 10⁴, and ten steps hand their roundings on.
-CLOSE = tolerance(jnp.float64, scale=1e6)
-
-
-# Runs of the package.
-
-
-def follow(tx, objective, params, steps, *, hidden=(), given=False):
-    """Flat parameters and all metrics after each step of `tx`, which is compiled once.
-
-    Args:
-        steps: ``(batch, further arguments)`` of each.
-        hidden: leaves that `tx` does not see; left out of the parameters returned.
-        given: whether `tx` is handed the gradient, or computes it.
-    """
-    if hidden:
-        labels = {name: "hidden" if name in hidden else "seen" for name in params}
-        tx = optax.partition({"seen": tx, "hidden": optax.set_to_zero()}, labels)
-
-    @jax.jit
-    def step(params, state, batch, extra):
-        updates = jax.grad(objective.value)(params, batch) if given or hidden else None
-        extra = {"all_params": params, **extra} if hidden else extra
-        updates, state = tx.update(updates, state, params, batch=batch, **extra)
-        return optax.apply_updates(params, updates), state
-
-    params = jax.tree.map(jnp.asarray, params)
-    state, visited = tx.init(params), []
-    for batch, extra in steps:
-        params, state = step(params, state, batch, extra)
-        visited.append((ravel_pytree(parted(params, hidden)[0])[0], gnlin.metrics(state)))
-    return jax.device_get(visited)
-
-
-def parted(params, hidden):
-    """``(leaves that are seen, leaves that are hidden)``."""
-    seen = {name: leaf for name, leaf in params.items() if name not in hidden}
-    return seen, {name: params[name] for name in hidden}
-
-
-@functools.cache
-def dense(network, loss, hidden=()):
-    """A network under a loss as the reference has it, compiled once for all cases."""
-    return Dense(gnlin.Objective(network.model, loss), *parted(network.params, hidden))
-
-
-def check(found, expected, close=CLOSE):
-    """The same metrics and the same parameters after each step."""
-    for count, ((params, metrics), record) in enumerate(zip(found, expected, strict=True)):
-        where = f"of step {count}"
-        assert set(metrics) == set(record.metrics), where
-        for name, value in metrics.items():
-            expect = record.metrics[name]
-            np.testing.assert_allclose(value, expect, err_msg=f"{name} {where}", **close)
-        np.testing.assert_allclose(params, record.params, err_msg=f"params {where}", **close)
-
-
-def table(*values):
-    """A schedule, for the package and for the reference."""
-    return lambda count: values[count] if isinstance(count, int) else jnp.asarray(values)[count]
-
 
 # gauss_newton
 
@@ -198,7 +135,7 @@ GAUSS_NEWTON = {
 def record(case: Case):
     given = {} if case.incoming is None else {"incoming": case.incoming.on_vectors}
     return gauss_newton(
-        dense(case.network, case.loss, case.hidden),
+        compiled(case.network, case.loss, case.hidden),
         Kronecker(case.network.layers, root=case.root, **case.kronecker),
         case.steps,
         learning_rate=case.learning_rate,
@@ -209,14 +146,18 @@ def record(case: Case):
 
 
 def transform(case: Case, objective):
-    adaptive = isinstance(case.damping, Adaptive)
-    tx = gnlin.gauss_newton(
-        objective,
-        learning_rate=case.learning_rate,
-        damping=gnlin.GainRatio(*case.damping) if adaptive else case.damping,
-        solver=gnlin.Kronecker(**case.kronecker),
-        step=gnlin.Subspace(**case.rule),
-    )
+    """The transform of a case; arguments that have their defaults are left out."""
+    options: dict[str, Any] = {}
+    if case.learning_rate != 1.0:
+        options["learning_rate"] = case.learning_rate
+    if case.damping is not DEFAULT:
+        adaptive = isinstance(case.damping, Adaptive)
+        options["damping"] = gnlin.GainRatio(*case.damping) if adaptive else case.damping
+    if case.kronecker:
+        options["solver"] = gnlin.Kronecker(**case.kronecker)
+    if case.rule:
+        options["step"] = gnlin.Subspace(**case.rule)
+    tx = gnlin.gauss_newton(objective, **options)
     return optax.chain(third_party(case.incoming.transform), tx) if case.incoming else tx
 
 
@@ -314,7 +255,7 @@ def test_iterative_linearisation(x64, name):
         tx = gnlin.iterative_linearisation(transform, OBJECTIVE, case.period, **case.options)
     rule = isinstance(case.period, gnlin.RelativeGap)
     period = Gap(**vars(case.period)) if rule else case.period
-    problem = dense(NETWORK, softmax)
+    problem = compiled(NETWORK, softmax)
     expected = iterative_linearisation(problem, inner, BATCHES, period, **case.options)
     check(follow(tx, OBJECTIVE, NETWORK.params, STEPS), expected)
     assert expected[-1].metrics["linearise/refreshes"] == case.refreshes
@@ -339,7 +280,7 @@ def test_layers_at_their_own_pace(x64, name):
     tx = gnlin.iterative_linearisation(transform, OBJECTIVE, period, **options)
     params = NETWORK.params
     labels = [LABELS[leaf] for leaf in sorted(params) for _ in range(params[leaf].size)]
-    problem = dense(NETWORK, softmax)
+    problem = compiled(NETWORK, softmax)
     expected = layers_linearised(problem, inner, BATCHES, periods, labels, **options)
     check(follow(tx, OBJECTIVE, params, STEPS), expected)
 
@@ -347,9 +288,9 @@ def test_layers_at_their_own_pace(x64, name):
 @pytest.mark.parametrize("hidden", [(), ("scale", "in_bias")], ids=["whole", "masked"])
 @pytest.mark.parametrize("loss_model", ["exact", "quadratic"])
 def test_prox_linear(x64, loss_model, hidden):
-    transform, inner = heavy_ball()
+    transform, inner = heavy_ball() if hidden else (curious(), Curious())
     tx = gnlin.prox_linear(transform, OBJECTIVE, 5, loss_model=loss_model)
-    problem = dense(NETWORK, softmax, hidden)
+    problem = compiled(NETWORK, softmax, hidden)
     expected = prox_linear(problem, inner, BATCHES, 5, loss_model=loss_model)
     check(follow(tx, OBJECTIVE, NETWORK.params, STEPS, hidden=hidden), expected)
 
@@ -360,7 +301,7 @@ def test_prox_linear(x64, loss_model, hidden):
 class Fit(NamedTuple):
     """A run of `levenberg_marquardt`."""
 
-    policy: Adaptive | Radius | float
+    policy: Adaptive | Radius | float  # a float: the first λ of the default
     solver: Any = gnlin.Dense()
     scaling: str = "identity"
     geodesic_acceleration: float | None = None
@@ -418,7 +359,7 @@ def test_levenberg_marquardt(x64, name):
     elif isinstance(policy, Adaptive):
         damping = gnlin.GainRatio(*policy)
     else:
-        damping = gnlin.TrustRegion(*policy)
+        damping = gnlin.TrustRegion(*policy) if policy != Radius() else None  # the default
     tx = gnlin.levenberg_marquardt(objective, damping=damping, solver=fit.solver, **options)
     found = follow(tx, objective, start, [(batch, {}) for batch in batches])
     for _, metrics in found:
@@ -431,3 +372,9 @@ def test_levenberg_marquardt(x64, name):
     check(found, expected, tolerance(jnp.float64, scale=1e7))
     accepted = {each.metrics["accepted"] for each in expected}
     assert accepted == ({True, False} if fit.rejections else {True})
+
+
+def test_levenberg_marquardt_begins_at_a_thousandth(x64):
+    objective, start, (batch, *_) = decays()
+    ((_, metrics),) = follow(gnlin.levenberg_marquardt(objective), objective, start, [(batch, {})])
+    assert metrics["damping"] == 1e-3
