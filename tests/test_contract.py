@@ -545,8 +545,12 @@ def test_checkpoint_round_trip(subject):
 def test_map_params_finds_the_copies_of_the_parameters(subject):
     """What in the state is shaped like the parameters is what sharding by parameters reaches."""
     opt_state = subject.tx.init(subject.start())
+
+    def changed_leaf(leaf):
+        return ~leaf if leaf.dtype == bool else leaf + 1
+
     mapped = optax.tree_map_params(
-        subject.tx, lambda leaf: leaf + 1, opt_state, transform_non_params=lambda leaf: leaf
+        subject.tx, changed_leaf, opt_state, transform_non_params=lambda leaf: leaf
     )
     chex.assert_trees_all_equal_structs(opt_state, mapped)
     changed = jax.tree.leaves_with_path(

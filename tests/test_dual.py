@@ -498,7 +498,7 @@ def test_another_solver_for_too_many_outputs():
             ValueError,
             "`max_outputs` must be an integer of at least 1; got 2.0",
         ),
-        ({"otherwise": gnlin.CG}, TypeError, "`otherwise` must be a solver record"),
+        ({"otherwise": gnlin.CG}, TypeError, "`otherwise` must be a record, not its class"),
         ({"otherwise": "cg"}, TypeError, "`otherwise` must be a solver record .* got 'cg'"),
         ({"jitter": 1e-6}, TypeError, "unexpected keyword argument 'jitter'"),
     ],

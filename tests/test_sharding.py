@@ -1,4 +1,7 @@
-"""A batch over eight devices gives what one device gives: with kernels, gaps, layers and spectral norms."""
+"""A batch over eight devices gives the result of one device.
+
+Kernels, gaps, layers and spectral norms are compared.
+"""
 
 import os
 import subprocess
@@ -12,12 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def model(params, batch):
     return jnp.tanh(batch["x"] @ params["in"]) @ params["out"]
 
-def loss(outputs, batch): return jnp.sum(batch["weights"][:, None] * (outputs - batch["y"]) ** 2) /
-    jnp.sum(batch["weights"])
+def loss(outputs, batch):
+    squares = (outputs - batch["y"]) ** 2
+    return jnp.sum(batch["weights"][:, None] * squares) / jnp.sum(batch["weights"])
 
 objective = gnlin.Objective(model, loss)
 keys = jax.random.split(jax.random.key(0), 5)
-params = {"in": jax.random.normal(keys[0], (8, 16)) / 3, "out": jax.random.normal(keys[1], (16, 2)) / 4}
+params = {
+    "in": jax.random.normal(keys[0], (8, 16)) / 3, "out": jax.random.normal(keys[1], (16, 2)) / 4
+}
 batch = {"x": jax.random.normal(keys[2], (64, 8)), "y": jax.random.normal(keys[3], (64, 2)),
          "weights": jax.random.uniform(keys[4], (64,))}
 probe = jax.tree.map(lambda leaf: leaf[:16], batch)
@@ -50,8 +56,9 @@ for name, tx in transforms.items():
         assert abs(a - b).max() <= 2e-5 * max(abs(a).max(), 1), (name, a, b)
 
 both = batch, jax.device_put(batch, by_row)
-for options in ({"pairs": "trace"}, {"pairs": "full", "max_bytes": 120_000}):  # as a whole, and in parts
-    one, eight = jax.device_get([gnlin.kernel.empirical_ntk(objective, params, each, **options) for each in both])
+for options in ({"pairs": "trace"}, {"pairs": "full", "max_bytes": 120_000}):  # whole, in parts
+    one, eight = jax.device_get(
+        [gnlin.kernel.empirical_ntk(objective, params, each, **options) for each in both])
     assert abs(one - eight).max() <= 1e-5 * abs(one).max()
 """
 
