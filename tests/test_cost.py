@@ -1,4 +1,6 @@
-"""Work in compiled floating-point operations, relative to one value-and-gradient: no clock involved."""
+"""Work in compiled floating-point operations, relative to one value-and-gradient: no clock
+involved.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -108,9 +110,8 @@ def test_drift_costs_a_kernel_where_it_is_looked_at(problem):
 
 
 def test_an_inner_step_of_prox_linear(problem):
-    def total(
-        steps,
-    ):  # XLA counts the body of a loop once: unroll it by hand through the public value and gradient
+    def total(steps):
+        # XLA counts the body of a loop once: unroll it by hand, by the public value and gradient.
         objective, params, batch, _ = problem
 
         def run(params, batch):

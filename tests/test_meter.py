@@ -34,7 +34,7 @@ with_derivatives_of_its_own.defvjp(
 
 
 def counted(function, a, times):
-    """What the meter says of a call, in products; the call computes what it would without a meter."""
+    """The meter's count of a call, in products; the call computes the same as without a meter."""
     meter = metered(function, a, times)
     assert meter.varies
     value, more = jax.jit(meter.call)(a, times)
@@ -117,9 +117,9 @@ def test_a_loop_that_nobody_reads_costs_nothing(matrix):
 
 
 def test_what_cannot_be_counted_is_said(matrix):
-    kernel = lambda a, out: out.__setitem__(
-        ..., jax.lax.fori_loop(0, a[0, 0].astype(int), lambda i, c: c / 2, a[...])
-    )
+    def kernel(a, out):
+        out[...] = jax.lax.fori_loop(0, a[0, 0].astype(int), lambda i, c: c / 2, a[...])
+
     function = pallas.pallas_call(kernel, out_shape=matrix, interpret=True)
     with pytest.raises(
         NotImplementedError,
@@ -136,7 +136,9 @@ def test_without_loops_and_branches_there_is_nothing_to_add(matrix):
 
 
 def test_conjugate_gradients_of_jax(matrix):
-    """As many turns as the matrix has different eigenvalues, and a product more for the first residual."""
+    """As many turns as the matrix has different eigenvalues, and a product more for the first
+    residual.
+    """
     eigenvalues = jnp.asarray([1.0, 2.0, 5.0])[jnp.arange(SIZE) % 3]
     basis = jnp.linalg.qr(matrix)[0]
     system = basis @ jnp.diag(eigenvalues) @ basis.T
@@ -218,7 +220,9 @@ def test_a_gauss_newton_step_costs_what_an_unrolled_one_does(task):
 
 @pytest.mark.usefixtures("optax_own")
 def test_what_happens_once_in_a_cycle_is_counted_once(task):
-    """The step that moves the anchor leaves out a push-forward; the last step of a cycle tries four steps."""
+    """The step that moves the anchor leaves out a push-forward; the last step of a cycle tries four
+    steps.
+    """
     unit = gradient_flops(task)
     options = {
         "period": 4,

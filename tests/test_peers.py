@@ -51,7 +51,9 @@ PARAMETERS = sum(leaf.size for leaf in jax.tree.leaves(REGRESSION.init(jax.rando
 
 
 def check(build, task, options, count=8, fall=0.7):
-    """The loss falls; gradient-equivalents of each step of a run that is compiled whole, the tuned number traced."""
+    """The loss falls; gradient-equivalents of each step of a run that is compiled whole, the tuned
+    number traced.
+    """
     fixed = {name: value for name, value in options.items() if isinstance(value, str)}
     tuned = {name: jnp.float32(value) for name, value in options.items() if name not in fixed}
     params, key, batch = (

@@ -1,4 +1,6 @@
-"""Tasks on scikit-learn's data and on image files: data, networks, losses, and complaints about files."""
+"""Tasks on scikit-learn's data and on image files: data, networks, losses, and complaints about
+files.
+"""
 
 import functools
 import gzip

@@ -172,10 +172,8 @@ def kfac_unfit(task: Task) -> str | None:
 def _softmax_unfit(task: Task) -> str | None:
     """The loss must equal softmax cross-entropy on random logits of a few examples."""
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), task.train)
-    outputs = output_shapes(task)
-    labels = batch.get("y") if isinstance(batch, Mapping) else None
-    has_labels = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
-    if has_labels and getattr(outputs, "ndim", 0) == 2:
+    outputs, labels = output_shapes(task), _labels(batch)
+    if labels is not None and getattr(outputs, "ndim", 0) == 2:
         shape = (len(labels), outputs.shape[1])
         logits = jax.random.normal(jax.random.key(0), shape, outputs.dtype)
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -185,3 +183,10 @@ def _softmax_unfit(task: Task) -> str | None:
         f"the loss of task {task.name!r} is not mean softmax cross-entropy of outputs (N, C) "
         'with labels batch["y"]'
     )
+
+
+def _labels(batch: Any) -> Any:
+    """Integer labels (N,) ``batch["y"]``, if there are any."""
+    labels = batch.get("y") if isinstance(batch, Mapping) else None
+    is_vector = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    return labels if is_vector else None

@@ -102,7 +102,7 @@ class Study:
             yield from self._all_at_once(listener, executor)
         except (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError):
             raise RecordsError(
-                "a worker process died, perhaps for want of memory; what is finished is kept: "
+                "a worker process died, perhaps for want of memory; finished runs are kept: "
                 "run the same command again, with fewer workers"
             ) from None
 

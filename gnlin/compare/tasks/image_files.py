@@ -27,7 +27,7 @@ _CLASSES = 10
 
 _MNIST_SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MNIST_SIDE = 28
-_MNIST_MOST = 60_000  # bounds what is read of a damaged file
+_MNIST_MOST = 60_000  # a bound for damaged files
 _MNIST_MEAN, _MNIST_DEVIATION = 0.1307, 0.3081
 
 _CIFAR_SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html (binary version)"
