@@ -1,4 +1,6 @@
-"""Griffe extension: docstrings are marked up for a terminal; this turns their marks into the site's Markdown."""
+"""Griffe extension: docstrings are marked up for a terminal; this turns their marks into the site's
+Markdown.
+"""
 
 import re
 

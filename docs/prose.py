@@ -107,7 +107,8 @@ def main() -> None:
         if lengths:
             over = sum(length > 25 for length in lengths)
             print(
-                f"{name}: {len(lengths)} sentences, mean {statistics.fmean(lengths):.1f} words, {over} of more than 25"
+                f"{name}: {len(lengths)} sentences, mean {statistics.fmean(lengths):.1f} words, "
+                f"{over} of more than 25"
             )
     if coded:
         print(f"comments: {100 * noted / coded:.1f} for each 100 lines of code ({coded} lines)")

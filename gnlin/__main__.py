@@ -29,12 +29,15 @@ def _run() -> None:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(
-            f'The command line needs {error.name}, which is not installed: pip install "gnlin[compare]"'
+            f"The command line needs {error.name}, which is not installed: "
+            'pip install "gnlin[compare]"'
         )
 
 
 def _interrupted() -> None:
-    """End at once: XLA may still be compiling on a thread of its own, which an orderly exit would crash."""
+    """End at once: XLA may still be compiling on a thread of its own, which an orderly exit would
+    crash.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(128 + signal.SIGINT)

@@ -39,7 +39,7 @@ def copy(tree: Tree) -> Tree:
 
 
 def spread(labels: Tree, tree: Tree) -> list[Any]:
-    """What `labels`, a tree like `tree` or like its upper part, says of each leaf, in their order."""
+    """The label of each leaf of `tree`, in order; `labels` is like `tree` or its upper part."""
     found: list[Any] = []
     jax.tree.map(
         lambda label, part: found.extend([label] * len(jax.tree.leaves(part))), labels, tree

@@ -92,7 +92,7 @@ def residuals(name: str) -> Callable:
 
 
 def correct_digits(params, certified) -> float:
-    """Fewest correct significant digits over the parameters (the log relative error, NIST's LRE)."""
+    """Fewest correct significant digits over the parameters (NIST's LRE)."""
     error = np.abs(np.asarray(params) - certified) / np.abs(certified)
     return (
         float(np.min(-np.log10(np.maximum(error, 1e-16))))

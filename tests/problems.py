@@ -51,7 +51,9 @@ def tolerance(dtype, scale: float = 8.0) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Dtypes:
-    """Dtypes of the two layers of the `MLP`, whether its loss is computed in at least float32, and the mode of JAX."""
+    """Dtypes of the two layers of the `MLP`, whether its loss is computed in at least float32, and
+    the mode of JAX.
+    """
 
     hidden: Any
     readout: Any
@@ -75,7 +77,9 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MLP:
-    """tanh network on a tree with a tuple and a None leaf; each layer computes in the dtype of its weights."""
+    """tanh network on a tree with a tuple and a None leaf; each layer computes in the dtype of its
+    weights.
+    """
 
     def __call__(self, params, batch):
         weights, bias = params["hidden"]
@@ -90,7 +94,9 @@ def _affine(inputs, weights, bias):
 
 @functools.cache
 def classifier(dtypes: Dtypes = FLOAT32, *, examples: int = 48, batches: int = 6) -> Problem:
-    """Softmax classification of points labelled by a linear teacher: 3 features, 4 hidden units, 3 classes."""
+    """Softmax classification of points labelled by a linear teacher: 3 features, 4 hidden units, 3
+    classes.
+    """
     draw = _Normals(0)
     teacher = draw(3, 3)
     params = {
@@ -114,7 +120,9 @@ def classifier(dtypes: Dtypes = FLOAT32, *, examples: int = 48, batches: int = 6
 
 @functools.cache
 def logistic_regression(dtypes: Dtypes = FLOAT32, *, examples: int = 48) -> Problem:
-    """The classifier's first batch under a linear model: weights in the first of the `dtypes`, biases in the second."""
+    """The classifier's first batch under a linear model: weights in the first of the `dtypes`,
+    biases in the second.
+    """
     problem = classifier(dtypes, examples=examples, batches=1)
     params = {"w": jnp.zeros((3, 3), dtypes.hidden), "b": jnp.zeros(3, dtypes.readout)}
     return problem._replace(
@@ -212,7 +220,9 @@ def train(
     opt_state: Any,
     batches,
 ) -> tuple[Any, Any]:
-    """``(params, opt_state)`` after one compiled ``update(grads, opt_state, params, batch=batch)`` for each batch."""
+    """``(params, opt_state)`` after one compiled ``update(grads, opt_state, params, batch=batch)``
+    for each batch.
+    """
 
     @jax.jit
     def step(params, opt_state, batch):
@@ -226,7 +236,9 @@ def train(
 
 
 class _Normals:
-    """Standard normal numbers on the host, drawn with one key in one go: each shape on its own would be compiled."""
+    """Standard normal numbers on the host, drawn with one key in one go: each shape on its own
+    would be compiled.
+    """
 
     def __init__(self, seed: int):
         with enable_x64(False):

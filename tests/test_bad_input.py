@@ -69,7 +69,10 @@ def test_missing_params(build, wrap):
 @pytest.mark.parametrize("grads", [{"w": jnp.zeros(7)}, {"v": jnp.zeros(3)}], ids=["shape", "name"])
 def test_gradients_of_other_parameters(name, grads, wrap):
     tx = TRANSFORMS[name](OBJECTIVE)
-    message = r"`updates` does not match `params`; pass the gradient at `params`\.\n  updates: \['[wv]'\] float32"
+    message = (
+        r"`updates` does not match `params`; pass the gradient at `params`\.\n"
+        r"  updates: \['[wv]'\] float32"
+    )
     with pytest.raises(ValueError, match=message):
         wrap(lambda grads: tx.update(grads, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH))(
             grads
@@ -661,9 +664,9 @@ def test_a_part_that_lacks_one_method_is_told_which():
         def choose(self, search, state):
             raise AssertionError
 
-    with pytest.raises(TypeError, match="lacks after$"):
+    with pytest.raises(TypeError, match=r"lacks after$"):
         gnlin.gauss_newton(OBJECTIVE, step=Rule())
-    with pytest.raises(TypeError, match="`period` must be a period rule .* lacks after$"):
+    with pytest.raises(TypeError, match=r"`period` must be a period rule .* lacks after$"):
         gnlin.linearise_gradients(OBJECTIVE, Rule())
 
 

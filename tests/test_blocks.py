@@ -252,7 +252,7 @@ def test_labels_that_do_not_fit(labels, error, message):
 
 def test_solvers_that_do_not_fit():
     for solver in ("cg", gnlin.CG, {"a": 3}):
-        with pytest.raises(TypeError, match="`solver` must be a (solver record|record, not its)"):
+        with pytest.raises(TypeError, match=r"`solver` must be a (solver record|record, not its)"):
             gnlin.Blocks(solver, "a")
     with pytest.raises(
         ValueError, match=r"`solver` must have a record for every label; got \['b'\], without 'a'"

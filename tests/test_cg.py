@@ -1,4 +1,6 @@
-"""Conjugate gradients as a recurrence: what each step minimises, how it ends, and the loop written out."""
+"""Conjugate gradients as a recurrence: what each step minimises, how it ends, and the loop written
+out.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +97,7 @@ def test_unrolled_iterations_are_those_of_the_loop(x64, options):
 
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 def test_breakdown_keeps_what_was_reached(unroll):
-    """Two sound steps, then a direction of negative curvature, or a product that is not a number."""
+    """Two sound steps, then a direction of negative curvature, or a product that is a NaN."""
     b = jnp.ones(3)
     cg = gnlin.CG(max_iterations=6, rtol=0.0, unroll=unroll)
     solution, _ = _solve(cg, _system(jnp.diag(jnp.asarray([1.0, 2.0, -0.1]))), b)

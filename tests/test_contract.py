@@ -36,7 +36,9 @@ PERIOD_SCHEDULE = third_party(
 
 
 def for_everyone(value, grads, params, batch, objective):
-    """What one training loop that serves every optimiser passes, and an argument that no transform knows."""
+    """What one training loop that serves every optimiser passes, and an argument that no transform
+    knows.
+    """
     return {
         "batch": batch,
         "value": value,
@@ -163,7 +165,9 @@ DRIFT = frozenset({"kernel/alignment", "kernel/centred_alignment", "kernel/dista
 
 
 def drifting(name, inner, convex_steps):
-    """`measure_kernel_drift` around iterative linearisation that keeps an anchor as long as it holds."""
+    """`measure_kernel_drift` around iterative linearisation that keeps an anchor as long as it
+    holds.
+    """
     probe = jax.tree.map(lambda leaf: leaf[:5], classifier().batches[0])
 
     def build(objective, measure=gnlin.measure_kernel_drift):
@@ -437,7 +441,9 @@ def make_step(tx, objective, extras):
 
 
 class Subject:
-    """One case on the classifier, trained once in float32 with donated buffers; the checks share what it compiles."""
+    """One case on the classifier, trained once in float32 with donated buffers; the checks share
+    what it compiles.
+    """
 
     def __init__(self, case: Case):
         self.case = case
@@ -509,7 +515,9 @@ def test_state_keeps_its_form(subject):
 
 
 def test_donated_buffers_are_distinct(subject):
-    """No buffer stands twice in parameters and state, so that both can be donated; and both are consumed."""
+    """No buffer stands twice in parameters and state, so that both can be donated; and both are
+    consumed.
+    """
     params = subject.start()
     opt_state = subject.tx.init(params)
     owners = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, opt_state))]
@@ -533,7 +541,9 @@ def test_metrics_are_finite_scalars(subject):
 
 
 def test_checkpoint_round_trip(subject):
-    """A state written as plain arrays in the middle and read back goes on as if nothing had happened."""
+    """A state written as plain arrays in the middle and read back goes on as if nothing had
+    happened.
+    """
     leaves, structure = jax.tree.flatten(subject.trajectory[3])
     stored = [np.asarray(leaf) for leaf in leaves]
     carry = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in stored])
@@ -575,7 +585,9 @@ def test_missing_arguments_are_named(subject):
 
 @each_kind
 def test_scanned_ensemble_equals_loops(subject):
-    """Two members from different starts, vectorised and scanned over the batches, go as each goes alone."""
+    """Two members from different starts, vectorised and scanned over the batches, go as each goes
+    alone.
+    """
     starts = [subject.start(), jax.tree.map(lambda leaf: leaf * 0.5, subject.start())]
     members = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
 
@@ -615,7 +627,7 @@ def test_injected_hyperparameters(subject):
 
 @each_kind
 def test_named_chain_and_apply_if_finite_change_nothing(subject):
-    """Both branches of the wrapper's `cond` return the same types, and clean batches pass through."""
+    """Both branches of the wrapper's `cond` return the same types; clean batches pass through."""
     visited = subject.run(
         subject.compiled_wrapped, subject.wrapped.init, subject.problem.batches[:3]
     )
@@ -626,7 +638,9 @@ def test_named_chain_and_apply_if_finite_change_nothing(subject):
 
 
 def test_recovers_from_a_nan_batch(subject):
-    """A NaN batch moves no parameter, is noticed, and leaves nothing behind; the batches after it train on."""
+    """A NaN batch moves no parameter, is noticed, and leaves nothing behind; the batches after it
+    train on.
+    """
     compiled, init = subject.case.guard(subject)
     clean = subject.problem.batches
     poisoned = {**clean[1], "x": clean[1]["x"].at[0, 0].set(jnp.nan)}
@@ -651,7 +665,9 @@ def labels(params):
 
 @each_kind
 def test_partition_solves_the_visible_problem(subject):
-    """The same parameters as the transform on the problem whose only parameters are the visible ones."""
+    """The same parameters as the transform on the problem whose only parameters are the visible
+    ones.
+    """
     objective, whole, batches = (
         subject.problem.objective,
         subject.problem.params,
@@ -718,7 +734,9 @@ def precise_step(subject, precision):
 
 @each_kind
 def test_descends_in_bfloat16(subject):
-    """The loss goes down, and no step recompiles. Above all is float32; dense oracles elsewhere are in float64."""
+    """The loss goes down, and no step recompiles. Above all is float32; dense oracles elsewhere are
+    in float64.
+    """
     step, problem, tx = precise_step(subject, PRECISIONS["bfloat16"])
     params, opt_state = problem.params, tx.init(problem.params)
     compiled, losses = jax.jit(step), []
@@ -745,7 +763,9 @@ def test_keeps_dtypes(subject, precision):
 
 
 def test_solves_linear_regression_and_jit_changes_nothing(subject):
-    """The first update is also computed without `jit`, and without the gradient that no transform here needs."""
+    """The first update is also computed without `jit`, and without the gradient that no transform
+    here needs.
+    """
     problem, solution = linear_regression()
     objective, start, batch = problem.objective, problem.params, problem.batches[0]
     tx = subject.case.build(objective)

@@ -94,7 +94,7 @@ def test_drift_is_measured_every_so_often(x64):
 
 @pytest.mark.parametrize("period", [None, 4])
 def test_the_kernel_is_that_of_the_model_that_is_trained(period, x64):
-    """Of linearised training it does not move; of iterative linearisation it does with the anchor."""
+    """The kernel of linearised training stands still; with an anchor that moves, it moves."""
     probe = batch(seed=7, examples=5)
     inner = optax.chain(gnlin.linearise_gradients(OBJECTIVE, period), SGD)
     path = trained(gnlin.measure_kernel_drift(inner, OBJECTIVE, probe, every=1), 7)

@@ -1,6 +1,7 @@
 """Function-space solves and their kernel matrix against dense references in NumPy."""
 
 import functools
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -268,9 +269,8 @@ def test_solve_agrees_with_numpy(name, x64):
         )
         resolution = np.finfo(float).eps * np.linalg.norm(matrix, 2) / damping
         for index in range(2):
-            rhs, step = (
-                _flat(jax.tree.map(lambda leaf: leaf[index], each)) for each in (both, steps)
-            )  # noqa: B023
+            taken = [jax.tree.map(itemgetter(index), each) for each in (both, steps)]
+            rhs, step = map(_flat, taken)
             residual = np.linalg.norm(rhs - matrix @ step) / np.linalg.norm(rhs)
             assert residual < np.finfo(float).eps ** 0.5
             assert abs(residual - stats["dual/residual"][index]) < 20 * resolution
@@ -401,7 +401,9 @@ def test_spring_is_damped_towards_the_last_solution(x64):
 
 
 def test_batches_of_solves_and_right_hand_sides_without_a_solution(x64):
-    """`vmap` over systems; where no solution can be had the step is zero, and the last solution is kept."""
+    """`vmap` over systems; where no solution can be had the step is zero, and the last solution is
+    kept.
+    """
     case = _cases()["softmax"]
     objective, solver = gnlin.Objective(case.model, case.loss), Dual(momentum=0.5)
 

@@ -323,7 +323,9 @@ def test_a_long_cycle_on_a_squared_loss_reaches_the_minimum_norm_step(x64):
 
 
 def test_k_steps_filter_as_damping_does_at_one_over_eta_k(x64):
-    """(1 − (1 − ησ²)^K)/σ² and 1/(σ² + λ) agree to first order in 1/λ at λ = 1/(ηK): the gap is O(λ⁻²)."""
+    """(1 − (1 − ησ²)^K)/σ² and 1/(σ² + λ) agree to first order in 1/λ at λ = 1/(ηK): the gap is
+    O(λ⁻²).
+    """
     jacobian, _, objective = _linear_problem()
     start, steps = oracles.normal(9, seed=10), 8
     gaps = []
@@ -399,7 +401,9 @@ def test_line_search_comes_back_from_where_nothing_is_finite():
 
 
 def test_line_search_judges_where_the_rounded_update_leads():
-    """Steps this long leave too few digits to come back to the anchor; α = 0 must not be chosen as if they did."""
+    """Steps this long leave too few digits to come back to the anchor; α = 0 must not be chosen as
+    if they did.
+    """
     objective = gnlin.Objective.least_squares(lambda p: p**2 - jnp.asarray([1.7, 2.2]))
     tx = gnlin.iterative_linearisation(optax.sgd(30.0), objective, 8, line_search=(1.0, 1e-3))
     params = jnp.asarray([1.3, 1.5])
@@ -442,7 +446,9 @@ def test_derivatives_of_fits_whose_parameters_differ_by_orders_of_magnitude(x64,
 
 
 def test_a_singular_system_is_not_called_converged(x64):
-    """Rank 3 of 5 and no damping; for a right-hand side in the range of Jᵀ a solution exists, for others none."""
+    """Rank 3 of 5 and no damping; for a right-hand side in the range of Jᵀ a solution exists, for
+    others none.
+    """
     rng = np.random.default_rng(0)
     jacobian = rng.normal(size=(8, 3)) @ rng.normal(size=(3, 5))
     system = gnlin.System(lambda v: jacobian @ v, lambda u: jacobian.T @ u, lambda u: u, 0.0)
@@ -452,7 +458,9 @@ def test_a_singular_system_is_not_called_converged(x64):
 
 
 def test_progress_rule_is_off_by_default():
-    """In float32 this system loses progress to rounding long before the tolerance; that is not convergence."""
+    """In float32 this system loses progress to rounding long before the tolerance; that is not
+    convergence.
+    """
     scales = jnp.logspace(0, 6, 40)
     system = gnlin.System(lambda v: v, lambda u: u, lambda u: scales * u, 0.0)
     solution, _ = gnlin.CG(max_iterations=60, rtol=1e-12).solve(

@@ -101,7 +101,9 @@ def test_inverse_is_that_of_the_damped_kronecker_product(x64, damping):
 
 
 def test_moments_of_cotangents_have_the_exact_expectation(x64):
-    """tr(A) tr(S) need not be tr(G), but S is Σ sᵀs, and for the last layer that is the sum of the rows' Hessians."""
+    """tr(A) tr(S) need not be tr(G), but S is Σ sᵀs, and for the last layer that is the sum of the
+    rows' Hessians.
+    """
     objective, params, batch = problem(rows=40)
     kronecker = gnlin.Kronecker(fraction=1.0, decay=0.9999)
     system = system_of(objective, params, batch, 0.1)

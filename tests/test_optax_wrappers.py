@@ -3,6 +3,9 @@
 import chex
 import jax
 import jax.numpy as jnp
+
+# After gnlin, which silences the notice that this package is no longer developed  # isort: skip
+import jaxopt
 import numpy as np
 import optax
 import optimistix
@@ -13,12 +16,12 @@ from problems import classifier, full_steps, linear_regression, third_party, tol
 
 import gnlin
 
-import jaxopt  # after gnlin, which silences the notice that this package is no longer developed  # isort: skip
-
 
 @pytest.fixture(autouse=True)
 def _usual_promotion(_strict):
-    """Most of what is computed here is the wrapper's own; that ours obeys the strict rules is checked elsewhere."""
+    """Most of what is computed here is the wrapper's own; that ours obeys the strict rules is
+    checked elsewhere.
+    """
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -66,7 +69,7 @@ def test_schedule_free(inner):
     ids=["linearise_gradients", "gauss_newton"],
 )
 def test_lookahead_with_a_bound_objective(fast):
-    """`optax.lookahead` hands no extra arguments on, so the data has to be bound to the objective."""
+    """`optax.lookahead` hands no extra arguments on, so the data must be bound to the objective."""
     problem = classifier()
     batch = problem.batches[0]
     bound = problem.objective.bind(batch)
@@ -174,7 +177,9 @@ DIRECTIONS = {
     ],
 )
 def test_line_search_makes_the_loss_decrease(direction, search):
-    """A full step with little damping may diverge on a softmax loss; with a search behind it every step descends."""
+    """A full step with little damping may diverge on a softmax loss; with a search behind it every
+    step descends.
+    """
     problem = classifier()
     objective, batch = problem.objective, problem.batches[0]
     tx = optax.chain(DIRECTIONS[direction](objective), SEARCHES[search]())
@@ -196,7 +201,7 @@ def test_line_search_makes_the_loss_decrease(direction, search):
 
 
 def test_inner_optimiser_with_a_line_search():
-    """L-BFGS on the linearised problem finds the value function of that problem in its arguments."""
+    """L-BFGS on the linearised problem finds the value function of it in its arguments."""
     problem = classifier()
     tx = gnlin.iterative_linearisation(optax.lbfgs(), problem.objective, PERIOD, reset_inner=True)
     batches = [problem.batches[0]] * 6
@@ -230,7 +235,9 @@ class Network(nnx.Module):
     ids=["linearise_gradients", "gauss_newton", "levenberg_marquardt"],
 )
 def test_flax_optimizer(build):
-    """`nnx.Optimizer.update(model, grads, batch=batch)`, the model rebuilt from its graph in the objective."""
+    """`nnx.Optimizer.update(model, grads, batch=batch)`, the model rebuilt from its graph in the
+    objective.
+    """
     problem = classifier()
     model = Network(nnx.Rngs(0))
     graph, _ = nnx.split(model)
@@ -407,7 +414,9 @@ def test_metrics_of_the_same_name_are_numbered():
 
 
 def test_prediction_follows_the_anchor_through_a_cycle():
-    """Linearised while the anchor is used again; the true model where the next update moves it, or without one."""
+    """Linearised while the anchor is used again; the true model where the next update moves it, or
+    without one.
+    """
     problem = classifier()
     objective, batch = problem.objective, problem.batches[0]
     tx = optax.chain(gnlin.linearise_gradients(objective, 2), optax.sgd(0.5))
@@ -438,7 +447,9 @@ def test_state_without_ours_has_no_metrics(wrap):
 
 
 def test_masked_gauss_newton_preconditions_what_it_sees():
-    """The step on the visible leaves is that of the problem in those leaves; the others pass their gradient on."""
+    """The step on the visible leaves is that of the problem in those leaves; the others pass their
+    gradient on.
+    """
     problem = classifier()
     objective, params, batch = problem.objective, problem.params, problem.batches[0]
     grads = jax.jit(jax.grad(objective.value))(params, batch)

@@ -23,8 +23,8 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# The rooms, from the ground up. A module imports from rooms before its own, and within a room no two
-# modules import each other, in however many steps.
+# The rooms, from the ground up. A module imports from rooms before its own. No two modules import
+# each other, in however many steps.
 ROOMS = [
     "checks",
     "tree",
@@ -124,7 +124,9 @@ def test_only_one_module_knows_how_jax_writes_programs():
     "package", ["gnlin", *sorted(f"gnlin.{room}" for room in ROOMS if (PACKAGE / room).is_dir())]
 )
 def test_no_name_is_hidden_by_a_module(package):
-    """`import gnlin.x as m` gives a module, and `gnlin.x` what is public: they may not be two things."""
+    """`import gnlin.x as m` gives a module, and `gnlin.x` what is public: they may not be two
+    things.
+    """
     modules = {name.rpartition(".")[2] for name in SOURCES if name.rpartition(".")[0] == package}
     public = getattr(importlib.import_module(package), "__all__", [])
     assert not modules & set(public)
@@ -207,13 +209,19 @@ def test_import_is_silent():
 
 
 def test_import_brings_nothing_but_its_dependencies():
-    code = f"{PEERS}; import sys; before = set(sys.modules); import gnlin; print(*sorted(set(sys.modules) - before))"
+    code = (
+        f"{PEERS}; import sys; before = set(sys.modules); import gnlin; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
     assert {name for name in run(code).split() if name.partition(".")[0] != "gnlin"} == set()
 
 
 def test_import_is_fast():
     # Time of the process, not of the wall: other workers are at work.
-    code = f"{PEERS}; import time; start = time.process_time(); import gnlin; print(time.process_time() - start)"
+    code = (
+        f"{PEERS}; import time; start = time.process_time(); import gnlin; "
+        "print(time.process_time() - start)"
+    )
     seconds = []
     while (
         len(seconds) < 8 and min(seconds, default=1.0) >= 0.1

@@ -1,4 +1,6 @@
-"""Anchors that move when the linearisation no longer holds, and layers that move at their own pace, in plain loops."""
+"""Anchors that move when the linearisation no longer holds, and layers that move at their own pace,
+in plain loops.
+"""
 
 import chex
 import jax
@@ -192,7 +194,7 @@ LABELS = {"features": "features", "middle": "middle", "readout": "readout"}
 
 
 def partly_linearised(anchor, exact, batch):
-    """Flat parameters ↦ Q, with the Jacobian of the linearised leaves materialised by reverse mode."""
+    """Flat parameters ↦ Q, the Jacobian of the linearised leaves materialised by reverse mode."""
     names = [name for name in anchor if name not in exact]
 
     def q(params):

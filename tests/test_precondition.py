@@ -1,4 +1,6 @@
-"""Preconditioners against dense matrices: what they approximate, that they are definite and change no answer."""
+"""Preconditioners against dense matrices: what they approximate, that they are definite and change
+no answer.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -48,7 +50,7 @@ def _as_matrices(params, batch):
 
 
 def _pooled(params, batch):
-    """Rows are tokens, three to an example, and what is pulled back to them depends on one another."""
+    """Rows are tokens, three to an example; the cotangents of one example depend on each other."""
     tokens = jnp.stack([batch["x"], 0.5 * batch["x"] + 1.0, batch["x"][::-1]], axis=1)
     hidden = jnp.tanh(tokens @ params["in"] + params["bias"][None, None])
     return (jnp.mean(hidden, axis=1) * params["gain"][None]) @ params["out"].T

@@ -136,7 +136,7 @@ def test_of_a_zero_direction_nothing_is_asked(loss_model):
 
 
 def quadratic_bowl(constant):
-    """Linear regression whose loss ends at `constant`, and its batches with targets of either sign."""
+    """Linear regression whose loss ends at `constant`; its batches have targets of either sign."""
     x, w = (
         jax.random.normal(jax.random.key(seed), shape)
         for seed, shape in ((0, (40, 5)), (1, (5, 3)))
@@ -151,7 +151,9 @@ def quadratic_bowl(constant):
 
 @pytest.mark.parametrize("constant", [0.0, 10.0, 1000.0])
 def test_damping_survives_convergence(constant):
-    """In float32 decreases drop below the resolution of the loss long before the end: no reason to raise λ."""
+    """In float32 decreases drop below the resolution of the loss long before the end: no reason to
+    raise λ.
+    """
     objective, batches = quadratic_bowl(constant)
     transform = gnlin.gauss_newton(objective)
 

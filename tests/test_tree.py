@@ -92,7 +92,9 @@ def test_reductions_in_the_widest_dtype(x64):
 
 @given(trees(), st.booleans())
 def test_select_keeps_no_nan(data, condition):
-    """The branch not taken may hold anything; structure and dtypes, those of booleans included, stay."""
+    """The branch not taken may hold anything; structure and dtypes, those of booleans included,
+    stay.
+    """
     data = {**data, "flag": jnp.asarray(True)}
     poison = jax.tree.map(
         lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype != bool else False), data
@@ -120,7 +122,9 @@ def test_scaling_keeps_dtypes(data, factor):
 
 
 def test_add_scaled_rounds_once():
-    """1 + 1.5 · 2⁻⁹ lies nearer to 1 than to bfloat16's next number, 1 + 2⁻⁷; two such halves do not."""
+    """1 + 1.5 · 2⁻⁹ lies nearer to 1 than to bfloat16's next number, 1 + 2⁻⁷; two such halves do
+    not.
+    """
     one, small = jnp.asarray(1.0, jnp.bfloat16), jnp.asarray(2.0**-9, jnp.bfloat16)
     assert tree.add_scaled(one, 1.5, small) == 1
     assert tree.add_scaled(one, 3.0, small) == 1 + 2.0**-7

@@ -264,13 +264,13 @@ class TrustRegion:
         inside = trial.length < 0.99 * trial.radius
         radius = jnp.where((trial.gain_ratio >= 0.75) | inside, 2 * trial.length, radius)
         radius = jnp.where(trial.gain_ratio > 0.25, radius, smaller)  # also where the ratio is NaN
-        return RadiusState(radius), accepted, {"radius": trial.radius}
+        return RadiusState(radius), accepted, {"radius": jnp.asarray(trial.radius)}
 
 
 # Checks.
 
 
-def policy_of(damping: Any) -> DampingPolicy:
+def policy_of(damping: Any) -> Any:
     """The policy that the argument `damping` of `gauss_newton` stands for."""
     if isinstance(damping, TrustRegion):
         raise TypeError(

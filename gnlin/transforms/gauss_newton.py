@@ -147,7 +147,7 @@ def gauss_newton(
         problem = visible_problem(objective, params, all_params)
         check_state(state, init_fn, params)
         damping = policy.damping(state.damping, state.count)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         models = _models(problem, updates, params, batch, curvature_batch)
         system = models.curvature.system(damping)

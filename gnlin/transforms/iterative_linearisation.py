@@ -241,7 +241,7 @@ def iterative_linearisation(
         metrics, after = state.metrics, update.state
         if alphas is not None:
 
-            def at_end(updates):
+            def at_end(updates, alphas=alphas):
                 return best_along(problem, after.anchor, params, updates, alphas, batch)
 
             def within(updates):

@@ -34,7 +34,7 @@ class Served(NamedTuple):
         network: () ↦ f(θ), which costs a forward pass where it is called.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     age: jax.Array
     params: Params
     anchor: Params
