@@ -38,7 +38,7 @@ class Dual:
     iterative refinement follow while the residual is above √ε and is halved by them. H need not be
     invertible.
 
-    K is built layer by layer from activations and cotangents (`gnlin.gram`). Where the
+    K is built layer by layer from activations and cotangents (`gnlin.kernel.gram`). Where the
     linearisation shows that each example's outputs depend on its own rows, that takes C pull-backs;
     otherwise (batch normalisation, embeddings) one pull-back and one push-forward for each of the M
     outputs. For dense layers of width w the work is about

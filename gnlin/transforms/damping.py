@@ -279,7 +279,8 @@ def policy_of(damping: Any) -> Any:
         )
     if callable(damping) or isinstance(damping, (int, float)) or hasattr(damping, "dtype"):
         check_damping(damping)
-        return Given(damping)
+        value: Any = damping
+        return Given(value)
     check_policy(damping)
     return damping
 

@@ -105,7 +105,9 @@ class Every:
         return EveryState(remaining == 0, remaining), {}
 
 
-def count_down(period: Any, moved: jax.Array, remaining: jax.Array, count: jax.Array) -> jax.Array:
+def count_down(
+    period: Any, moved: jax.Array, remaining: jax.Array, count: jax.typing.ArrayLike
+) -> jax.Array:
     """Updates that are left after one; `moved` says whether it moved the anchor."""
     left = jnp.where(moved, _cycle_length(period, count), remaining)
     return jnp.where(left > 0, left - 1, left)
