@@ -105,7 +105,7 @@ def damping_within(
     """The least λ with ‖D^½ v‖ ≤ Δ, and no less than ε times the largest eigenvalue of Ĝ.
 
     With w = D^½ v and Ĝ = D^-½ G D^-½, (Ĝ + λI) w = −D^-½ ∇ℓ. Newton's method for 1/Δ = 1/‖w(λ)‖
-    starts left of the solution, and takes one step more when ‖w‖ is Δ to five digits: Moré 1978,
+    starts left of the solution. When ‖w‖ is Δ to five digits it takes one step more. Moré 1978,
     equation (5.4).
     """
     root = np.sqrt(scale)

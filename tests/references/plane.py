@@ -66,8 +66,8 @@ def newton_step(slope: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 def best_weights(plane: Plane, evaluations: int = 10) -> np.ndarray:
     """w by Newton's method from zero: one step for the quadratic model, whose minimum is there.
 
-    A step that leads up is quartered. The end is where twice the gain that a further step promises,
-    ∇φᵀ(∇²φ)⁻¹∇φ, is at most a thousandth of the gain so far, or after ten evaluations.
+    A step that leads up is quartered. A further step promises a gain of half of ∇φᵀ(∇²φ)⁻¹∇φ. The
+    end is where this number is at most a thousandth of the gain so far, or after ten evaluations.
     """
     w, value = np.zeros(plane.directions.shape[1]), 0.0
     _, slope, hessian = plane.derivatives(w)
