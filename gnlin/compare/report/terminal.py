@@ -45,6 +45,7 @@ class _Layout:
         counts_beside: numbers of runs and seeds, where some are missing, stand beside a value and
             not below it.
         longest_label: characters of a label from which on it is broken.
+        gap: columns of the terminal between those of the table.
     """
 
     heading_lines: int = 3
@@ -52,19 +53,24 @@ class _Layout:
     apart: bool = False
     counts_beside: bool = False
     longest_label: float = 20
+    gap: int = 1
 
 
-_ONE_LINE = _Layout(2, in_one_line=True, apart=True, counts_beside=True, longest_label=math.inf)
-_COUNTS_BELOW = dataclasses.replace(_ONE_LINE, counts_beside=False)
+_WIDEST = _Layout(
+    1, in_one_line=True, apart=True, counts_beside=True, longest_label=math.inf, gap=2
+)
+_COUNTS_BELOW = dataclasses.replace(_WIDEST, heading_lines=2, counts_beside=False)
 _SETTING_BELOW = dataclasses.replace(_COUNTS_BELOW, apart=False)
 # The first that fits is taken, and the last where none does.
 _LAYOUTS = (
-    dataclasses.replace(_ONE_LINE, heading_lines=1),
-    _ONE_LINE,
+    _WIDEST,
+    dataclasses.replace(_WIDEST, heading_lines=2),
     _COUNTS_BELOW,
     _SETTING_BELOW,
     dataclasses.replace(_COUNTS_BELOW, longest_label=24),
     dataclasses.replace(_SETTING_BELOW, longest_label=24),
+    dataclasses.replace(_SETTING_BELOW, longest_label=20, gap=1),
+    _Layout(longest_label=math.inf),
     _Layout(),
 )
 
@@ -121,7 +127,7 @@ class _Drawn:
             caption_justify="left",
             title_justify="left",
             box=box.HORIZONTALS,
-            padding=(0, 1, 0, 0) if self.layout.in_one_line else 0,
+            padding=(0, self.layout.gap - 1, 0, 0),  # beside the box's own column
             pad_edge=False,
         )
         first, *others = self.headings()
@@ -171,7 +177,8 @@ class _Drawn:
             return [Text(label), Text(setting), *numbers, seconds, compiling or "-"]
         if compiling:
             seconds += f"\n+ {compiling}"
-        return [Text(f"{label}\n{setting}"), *numbers, seconds]
+        first = f"{label}\n{setting}" if setting else label
+        return [Text(first), *numbers, seconds]
 
     def label(self, row: Row) -> str:
         """Rich breaks a label at spaces, and within a word where it must."""
