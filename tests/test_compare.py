@@ -39,6 +39,7 @@ from gnlin.compare.runs.jobs import _key, make
 from gnlin.compare.runs.records import SCHEMA, Records, RecordsError, read
 from gnlin.compare.runs.study import Study
 from gnlin.compare.runs.trial import Program, metered_step
+from gnlin.compare.tasks import describe
 from gnlin.compare.tasks.handwriting import digits
 
 # Of the others one wants a small network and has a test of its own.
@@ -959,6 +960,11 @@ def test_mistakes_are_one_line_and_exit_with_2(command, arguments, message):
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_description_is_a_whole_sentence(name):
+    assert re.fullmatch(r"[A-Z].*\.", describe(name))
 
 
 def test_lists_name_everything(command):

@@ -580,6 +580,17 @@ def test_table_uses_the_width_that_it_has(table, width, headings):
     assert ("gn-cg:control=constant,learning_rate=0.5" in shown) == (width >= 160)
 
 
+def test_long_numbers_have_one_line_in_120_columns():
+    facts = TaskFacts("toy", "A toy.", 1e-9, "R²", True, 0.9)
+    runs = entry("adam", {}, 4.7e-12, quality=-0.422, label="adam:learning_rate=0.004")
+    for run in runs:
+        run["curve"]["seconds"] = [second * (1 + run["seed"] / 7) for second in (0.0, 0.01, 0.03)]
+    shown = as_text(ResultTable(summarise(runs, {"toy": facts}), facts), 120)
+    assert max(map(len, shown.splitlines())) <= 120
+    for number in ("5.2e-12 ± 4.7e-13", "-0.522 ± 0.100", "-1.522 ± 0.100", "0.034 ± 0.0043"):
+        assert number in shown
+
+
 def test_a_wide_table_has_one_line_for_a_row(table):
     for width, most in ((80, 5), (120, 3), (160, 2), (200, 1)):
         _, *rows = between_rules(as_text(table, width))
