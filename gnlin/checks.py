@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,33 +90,42 @@ def _form(tree: Any) -> str:
     return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
+T = TypeVar("T", bound=Callable[..., Any])
 
 
-def shows_signature(function: Callable[P, R]) -> Callable[P, R]:
+def shows_signature(called: T) -> T:
     """Make the error of a call that does not fit show the call that does.
 
-    The caller of an old signature, or of a misspelt option, then reads the right one.
+    The caller of an old signature, or of a misspelt option, then reads the right one. It decorates
+    functions and records.
     """
+    if isinstance(called, type):
+        record: Any = called
+        record.__init__ = _showing(record.__init__, record.__name__)
+        return record
+    return _showing(called, getattr(called, "__name__", "call"))
+
+
+def _showing(function: T, name: str) -> T:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            shown = _written(signature)
-            raise TypeError(f"{error}. Write {function.__name__}({shown})") from None
+            raise TypeError(f"{error}. Write {name}({_written(signature)})") from None
         return function(*args, **kwargs)
 
-    return call
+    return cast(T, call)
 
 
 def _written(signature: inspect.Signature) -> str:
     """``objective, *, damping=GainRatio(...)``: parameters without annotations."""
     parts = []
     for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
         default = parameter.default

@@ -17,9 +17,10 @@ Batch = Tree
 
 
 def accumulation_dtype(*trees: Tree) -> jnp.dtype:
-    """Widest dtype among the leaves, and at least float32: what sums and scalars are held in."""
+    """The widest dtype among the leaves, and at least float32: sums and scalars have it."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(trees)]
     widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype("float32"))
+    # bfloat16 and float16 have two or three digits, too few for a sum of many terms.
     return jnp.dtype("float32") if jnp.finfo(widest).bits < 32 else jnp.dtype(widest)
 
 
@@ -60,10 +61,11 @@ def subtract(a: Tree, b: Tree) -> Tree:
 
 
 def scale(factor: chex.Numeric, tree: Tree) -> Tree:
-    """``factor * tree``, computed in the accumulation dtype and returned in each leaf's own."""
+    """``factor * tree``, computed in the accumulation dtype and rounded to that of each leaf."""
 
     def scaled(leaf):
         dtype = accumulation_dtype(leaf)
+        # Without the last cast a float32 factor would promote leaves of half precision.
         return (jnp.asarray(factor, dtype) * leaf.astype(dtype)).astype(leaf.dtype)
 
     return jax.tree.map(scaled, tree)
@@ -74,6 +76,7 @@ def add_scaled(a: Tree, factor: chex.Numeric, b: Tree) -> Tree:
 
     def combined(x, y):
         dtype = accumulation_dtype(x, y)
+        # Sums of rounded products would be rounded twice.
         return (x.astype(dtype) + jnp.asarray(factor, dtype) * y.astype(dtype)).astype(x.dtype)
 
     return jax.tree.map(combined, a, b)
@@ -88,12 +91,16 @@ def inner(a: Tree, b: Tree) -> jax.Array:
     """Euclidean inner product over all leaves, in the accumulation dtype."""
     dtype = accumulation_dtype(a, b)
     products = jax.tree.map(lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b)
+    # The start gives a tree without leaves the product 0, in the right dtype.
     return sum(jax.tree.leaves(products), start=jnp.zeros([], dtype))
 
 
 def norm(tree: Tree) -> jax.Array:
     """Euclidean norm over all leaves, free of overflow and underflow in the squares."""
+    # Squares of gradients underflow long before gradients do. So entries are divided by the largest
+    # one first.
     largest = max_abs(tree)
+    # The unit is 1 for zeros, and where the largest is NaN, which then reaches the result.
     unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     dtype = unit.dtype
     relative = jax.tree.map(lambda leaf: leaf.astype(dtype) / unit, tree)
@@ -103,6 +110,7 @@ def norm(tree: Tree) -> jax.Array:
 def max_abs(tree: Tree) -> jax.Array:
     """Largest absolute entry; NaN where any entry is NaN, 0 for a tree without entries."""
     dtype = accumulation_dtype(tree)
+    # The maximum of no entries is an error in JAX, so empty leaves are passed over.
     sizes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in jax.tree.leaves(tree) if leaf.size]
     return jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros([], dtype)
 
@@ -120,6 +128,7 @@ def size(tree: Tree) -> int:
 def flatten(tree: Tree, dtype) -> jax.Array:
     """All entries as one vector of `dtype`."""
     leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    # `jnp.concatenate` refuses an empty list.
     return jnp.concatenate(leaves) if leaves else jnp.zeros([0], dtype)
 
 
@@ -145,7 +154,7 @@ def has_holes(tree: Any) -> bool:
 
 
 def fill_holes(tree: Any, full: Any) -> Any:
-    """`tree` with every `optax.MaskedNode` replaced by what stands there in `full`."""
+    """`tree`, with the subtree of `full` in place of every `optax.MaskedNode`."""
     return jax.tree.map(
         lambda node, whole: whole if is_masked(node) else node, tree, full, is_leaf=is_masked
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_number
+from gnlin.checks import check_number, shows_signature
 from gnlin.kernel.assembly import Request, Side, as_a_whole, in_parts
 from gnlin.kernel.products import Pairs
 from gnlin.problem.linearisation import linearise
@@ -23,6 +23,7 @@ from gnlin.tree import Batch, Outputs, Params
 _PAIRS: tuple[Pairs, ...] = ("full", "diagonal", "trace")
 
 
+@shows_signature
 def empirical_ntk(
     objective: Objective,
     params: Params,

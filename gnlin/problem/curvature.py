@@ -1,9 +1,12 @@
 r"""Curvature of the loss through a linearised model.
 
-With z the outputs, J their Jacobian with respect to the parameters and H the Hessian of the loss
-with respect to z, the generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J. It is the Hessian of
-the loss on the linearised model. Every product with it is a push-forward, a product with H in
-output space, and a pull-back.
+Let z be the outputs, J their Jacobian in the parameters, and H the Hessian of the loss in z. The
+generalised Gauss-Newton (GGN) matrix is G = Jᵀ H J. It is the Hessian of the loss on the linearised
+model. Every product with it is a push-forward, a product with H in output space, and a pull-back.
+
+The linearisation comes from `linearisation`. `QuadraticModel` hands a `System` to the solvers of
+`gnlin.solve`. The models of the loss at the end serve iterative linearisation, prox-linear steps
+and the default step rule.
 """
 
 import dataclasses
@@ -32,8 +35,8 @@ class System:
         vjp: u ↦ Jᵀu.
         output_hessian: u ↦ Hu, in output space.
         damping: λ ≥ 0, a scalar.
-        scaling: D, a tree of non-negative diagonal entries shaped like the parameters, in their
-            accumulation dtype; `None` is the identity.
+        scaling: D, a tree of non-negative diagonal entries. It has the shapes of the parameters and
+            their accumulation dtype. `None` is the identity.
     """
 
     jvp: Callable[[Params], Outputs]
@@ -55,6 +58,7 @@ class System:
         if self.scaling is None:
             return vector
         return jax.tree.map(
+            # In the dtype of D, and rounded once.
             lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector
         )
 
@@ -92,13 +96,14 @@ class QuadraticModel:
     def change(self, step: Params) -> jax.Array:
         """gᵀδ + ½ δᵀGδ by one push-forward.
 
-        It is free of the cancellation in a difference of two losses.
+        A difference of two losses would suffer from cancellation. This sum does not.
         """
+        # gᵀδ = <∇ℓ, Jδ> and δᵀGδ = <Jδ, HJδ>: one push-forward serves both terms.
         moved = self.linear.jvp(step)
         return tree.inner(self.cotangent, moved) + tree.inner(moved, self.output_hessian(moved)) / 2
 
     def system(self, damping: chex.Numeric, scaling: Params | None = None) -> System:
-        """The damped system (G + λD) x = b of this model, for a right-hand side yet to come."""
+        """The damped system (G + λD) x = b of this model. Its right-hand side b comes later."""
         return System(self.linear.jvp, self.linear.vjp, self.output_hessian, damping, scaling)
 
 
@@ -109,7 +114,7 @@ def quadratic_model(objective: Objective, params: Params, batch: Batch = None) -
 
     Args:
         objective: the problem.
-        params: parameters at which ℓ, g and G are taken.
+        params: the parameters at which ℓ, g and G are taken.
         batch: data; not needed where the objective is bound.
 
     Returns:
@@ -166,9 +171,11 @@ def loss_derivatives(
     """``(gradient, u ↦ Hu)`` of the loss with respect to the outputs, at `outputs`."""
 
     def gradient(outputs):
+        # The pair (value, aux) that `linearise_function` expands.
         return jax.grad(objective.loss_of)(outputs, batch), None
 
-    # H is symmetric: a loss without a forward-mode rule is differentiated twice in reverse.
+    # The push-forward of the gradient is the product with H. A loss without a forward-mode rule is
+    # differentiated twice in reverse, which serves because H is symmetric.
     expansion = linearise_function(gradient, outputs)
     return expansion.value, expansion.jvp
 
@@ -197,6 +204,7 @@ def quadratic_loss(objective: Objective, outputs: Outputs, batch: Batch = None) 
     def value_and_grad(displacement):
         curved = output_hessian(displacement)
         change = tree.inner(cotangent, displacement) + tree.inner(displacement, curved) / 2
+        # The gradient of the model in δz is g + Hδz, of the same product with H.
         return value + change.astype(value.dtype), tree.add(cotangent, curved)
 
     return value_and_grad
@@ -227,9 +235,10 @@ def linearised_loss(linear: Linearisation, loss: OutputLoss) -> Callable[..., ja
 def partly_linearised_loss(
     objective: Objective, anchor: Params, exact: Any, loss_model: LossModel, data: Batch
 ) -> Callable[..., jax.Array]:
-    """Q, ``(params, batch=None) -> scalar``, where the leaves marked `exact` are not linearised.
+    """Q, ``(params, batch=None) -> scalar``, with all leaves linearised but those marked `exact`.
 
-    At parameters (a, b), b exact, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
+    At parameters (a, b), where b are the exact leaves, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a −
+    φ).
     """
     objective.check_params(anchor)
 
@@ -238,11 +247,13 @@ def partly_linearised_loss(
             lambda leaf, is_exact: leaf if is_exact == chosen else optax.MaskedNode(), params, exact
         )
 
+    # The linearised leaves at the anchor. A hole has no leaves, so arithmetic passes over it.
     fixed = part(anchor, chosen=False)
 
     def value_fn(params, batch=None):
         del batch  # as in `linearised_loss`
         params = tree.cast_like(params, anchor)
+        # The gradient in b passes through the linearisation: b moves f(φ, b), and ∂f/∂a, too.
         linear = linearise(with_constants(objective, part(params, chosen=True)), fixed, data)
         loss = LOSS_MODELS[loss_model](objective, linear.outputs, data)
         return loss(linear.jvp(tree.subtract(part(params, chosen=False), fixed)))[0]

@@ -1,6 +1,7 @@
 """The first-order expansion of the model: one `jax.linearize` and its transpose.
 
-Everything downstream shares it: gradients, curvature products, factors and kernels.
+Gradients, curvature products, factors and kernels share it. `curvature` takes it next, and adds the
+loss.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def linearise(objective: Objective, anchor: Params, batch: Batch = None) -> Line
     """Linearise the model of an objective at `anchor`.
 
     The forward pass is done once. Each later use of ``jvp`` or ``vjp`` costs about two matrix
-    products per layer; a gradient costs three. A model that only defines a `jax.custom_vjp` (fused
+    products per layer; a gradient costs three. A model with only a `jax.custom_vjp` (fused
     attention) gets its push-forward as the transpose of the pull-back.
 
     Args:
@@ -76,8 +77,8 @@ def linearised_value_and_grad(objective: Objective) -> Callable[..., tuple[Any, 
 
     The function that is returned, ``(params, anchor, batch=None) -> (value, gradient)``, evaluates
     :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` and :math:`\nabla Q(\theta)`. With
-    `has_aux` the value is the pair ``(value, aux)``, `aux` being that of the model at the anchor.
-    Pass the anchor as an argument of the compiled step. An anchor that is closed over is a
+    `has_aux` the value is the pair ``(value, aux)``, where `aux` is that of the model at the
+    anchor. Pass the anchor as an argument of the compiled step. An anchor that is closed over is a
     constant, and every re-linearisation would compile again.
 
     Reference: Goldwaser & Ge, arXiv 2211.12345, section 3.
@@ -91,6 +92,7 @@ def linearised_value_and_grad(objective: Objective) -> Callable[..., tuple[Any, 
 
     def value_and_grad(params, anchor, batch=None):
         linear = linearise(objective, anchor, batch)
+        # ∇Q = Jᵀ∇ℓ, with ∇ℓ at the outputs of the linearised model.
         value, cotangent = jax.value_and_grad(objective.loss_of)(linear.predict(params), batch)
         grads = linear.vjp(cotangent)
         return ((value, linear.aux), grads) if objective.has_aux else (value, grads)
@@ -111,16 +113,20 @@ def linearise_function(function: Callable[[Any], tuple[Any, Any]], point: Any) -
     """Expand ``function(point) -> (value, aux)``, with or without a forward-mode rule."""
     value, jvp, aux = jax.linearize(function, point, has_aux=True)
     if _lacks_forward_rule(jvp, point):
+        # The other way round: reverse mode gives the pull-back, and its transpose is the
+        # push-forward.
         value, pull_back, aux = jax.vjp(function, point, has_aux=True)
         push_forward = jax.linear_transpose(lambda cotangent: pull_back(cotangent)[0], value)
         return Expansion(value, lambda v: push_forward(v)[0], lambda u: pull_back(u)[0], aux)
+    # Transposed, and not differentiated again, so that the forward pass is done once.
     transpose = jax.linear_transpose(jvp, point)
     return Expansion(value, jvp, lambda u: transpose(u)[0], aux)
 
 
 def _lacks_forward_rule(jvp: Callable[[Any], Any], point: Any) -> bool:
     # `jax.linearize` accepts a model that has only a custom_vjp. It leaves this placeholder in the
-    # linear function, which fails when it is evaluated at last, far from here.
+    # linear function, which fails only when it is evaluated, far from here. Tracing on shapes finds
+    # it without any work.
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), point
     )

@@ -1,7 +1,8 @@
 """Parameters that `optax.masked` and `optax.partition` hide: the problem of the other ones.
 
 Both wrappers hand the transform a tree with `optax.MaskedNode` holes, and the model cannot be
-evaluated there. The holes are filled with constants from the whole tree, ``all_params``.
+evaluated there. The holes are filled with constants from the whole tree, ``all_params``. Every
+update of `gnlin.transforms` begins here; `linearisation` comes next.
 """
 
 import dataclasses
@@ -16,13 +17,14 @@ from gnlin.tree import Params
 def visible_problem(objective: Objective, params: Params, all_params: Params | None) -> Objective:
     """The problem of one update: the objective as a function of the leaves that are visible.
 
-    Every `update` begins here. Without holes the objective is returned as it is.
+    Without holes the objective is returned as it is.
 
     Raises:
         ValueError, TypeError: `params` is missing or cannot be trained; it has holes and
             `all_params` does not fill them.
     """
     if params is None or all_params is None or not tree.has_holes(params):
+        # This check also refuses missing parameters, and holes without `all_params`.
         objective.check_params(params)
         return objective
     if tree.has_holes(all_params):
@@ -33,6 +35,7 @@ def visible_problem(objective: Objective, params: Params, all_params: Params | N
     check_params(all_params)
     check_params(params, allow_holes=True)
     try:
+        # Only for its errors: the model fills the holes itself, each time it is called.
         tree.fill_holes(params, all_params)
     except (ValueError, TypeError) as error:
         raise ValueError(
@@ -46,9 +49,10 @@ def with_constants(objective: Objective, constants: Params) -> Objective:
     return dataclasses.replace(objective, model=_Filled(objective.model, constants))
 
 
+# Compared by identity, for arrays have no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Filled:
-    """A model of some leaves, the others held at those of `constants`."""
+    """A model of some leaves, where `constants` holds the others."""
 
     model: Callable[..., Any]
     constants: Params

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.tree import Batch, Outputs, Params
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Objective:
     r"""The training problem :math:`\ell(f(\theta, \text{batch}), \text{batch})`.
@@ -33,8 +35,8 @@ class Objective:
             logits (N, C) or (N, T, C). With `has_aux`, ``model(params, batch) -> (outputs, aux)``.
         loss: ``loss(outputs, batch) -> scalar``, convex in `outputs`.
         has_aux: whether `model` returns auxiliary data beside its outputs.
-        is_bound: whether the data is already inside `model` and `loss`, so that no `batch` is
-            needed. `bind` and `least_squares` set it.
+        is_bound: whether `model` and `loss` hold the data already, so that no `batch` is needed.
+            `bind` and `least_squares` set it.
 
     Raises:
         TypeError: `model` or `loss` is no function.
@@ -101,6 +103,7 @@ class Objective:
             outputs, aux = self.outputs_and_aux(params, batch)
             return self.loss_of(outputs, batch), aux
 
+        # One function for both cases; `aux` is `None` without `has_aux`, and dropped below.
         (value, aux), grads = jax.value_and_grad(value_and_aux, has_aux=True)(params)
         return ((value, aux), grads) if self.has_aux else (value, grads)
 
@@ -119,6 +122,7 @@ class Objective:
                 "bind the one without data instead."
             )
         return dataclasses.replace(
+            # Both functions read the batch, so both hold it.
             self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True
         )
 
@@ -144,6 +148,7 @@ class Objective:
 
     def loss_of(self, outputs: Outputs, batch: Batch = None) -> jax.Array:
         """The loss as a function of the outputs."""
+        # A Python number has no shape to check.
         value = jnp.asarray(_call("loss", self.loss, outputs, batch))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
@@ -173,6 +178,7 @@ def half_sum_of_squares(residuals: Outputs, batch: Batch = None) -> jax.Array:
 # Data inside an objective.
 
 
+# Compared by identity, for a batch of arrays has no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Bound:
     """A function of (argument, batch) with its batch closed over."""
@@ -185,6 +191,7 @@ class _Bound:
         return self.function(argument, self.batch)
 
 
+# Compared by its function: `jax.jit` then compiles once for objectives of the same residuals.
 @dataclasses.dataclass(frozen=True)
 class _WithoutBatch:
     """A function of one argument that takes a batch and ignores it."""
@@ -227,6 +234,7 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
         raise ValueError(
             "`params` is missing: call tx.update(grads, opt_state, params, batch=batch)."
         )
+    # A hole is an empty subtree, and would be passed over below.
     if not allow_holes and tree.has_holes(params):
         raise ValueError(
             "`params` has optax.MaskedNode holes (from optax.masked or optax.partition), so the "
@@ -235,6 +243,7 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
         )
     for path, leaf in jax.tree.leaves_with_path(params):
         name = f"params{jax.tree_util.keystr(path)}"
+        # A Python number has no dtype that updates could keep.
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{name} is {leaf!r}; make it an array, jnp.asarray({leaf!r}).")
         dtype = jnp.result_type(leaf)
@@ -247,6 +256,7 @@ def check_params(params: Params, *, allow_holes: bool = False) -> None:
 
 def check_like_params(name: str, value: Any, params: Params, remedy: str) -> None:
     """Raise unless `value` has the tree structure and the shapes of `params`."""
+    # The structure first: `jax.tree.map` on two different ones has an error of its own.
     same = jax.tree.structure(value) == jax.tree.structure(params)
     if same and jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, params):
         return
@@ -265,6 +275,7 @@ def _positional_count(function: Callable[..., Any]) -> int | None:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return None
+    # An argument with a default is data, as ``lambda p, x=x: ...`` has it; `batch` is not.
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in kinds and (p.default is p.empty or p.name == "batch") for p in parameters)
 
@@ -273,6 +284,7 @@ def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) 
     """Call `model` or `loss`; a shape or type error inside it then names the shapes it met."""
     try:
         return function(argument, batch)
+    # KeyError: the function asks for a name that the batch lacks.
     except (TypeError, ValueError, KeyError) as error:
         # A traced value that is used as a Python one has a message of its own.
         if isinstance(error, jax.errors.JAXTypeError):

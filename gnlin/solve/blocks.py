@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Solution, Solver, Stats, check_solver
 from gnlin.tree import Params
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     r"""A system without its blocks off the diagonal, each block solved by itself: layer-wise

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import (
     Preconditioner,
@@ -29,6 +29,7 @@ class CGState(NamedTuple):
     preconditioner: Any
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class CG:
     r"""Conjugate gradients, matrix-free: one GGN product (about 4/3 of a gradient) an iteration.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, shows_signature
 from gnlin.kernel.gram import inverse_of, kernel_matrix
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Solution, Solver, Stats, check_solver
@@ -21,6 +21,7 @@ class DualState(NamedTuple):
     otherwise: Any  # state of the other solver
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Dual:
     r"""Direct solve in function space, for M = N·C outputs (a few thousand) and any number of

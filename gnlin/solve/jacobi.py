@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.solve.sampling import root_sample
@@ -21,6 +21,7 @@ class JacobiState(NamedTuple):
     diagonal: Params  # estimate of diag G, in at least float32
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Jacobi:
     r"""Diagonal preconditioner of the damped Gauss-Newton system, ``CG(preconditioner=Jacobi())``.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
@@ -35,6 +35,7 @@ class _Factors(NamedTuple):
     right: jax.Array
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
     r"""Block-diagonal Kronecker approximation of the Gauss-Newton matrix, for any network.

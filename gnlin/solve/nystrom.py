@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_integer
+from gnlin.checks import check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.tree import Params
@@ -24,6 +24,7 @@ class NystromState(NamedTuple):
     eigenvalues: jax.Array  # Λ, (rank,), from the largest down
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Nystrom:
     r"""Randomised Nyström preconditioner of the damped Gauss-Newton system,

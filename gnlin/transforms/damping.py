@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_number, check_part, check_positive
+from gnlin.checks import check_number, check_part, check_positive, shows_signature
 from gnlin.solve.protocols import Stats
 from gnlin.tree import Params
 
@@ -106,6 +106,7 @@ class GainRatioState(NamedTuple):
     growth: jax.Array  # ν, the factor that λ takes at the next rejection
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class GainRatio:
     r"""Damping that follows how well a model, quadratic or linearised, predicts the loss (Nielsen's
@@ -197,6 +198,7 @@ class RadiusState(NamedTuple):
     radius: jax.Array  # Δ for the next step; 0 before the first
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class TrustRegion:
     r"""Damping that keeps each step within a radius, which follows the gain ratio (Moré's rule).

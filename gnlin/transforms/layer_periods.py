@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.solve.protocols import Stats
 from gnlin.transforms.period import Served, check_period, count_down, is_rule
 from gnlin.tree import Params
@@ -21,6 +22,7 @@ class LayersState(NamedTuple):
     age: tuple[jax.Array, ...]
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class LayerPeriods:
     r"""A period for each group of layers: which layers learn features, and how often.

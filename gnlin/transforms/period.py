@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_part, check_positive, is_integer
+from gnlin.checks import check_integer, check_part, check_positive, is_integer, shows_signature
 from gnlin.solve.protocols import Stats
 from gnlin.tree import Outputs, Params
 
@@ -131,6 +131,7 @@ class GapState(NamedTuple):
     gap: jax.Array  # result of the last check
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class RelativeGap:
     r"""Keep the anchor as long as the linearisation holds.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_part, check_positive
+from gnlin.checks import check_part, check_positive, shows_signature
 from gnlin.problem.curvature import LOSS_MODELS, QuadraticModel, check_loss_model
 from gnlin.problem.objective import Objective
 from gnlin.solve.protocols import Stats
@@ -106,6 +106,7 @@ def check_step_rule(step: Any) -> None:
     check_part("step", step, ("init", "choose", "after"), "a step rule", "gnlin.Subspace()")
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Subspace:
     r"""Step length, and momentum, from the linearised model.
