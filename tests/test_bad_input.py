@@ -594,6 +594,11 @@ def test_misspelt_option(factory, arguments, option):
             lambda: gnlin.scale_by_gauss_newton(OBJECTIVE),
             r"'damping'\. Write scale_by_gauss_newton",
         ),
+        (lambda: gnlin.CG(max_steps=3), r"'max_steps'\. Write CG\(max_iterations=50, rtol"),
+        (
+            lambda: gnlin.kernel.empirical_ntk(OBJECTIVE, None, outputs="trace"),
+            r"'outputs'\. Write empirical_ntk\(objective, .* pairs='full'",
+        ),
         (
             lambda: gnlin.prox_linear(OBJECTIVE, steps=3),
             r"Write prox_linear\(inner, objective, steps",
