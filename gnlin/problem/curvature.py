@@ -57,8 +57,8 @@ class System:
         """The product Dv."""
         if self.scaling is None:
             return vector
+        # In the dtype of D, and rounded once.
         return jax.tree.map(
-            # In the dtype of D, and rounded once.
             lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector
         )
 
@@ -237,8 +237,7 @@ def partly_linearised_loss(
 ) -> Callable[..., jax.Array]:
     """Q, ``(params, batch=None) -> scalar``, with all leaves linearised but those marked `exact`.
 
-    At parameters (a, b), where b are the exact leaves, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a −
-    φ).
+    At (a, b), where b are the exact leaves, it is the loss of f(φ, b) + ∂f/∂a(φ, b) (a − φ).
     """
     objective.check_params(anchor)
 

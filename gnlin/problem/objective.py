@@ -121,8 +121,8 @@ class Objective:
                 "`bind`: this objective is bound to its data already; "
                 "bind the one without data instead."
             )
+        # Both functions read the batch, so both hold it.
         return dataclasses.replace(
-            # Both functions read the batch, so both hold it.
             self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True
         )
 

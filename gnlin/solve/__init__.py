@@ -1,4 +1,4 @@
-"""One damped linear system, several solvers."""
+"""One damped linear system, several solvers. Start with `protocols`."""
 
 from gnlin.solve.blocks import Blocks
 from gnlin.solve.cg import CG

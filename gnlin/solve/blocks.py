@@ -1,4 +1,8 @@
-"""Block-diagonal Gauss-Newton: one anchor, one small system for each block of parameters."""
+"""Block-diagonal Gauss-Newton: one anchor, one small system for each block of parameters.
+
+A transform calls `Blocks.solve` with the whole system. It cuts out one `System` for each block and
+hands it to a solver of this room, such as `cg` or `dense`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
@@ -17,29 +21,27 @@ from gnlin.tree import Params
 @shows_signature
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    r"""A system without its blocks off the diagonal, each block solved by itself: layer-wise
-    Gauss-Newton.
+    r"""Block-diagonal part of a system, each block solved by itself: layer-wise Gauss-Newton.
 
-    With :math:`J_k` the columns of J that belong to block k, and :math:`D_k`, :math:`b_k` its part
-    of D and b,
+    Block k has the columns :math:`J_k` of J, and the parts :math:`D_k` and :math:`b_k` of D and b:
 
     .. math:: (J_k^\top H J_k + \lambda D_k)\, x_k = b_k \qquad \text{for every label } k.
 
-    The systems share one linearisation. A product with :math:`J_k^\top H J_k` costs what lies
-    between the block and the outputs, so all blocks together cost more than the whole system at
-    equal steps of `CG`; they are smaller and better conditioned, fit `Dense` where the whole does
-    not, and a block without curvature disturbs no other.
+    The systems share one linearisation. A product with :math:`J_k^\top H J_k` works through all
+    layers between the block and the outputs. So all blocks together cost more than the whole system
+    at equal iterations of `CG`. But they are smaller and better conditioned, and fit `Dense` where
+    the whole does not. A block without curvature disturbs no other.
 
-    Statistics: those of the solvers; over blocks, counts are summed, of other numbers the largest
-    is reported, and flags are true where all are. ``cg/steps`` is thus the number of products, of
-    whatever block.
+    Statistics: those of the solvers. Counts are summed over blocks, of other numbers the largest is
+    reported, and flags are true where all are. ``cg/iterations`` thus counts the products of all
+    blocks.
 
     Args:
         solver: a record from `gnlin.solve`, or one for each label, ``{label: record}``.
-        labels: which block each leaf is in, as for `optax.partition`: a tree of labels (strings,
-            numbers or flags) of the form of the parameters or a prefix of it, or a function from
-            parameters to such a tree. A mask as for `optax.masked` makes two blocks, True and
-            False.
+        labels: the block of each leaf, as for `optax.partition`. It is a tree of labels (strings,
+            numbers or flags), of the form of the parameters or a prefix of it. A function from
+            parameters to such a tree serves as well. A mask as for `optax.masked` makes two blocks,
+            True and False.
 
     Raises:
         TypeError: `solver` is no record; a label is not hashable.
@@ -85,7 +87,9 @@ class Blocks:
         leaves, structure = jax.tree.flatten(rhs)
         scaling = None if system.scaling is None else jax.tree.leaves(system.scaling)
         directions, stats, states = list(leaves), [], []
+        # Labels come in the order of the leaves, as in `init`, so each block meets its own state.
         for (label, at), of_block in zip(self._indices(rhs).items(), state, strict=True):
+            # H acts on outputs, so all blocks share it with λ.
             block = dataclasses.replace(
                 system,
                 jvp=_push_forward(system, rhs, at),
@@ -121,6 +125,7 @@ class Blocks:
             ) from error
         found: dict[Hashable, list[int]] = {}
         for index, label in enumerate(spread):
+            # Labels are keys of the dictionary.
             if not isinstance(label, Hashable):
                 raise TypeError(f"`labels` must be strings, numbers or flags; got {label!r}")
             found.setdefault(label, []).append(index)
@@ -144,15 +149,17 @@ def _push_forward(system: System, like: Params, at: list[int]) -> Callable:
             whole[index] = leaf
         return system.jvp(jax.tree.unflatten(structure, whole))
 
+    # The function is linear, so its derivative is itself, at any point.
     return lambda block: jax.jvp(embedded, (_take(leaves, at),), (block,))[1]
 
 
 def _pull_back(system: System, at: list[int]) -> Callable:
-    """Cotangent u ↦ J_kᵀu; under `jit` what leads to the other leaves alone is never computed."""
+    """Cotangent u ↦ J_kᵀu. Under `jit` work that leads to other leaves alone is never done."""
     return lambda cotangent: _take(jax.tree.leaves(system.vjp(cotangent)), at)
 
 
 def _combined(stats: list[Stats]) -> Stats:
+    # Solvers differ in their statistics: each name has those of the blocks that report it.
     names = dict.fromkeys(name for each in stats for name in each)
     return {
         name: _reduced(jnp.stack([each[name] for each in stats if name in each])) for name in names
@@ -163,6 +170,7 @@ def _reduced(values: jax.Array) -> jax.Array:
     if values.dtype == bool:
         return jnp.all(values)
     return (
+        # A sum of int32 would be int64 under x64, and change the form of the state.
         jnp.sum(values, dtype=values.dtype)
         if jnp.issubdtype(values.dtype, jnp.integer)
         else jnp.max(values)

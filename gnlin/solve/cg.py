@@ -1,4 +1,9 @@
-"""Preconditioned conjugate gradients on pytrees."""
+"""Preconditioned conjugate gradients on pytrees.
+
+`CG.solve` brings the right-hand side to unit size, prepares the preconditioner and chooses a start.
+`_Recurrence` makes the iterations. The preconditioners are in `kronecker`, `jacobi` and `nystrom`,
+and the direction goes back to the transform.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,18 +39,21 @@ class CGState(NamedTuple):
 class CG:
     r"""Conjugate gradients, matrix-free: one GGN product (about 4/3 of a gradient) an iteration.
 
-    Minimises :math:`\varphi(x) = \tfrac12 x^\top A x - b^\top x`, :math:`A = J^\top H J + \lambda
-    D`. The solve ends at the first of these:
+    It minimises
+
+    .. math:: \varphi(x) = \tfrac12 x^\top A x - b^\top x, \qquad A = J^\top H J + \lambda D.
+
+    The solve ends at the first of these:
 
     * relative residual: :math:`\|b - Ax\| \le \text{rtol}\,\|b\|`;
     * relative progress (Martens 2010, section 4.4): over the last :math:`m = \max(10, k/10)` of k
-      iterations, the fraction of φ gained is less than :math:`m \cdot` `progress_tol`;
+      iterations, the fraction of φ gained is less than :math:`m` times `progress_tol`;
     * `max_iterations` iterations;
     * breakdown: :math:`p^\top A p \le 0` along a search direction, or a number that is not finite.
       The iterate before it stays the answer.
 
     The right-hand side is brought to unit size first, so every tolerance is relative to the
-    problem. Vectors and scalars of the iteration are held in at least float32.
+    problem. Vectors and scalars of the iteration have at least float32.
 
     Statistics: ``cg/iterations``, ``cg/residual`` (relative), ``cg/converged`` (by either
     tolerance), and those of the preconditioner. The residual is that of the recurrence, which costs
@@ -60,7 +68,7 @@ class CG:
         preconditioner: a record such as `Kronecker()`, or a function ``System -> (v -> M⁻¹v)``, M
             symmetric positive definite; `None` is the identity.
         warm_start: start from this fraction of the last solution; 0 starts from zero. It costs one
-            product and keeps one vector in the state. A start with φ > 0 is dropped for zero.
+            product, and one vector more in the state. A start with φ > 0 is dropped for zero.
         unroll: write `max_iterations` iterations, at most 32, one after another instead of in a
             loop. The result is the same. All the products are paid for, needed or not. On CPU this
             is many times faster for convolutions, which XLA runs slowly inside loops.
@@ -90,8 +98,8 @@ class CG:
             is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
             if not is_number or not (isinstance(value, Tracer) or value >= 0):
                 raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
-        # Whether the last solution is kept is part of the form of the state: a traced number
-        # cannot decide it.
+        # The state holds the last solution only for a warm start. This decides the form of the
+        # state, so the number cannot be a traced one.
         if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:
             raise ValueError(
                 f"`warm_start` must be a fraction between 0 and 1; got {self.warm_start!r}"
@@ -121,6 +129,7 @@ class CG:
         dtype = tree.accumulation_dtype(rhs)
 
         def matvec(vector):
+            # The model wants the dtypes of the parameters, and the iteration at least float32.
             return tree.cast(system.matvec(tree.cast_like(vector, rhs)), dtype)
 
         prepared, preconditioner_state = self._prepare(system, rhs, state.preconditioner)
@@ -134,6 +143,7 @@ class CG:
         final = self._iterate(recurrence, first)
 
         relative = final.residual_norm / jnp.where(b_norm == 0, 1, b_norm)
+        # b = 0 has the solution 0, whose relative residual is 0 and not 0/0.
         relative = jnp.where(b_norm == 0, 0, relative)
         # The product with `unit` may leave the range where b is of the order of the smallest or
         # largest floats. A NaN is out of range, too. The norm vouches for every entry, and it
@@ -169,8 +179,10 @@ class CG:
         zero = _Start(tree.zeros_like(b), b, jnp.zeros([], unit.dtype))
         if not self.warm_start:
             return zero
+        # The last solution has units of its own. Here it is in those of this right-hand side.
         x = jax.tree.map(lambda leaf: self.warm_start * (leaf / unit), last)
         product = matvec(x)
+        # φ(x), and φ(0) = 0: a start with φ ≥ 0 is no better than zero.
         objective = tree.inner(x, product) / 2 - tree.inner(b, x)
         warm = _Start(x, tree.subtract(b, product), objective)
         return tree.select(objective < 0, warm, zero)  # false for a NaN too
@@ -183,6 +195,7 @@ class CG:
             return jax.lax.while_loop(unfinished, recurrence.next, first)
 
         def turn(now, _):
+            # An iteration after the end changes nothing, though its product is paid for.
             after = tree.select(unfinished(now), recurrence.next(now), now)
             # Otherwise XLA computes each update of x anew inside all later ones, and compiles for
             # minutes.
@@ -206,13 +219,13 @@ class _Start(NamedTuple):
 class _Iterate(NamedTuple):
     iterations: jax.Array
     x: Params
-    residual: Params
-    direction: Params
+    residual: Params  # r = b − Ax, by the recurrence
+    direction: Params  # p, conjugate to all before it
     rz: jax.Array  # <r, M⁻¹r>
-    residual_norm: jax.Array
+    residual_norm: jax.Array  # ‖r‖
     objectives: Any  # φ after each iteration; () where the rule on progress is off
-    converged: jax.Array
-    broken: jax.Array
+    converged: jax.Array  # by either tolerance
+    broken: jax.Array  # pᵀAp ≤ 0, or a number that is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +243,7 @@ class _Recurrence:
     def first(self, start: _Start, max_iterations: int) -> _Iterate:
         z, rz, norm = self._measure(start.residual)
         objectives: Any = ()
+        # A traced tolerance may turn out positive. Then φ of every iteration is needed.
         if isinstance(self.progress_tol, Tracer) or self.progress_tol > 0:
             objectives = jnp.zeros([max_iterations + 1], norm.dtype).at[0].set(start.objective)
         return _Iterate(
@@ -240,6 +254,7 @@ class _Recurrence:
             rz=rz,
             residual_norm=norm,
             objectives=objectives,
+            # b = 0, or a warm start that is good enough: no product is taken.
             converged=norm <= self.tolerance,
             broken=~tree.all_finite((rz, norm)),
         )
@@ -247,14 +262,16 @@ class _Recurrence:
     def next(self, now: _Iterate) -> _Iterate:
         product = self.matvec(now.direction)
         curvature = tree.inner(now.direction, product)
-        # A finite curvature vouches for every entry of the product. Which iterate to keep is known
-        # before the vectors are updated.
+        # A finite curvature vouches for every entry of the product, so the iterate to keep is known
+        # before the vectors are updated. <r, M⁻¹r> ≤ 0 says that M is not positive definite.
         sound = (curvature > 0) & jnp.isfinite(curvature) & (now.rz > 0)
+        # α = <r, M⁻¹r> / pᵀAp
         length = now.rz / jnp.where(sound, curvature, 1)
         x = tree.select(sound, tree.add_scaled(now.x, length, now.direction), now.x)
         residual = tree.add_scaled(now.residual, -length, product)
         residual = tree.select(sound, residual, now.residual)
         z, rz, norm = self._measure(residual)
+        # β = <r', M⁻¹r'> / <r, M⁻¹r>
         beta = rz / jnp.where(now.rz > 0, now.rz, 1)
         iterations = now.iterations + sound.astype(jnp.int32)
         # An iteration of length α lowers φ by ½ α <r, M⁻¹r>.
@@ -288,6 +305,7 @@ class _Recurrence:
         window = jnp.maximum(10, iterations // 10)
         gained = (objective - objectives[jnp.maximum(iterations - window, 0)]) / objective
         too_little = gained < window.astype(objective.dtype) * self.progress_tol
+        # φ(0) = 0, so φ is negative as soon as anything is gained.
         return objectives, (iterations > window) & (objective < 0) & too_little
 
 

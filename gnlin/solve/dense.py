@@ -1,4 +1,9 @@
-"""The damped system solved directly, by orthogonal factorisation."""
+"""The damped system solved directly, by orthogonal factorisation.
+
+A transform calls `Dense.solve` with λ. `levenberg_marquardt` with a `TrustRegion` calls
+`Dense.solve_within`, which finds λ from the radius. The helpers below follow the formulas of
+`Dense`, and the direction goes back to the transform.
+"""
 
 import dataclasses
 from typing import Any
@@ -17,15 +22,15 @@ from gnlin.tree import Params
 class Dense:
     r"""Direct solve by QR of the augmented system, for up to a few thousand parameters.
 
-    J (M × P, M outputs and P parameters) is materialised, and a factor F with :math:`F^\top F =
-    J^\top H J` is built without ever forming that product, whose condition number is the square of
-    J's:
+    J (M × P, M outputs and P parameters) is materialised. A factor F with
+    :math:`F^\top F = J^\top H J` is built without that product, whose condition number is the
+    square of J's:
 
     .. math:: J = QR, \quad Q^\top H Q = V \Lambda V^\top, \quad F = \Lambda^{1/2} V^\top R, \qquad
               \begin{pmatrix} F \\ \sqrt{\lambda D} \end{pmatrix} = Q' R'.
 
-    Then :math:`R'^\top R' x = b` by two triangular solves and one step of refinement (the corrected
-    semi-normal equations), good for any right-hand side. Memory: M·P numbers, time O(M P²). A
+    Two triangular solves with :math:`R'^\top R' x = b` and one refinement follow (the corrected
+    semi-normal equations). They serve any right-hand side. Memory: M·P numbers, time O(M P²). A
     system that is singular to working precision gives ``converged`` false. Where the residual is
     not even halved the direction is zero.
 
@@ -64,8 +69,10 @@ class Dense:
         dtype = tree.accumulation_dtype(rhs)
         b, unit = _to_unit_size(rhs, dtype)
         curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)
+        # In y = D^½ x the radius bounds ‖y‖, and the system is (D^-½ G D^-½ + λI) y = D^-½ b.
         root = jnp.where(diagonal > 0, jnp.sqrt(diagonal), 1)
         scaled = b / root
+        # F D^-½ = U S Vᵀ and c = Vᵀ D^-½ b: then ‖y(λ)‖² = Σ cᵢ² / (sᵢ² + λ)².
         _, singular_values, rows = jnp.linalg.svd(curvature / root[None, :], full_matrices=False)
         coefficients = rows @ scaled
         # The part of b without curvature belongs to a singular value of zero.
@@ -73,6 +80,7 @@ class Dense:
         damping = _damping_within(
             jnp.append(singular_values, 0),
             jnp.append(coefficients, flat),
+            # b was divided by the unit, and so is the bound on the direction.
             jnp.asarray(radius, dtype) / unit,
         )
         return _solve(curvature, diagonal, damping, b, unit, rhs), state, damping
@@ -96,11 +104,13 @@ def _diagonal(system: System, like: Params, dtype) -> jax.Array:
 def _curvature_factor(system: System, like: Params, dtype) -> jax.Array:
     """F, k × P with k = min(M, P)."""
     jacobian = materialise(system.jvp, like, dtype)
+    # The rows of `jacobian` are the columns of J: q is (M, k) and r is (k, P).
     q, r = jnp.linalg.qr(jacobian.T)
     outputs_like = jax.eval_shape(system.jvp, like)
     hq = jax.vmap(
         lambda u: tree.flatten(system.output_hessian(tree.unflatten(u, outputs_like)), dtype)
     )(q.T)
+    # Row i of `hq` is (Hqᵢ)ᵀ, so this is qᵀHq, (k, k), symmetric up to rounding.
     projected = hq @ q
     eigenvalues, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
     # Convexity of the loss makes H positive semi-definite: below zero there is only rounding.
@@ -111,9 +121,11 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     factor = jnp.concatenate(
         [curvature, jnp.diag(jnp.sqrt(jnp.asarray(damping, b.dtype) * diagonal))]
     )
+    # R' of (F; √(λD)), (P, P). Its condition number is the square root of the system's.
     upper = jnp.linalg.qr(factor, mode="r")
 
     def semi_normal(vector):
+        # R'ᵀ first, then R'.
         inner = jax.scipy.linalg.solve_triangular(upper, vector, trans=1)
         return jax.scipy.linalg.solve_triangular(upper, inner)
 
@@ -121,7 +133,10 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
         return b - factor.T @ (factor @ x)
 
     x = semi_normal(b)
+    # Without this correction the error would be that of the normal equations, with the square of
+    # the condition number of the factor.
     x = x + semi_normal(residual_of(x))
+    # A singular system would give 0/0 for b = 0, too.
     x = jnp.where(jnp.all(b == 0), jnp.zeros_like(b), x)
     b_norm = jnp.linalg.norm(b)
     relative = jnp.where(
@@ -140,8 +155,8 @@ def _damping_within(
 ) -> jax.Array:
     """The λ with ‖c / (s² + λ)‖ = Δ, or a floor where the norm is less even there.
 
-    Newton's iteration on the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0, which is nearly linear in
-    λ and is approached from the left. Reference: Moré 1978, section 5.
+    Newton's iteration solves the secular equation 1/Δ − 1/‖c / (s² + λ)‖ = 0. It is nearly linear
+    in λ, and is approached from the left. Reference: Moré 1978, section 5.
     """
     eps = jnp.finfo(coefficients.dtype).eps
     # In units in which the largest s² and ‖c‖ are 1 nothing overflows. Without curvature λ = ‖c‖/Δ
@@ -151,6 +166,7 @@ def _damping_within(
     largest = jnp.max(singular_values, initial=0)
     scale = jnp.where(largest > 0, largest**2, size / radius)
     squares = (singular_values / jnp.where(largest > 0, largest, 1)) ** 2
+    # Lengths are at most 1/ε here, so their quotients by such a radius stay finite.
     radius = jnp.maximum(
         radius * scale / jnp.where(size > 0, size, 1), jnp.finfo(squares.dtype).tiny / eps
     )
@@ -159,17 +175,19 @@ def _damping_within(
         terms = coefficients / (squares + damping)
         length = jnp.linalg.norm(terms)
         decay = jnp.sum(terms**2 / (squares + damping)) / length  # −d length / dλ
+        # Newton's step for 1/Δ − 1/length in λ.
         return length, damping + (length / radius - 1) * length / jnp.where(decay > 0, decay, 1)
 
     def outside(now):
         _, length, following, count = now
-        # A NaN ends it, too.
+        # Comparisons with a NaN are false, so a NaN ends the iteration.
         return (jnp.abs(length - radius) > 1e-5 * radius) & (count < 30) & (following > eps)
 
     def iterate(now):
         _, _, following, count = now
         return following, *length_and_next(following), count + 1
 
+    # The start lies left of every λ above the floor, from where Newton approaches it.
     floor = jnp.asarray(eps, squares.dtype)
     _, _, following, _ = jax.lax.while_loop(outside, iterate, (floor, *length_and_next(floor), 0))
     return scale * jnp.maximum(following, floor)

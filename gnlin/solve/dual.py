@@ -1,4 +1,9 @@
-"""The damped system solved in function space, for fewer outputs than parameters."""
+"""The damped system solved in function space, for fewer outputs than parameters.
+
+A transform calls `Dual.solve`. The kernel matrix comes from `gnlin.kernel.gram`, `_factorise` makes
+the formulas of `Dual` of it, and `_solve` refines their result. Batches with too many outputs go to
+another solver, such as `cg`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,36 +38,36 @@ class Dual:
     .. math:: b = J^\top y + b', \qquad x = n + D^{-1} J^\top w, \qquad
               n = \tfrac1\lambda D^{-1} b', \qquad (HK + \lambda I)\, w = y - H J n.
 
-    This holds for every y. The one taken is the least-squares fit, :math:`(K + \mu I) y = J D^{-1}
-    b` with μ at the level of rounding, which leaves in b' only what no output sees, so that nothing
-    cancels as λ → 0; with y = 0 it is Woodbury's formula, which then loses all digits. Steps of
-    iterative refinement follow while the residual is above √ε and is halved by them. H need not be
+    This holds for every y. `Dual` takes the least-squares fit, :math:`(K + \mu I) y = J D^{-1} b`
+    with μ at the level of rounding. It leaves in b' only the part that no output sees, so nothing
+    cancels as λ → 0. With y = 0 this is Woodbury's formula, which then loses all digits. Iterative
+    refinement follows while the residual is above √ε and each refinement halves it. H need not be
     invertible.
 
-    K is built layer by layer from activations and cotangents (`gnlin.kernel.gram`). Where the
-    linearisation shows that each example's outputs depend on its own rows, that takes C pull-backs;
-    otherwise (batch normalisation, embeddings) one pull-back and one push-forward for each of the M
-    outputs. For dense layers of width w the work is about
+    K is built layer by layer from activations and cotangents. Where the linearisation shows that
+    each example's outputs depend on its own inputs, that takes C pull-backs. Otherwise (batch
+    normalisation, embeddings) it takes one pull-back and one push-forward for each of the M
+    outputs. For dense layers of width w the work in gradients is about
 
-    .. math:: 5 + \frac{C}{3} + \frac{MC}{3w} + \frac{M^2 C}{6P}
-              \quad \text{gradients, against } 1 + \tfrac43 k
+    .. math:: 5 + \frac{C}{3} + \frac{MC}{3w} + \frac{M^2 C}{6P},
 
-    of k steps of `CG`: function space is for few outputs per example, wide networks and small λ. A
-    scaling D costs another :math:`MC/3`. Memory is about :math:`6 M^2` numbers.
+    and that of k iterations of `CG` is :math:`1 + \tfrac43 k`. So function space is for few outputs
+    per example, wide networks and small λ. A scaling D costs another :math:`MC/3`. Memory is about
+    :math:`6 M^2` numbers.
 
-    With `momentum` the step is damped towards μ times the last solution p (SPRING), with
+    With `momentum` the direction is damped towards μ times the last solution p (SPRING):
 
     .. math:: (J^\top H J + \lambda D)\, x = b + \lambda \mu D p,
 
-    which adds μp to n above. In directions that this batch does not see, x keeps what earlier ones
-    found.
+    This adds μp to n above. In directions that this batch does not see, x has the part that earlier
+    batches found.
 
     Statistics: ``dual/residual`` (relative), ``dual/converged`` (residual at most √ε),
     ``dual/refinements`` and ``dual/pull_backs``, through the whole network, for K. A residual that
     is not even halved gives a zero step.
 
     Args:
-        momentum: μ in [0, 1); 0 keeps nothing in the state.
+        momentum: μ in [0, 1); with 0 the state holds no solution.
         max_outputs: largest M; memory and time grow as its square and cube.
         otherwise: solver for batches with more outputs than that, such as `CG`, whose iterates are
             the same in function space as in the space of parameters. `None` is an error.
@@ -89,7 +94,8 @@ class Dual:
     otherwise: Solver | None = None
 
     def __post_init__(self):
-        # Whether p is kept is part of the form of the state: a traced number cannot decide it.
+        # The state holds p only with momentum. This decides its form, so μ cannot be a traced
+        # number.
         if isinstance(self.momentum, bool | Tracer) or not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` must lie in [0, 1); got {self.momentum!r}")
         check_integer("max_outputs", self.max_outputs)
@@ -107,12 +113,14 @@ class Dual:
         dtype = tree.accumulation_dtype(rhs)
         start = tree.scale(self.momentum, state.last) if self.momentum else None
         stats = {} if self.otherwise is None else self.otherwise.init(rhs)[1]
+        # Known from shapes, so the choice of the solver is made once, in the trace.
         count = tree.size(jax.eval_shape(system.jvp, rhs))
         other_state = state.otherwise
         if count <= self.max_outputs:
             found, usable, own = _solve(system, rhs, start)
             stats = {**stats, **own}
         elif self.otherwise is not None:
+            # The other solver knows no momentum, so it gets the whole right-hand side.
             total = _with_start(system, tree.cast(rhs, dtype), start)
             total = tree.cast_like(total, rhs)
             solution, other_state = self.otherwise.solve(system, total, other_state)
@@ -141,17 +149,20 @@ def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, j
     """``(x, whether it is usable, statistics)``, x in the accumulation dtype."""
     dtype = tree.accumulation_dtype(rhs)
     size = tree.max_abs(rhs)
+    # In these units intermediate results stay in range, whatever the size of the gradient.
     unit = jnp.where(size > 0, size, jnp.ones_like(size))
     b = tree.scale(1 / unit, tree.cast(rhs, dtype))
     start = start if start is None else tree.scale(1 / unit, start)
     total = _with_start(system, b, start)
     total_norm = tree.norm(total)
+    # x is rounded to the dtypes of the parameters, and a residual cannot be smaller than that.
     rounding = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs)), default=0.0)
     target = max(float(jnp.finfo(dtype).eps) ** 0.5, 8 * rounding)
     noise = max(100 * float(jnp.finfo(dtype).eps), 4 * rounding) * total_norm
     direct, pull_backs = _factorise(system, rhs, noise)
 
     def measured(x):
+        # Of x as it will be returned, rounded. The product is that of the model, not that of K.
         residual = tree.subtract(total, tree.cast(system.matvec(tree.cast_like(x, rhs)), dtype))
         return residual, jnp.where(
             total_norm > 0, tree.norm(residual) / jnp.where(total_norm > 0, total_norm, 1), 0
@@ -161,9 +172,11 @@ def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, j
         return (now.relative > target) & now.halved & (now.count < MAX_REFINEMENTS)
 
     def refine(now):
+        # Without p, which is in x already.
         x = tree.add(now.x, direct(now.residual, None))
         residual, relative = measured(x)
         after = _Refinement(x, residual, relative, relative < now.relative / 2, now.count + 1)
+        # A refinement that makes it worse is dropped, and ends the loop.
         before = now._replace(halved=jnp.asarray(False), count=now.count + 1)
         return tree.select(relative < now.relative, after, before)
 
@@ -187,9 +200,9 @@ MAX_REFINEMENTS = 3
 
 
 class _Refinement(NamedTuple):
-    x: Params
-    residual: Params
-    relative: jax.Array
+    x: Params  # the solution so far
+    residual: Params  # b + λμDp − Ax, of x rounded
+    relative: jax.Array  # norm of the residual over that of the right-hand side
     halved: jax.Array  # by the last refinement
     count: jax.Array
 
@@ -197,14 +210,15 @@ class _Refinement(NamedTuple):
 def _factorise(
     system: System, like: Params, noise: jax.Array
 ) -> tuple[Callable[[Params, Params | None], Params], int]:
-    """``((b, μp) ↦ x, pull-backs that K took)``: the formulae of `Dual`, in the accumulation dtype.
+    """``((b, μp) ↦ x, pull-backs that K took)``: the formulas of `Dual`, in the accumulation dtype.
 
-    What no output sees of b counts as rounding, and as 0, where its norm is at most `noise`: 1/λ
-    would amplify it.
+    The part of b that no output sees counts as 0 where its norm is at most `noise`. It is then
+    rounding, which 1/λ would amplify.
     """
     dtype = tree.accumulation_dtype(like)
     outputs, inverse = jax.eval_shape(system.jvp, like), inverse_of(system.scaling)
     damping = jnp.asarray(system.damping, dtype)
+    # λ = 0 leaves no finite solution for b', which is dropped then.
     inverse_damping = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
     matrix, pull_backs = kernel_matrix(system.jvp, system.vjp, like, system.scaling)
 
@@ -225,25 +239,28 @@ def _factorise(
         )
 
     eps, identity = jnp.finfo(dtype).eps, jnp.eye(len(matrix), dtype=dtype)
-    curved = jax.vmap(hessian)(matrix).T  # HK: the rows of K are its columns
-    # μ, and the least λ that is factorised. K and HK are known to ε of their norms, which their
-    # traces bound.
+    # HK: `vmap` goes over the rows of K, which are its columns.
+    curved = jax.vmap(hessian)(matrix).T
+    # The ridge is μ, and λ counts as `least` at least. K and HK are known to ε of their norms,
+    # which their traces bound.
     of_kernel, of_curved = jnp.trace(matrix), jnp.trace(curved)
     ridge = jnp.where(of_kernel > 0, 3 * eps * of_kernel, 1)
     least = jnp.where(of_curved > 0, eps * of_curved, 1)
+    # K is symmetric and HK is not.
     fit = jax.scipy.linalg.cho_factor(matrix + ridge * identity)
     inner = jax.scipy.linalg.lu_factor(curved + jnp.maximum(damping, least) * identity)
 
     def direct(b, start):
         y = jax.scipy.linalg.cho_solve(fit, forward(undamped(b)))
-        y = tree.flatten(
-            tree.unflatten(y, outputs), dtype
-        )  # b' has to be what is left by the y that is pulled back
-        unseen = tree.subtract(b, backward(y))
+        # Rounded to the dtypes of the outputs: b' has to be left by the y that is pulled back.
+        y = tree.flatten(tree.unflatten(y, outputs), dtype)
+        unseen = tree.subtract(b, backward(y))  # b'
+        # n, to which momentum adds μp.
         null = tree.scale(
             jnp.where(tree.norm(unseen) > noise, inverse_damping, 0), undamped(unseen)
         )
         null = null if start is None else tree.add(null, start)
+        # (HK + λI) w = y − HJn
         w = jax.scipy.linalg.lu_solve(inner, y - hessian(forward(null)))
         return tree.add(null, undamped(backward(w)))
 

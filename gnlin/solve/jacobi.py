@@ -1,4 +1,8 @@
-"""The diagonal of the Gauss-Newton matrix: a preconditioner."""
+"""The diagonal of the Gauss-Newton matrix: a preconditioner.
+
+`cg` calls `Jacobi.prepare` once for each system. The layers come from `gnlin.structure.layers`, and
+the samples from `sampling`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +21,7 @@ from gnlin.tree import Outputs, Params
 
 
 class JacobiState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # of systems
     diagonal: Params  # estimate of diag G, in at least float32
 
 
@@ -28,31 +32,33 @@ class Jacobi:
 
     .. math:: M = (\operatorname{diag} G + \lambda D)^{\alpha}, \qquad G = J^\top H J.
 
-    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, ε of independent signs,
-    and averaged over steps in the state of the optimiser. For a dense layer y = xW + b, with
-    cotangents s of y,
+    The diagonal is estimated from pull-backs of :math:`H^{1/2}\varepsilon`, where ε are independent
+    signs. It is averaged over steps, in the state of the optimiser. For a dense layer y = xW + b,
+    with cotangents s of y,
 
     .. math:: G_{W_{ij} W_{ij}} = \mathbb E \sum_r x_{ri}^2\, s_{rj}^2, \qquad
               G_{b_j b_j} = \mathbb E \sum_r s_{rj}^2,
 
-    where the rows r are examples, independent of each other: terms between different rows, which
-    are nothing but noise, are left out. So they are where the outputs couple rows all the same
-    (normalisation over the batch). Other leaves, and layers with other rows than the outputs have
-    (tokens), take the square of the pseudo-gradient, :math:`\operatorname{diag} G = \mathbb E\,
-    (J^\top H^{1/2} \varepsilon)^2`, which is unbiased always.
+    where the applications r are the examples. They are independent, so terms between different ones
+    are nothing but noise, and are left out. They are left out as well where the outputs couple
+    examples (normalisation over the batch).
+
+    Other leaves take the square of the pseudo-gradient, which is always unbiased:
+    :math:`\operatorname{diag} G = \mathbb E\, (J^\top H^{1/2} \varepsilon)^2`. So do layers that
+    are not applied once for each example (tokens).
 
     It pays where curvature differs between parameters by orders of magnitude, as in a regression on
     features of many scales. For perceptrons on standardised inputs CG needs more iterations with it
-    than without (measured by ``examples/preconditioners.py``), and the fewer the smaller α is.
+    than without, and the fewer the smaller α is (measured by ``examples/preconditioners.py``).
 
-    M is positive definite: entries below ε times the largest, ε the resolution of their dtype,
-    count as that.
+    M is positive definite: entries below ε times the largest count as that, where ε is the
+    resolution of their dtype.
 
     Args:
-        exponent: α. 1 is Jacobi's; less tempers what the estimate and the missing off-diagonals get
-            wrong.
+        exponent: α. 1 is Jacobi's. A smaller one tempers the errors of the estimate, and those of a
+            matrix without its off-diagonal.
         probes: samples ε for each system, pulled back together.
-        decay: of the average over steps, which begins as a plain mean.
+        decay: of the average over steps. The average begins as a plain mean.
         seed: of the samples.
 
     Raises:
@@ -101,6 +107,7 @@ class Jacobi:
             squares = _squares(reading, tree.cast_like(sample, like), dtype)
             return [squares[index] for index in range(len(squares))]
 
+        # All probes are pulled back together, and share the linearisation.
         samples = jax.vmap(estimate)(jax.random.split(key, self.probes))
         latest = [jnp.mean(each, axis=0) for each in samples]
         leaves, structure = jax.tree.flatten(state.diagonal)
@@ -118,13 +125,16 @@ class Jacobi:
 def _squares(reading: Reading, sample: Outputs, dtype) -> dict[int, jax.Array]:
     """One sample of diag G: a leaf's position ↦ its entries, in their order."""
     cotangents, others = reading.pull_back(sample)
+    # One length for all outputs, or examples cannot be told apart.
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(sample)}
     found = {index: jnp.square(leaf.astype(dtype)) for index, leaf in others.items()}
     for layer, cotangent in zip(reading.layers, cotangents, strict=True):
         x, s = layer.inputs.astype(dtype), cotangent.astype(dtype)
-        if lengths == {len(x)}:  # the rows are the examples
+        # Applications are the examples: Σ_r x² s², without the terms between different r.
+        if lengths == {len(x)}:
             weight, bias = jnp.square(x).T @ jnp.square(s), jnp.sum(jnp.square(s), axis=0)
         else:
+            # Otherwise the square of the pseudo-gradient, (Σ_r x s)².
             weight, bias = jnp.square(x.T @ s), jnp.square(jnp.sum(s, axis=0))
         found[layer.weight] = weight.T if layer.transposed else weight
         if layer.bias is not None:
@@ -136,6 +146,7 @@ def _inverse(system: System, diagonal: Params, exponent: float) -> Callable[[Par
     ones = jax.tree.map(jnp.ones_like, diagonal) if system.scaling is None else system.scaling
     total = tree.add_scaled(diagonal, system.damping, ones)
     largest = tree.max_abs(total)
+    # A negative power of 0 would be infinite.
     least = jnp.where(largest == 0, 1, jnp.finfo(largest.dtype).eps * largest)
     weights = jax.tree.map(lambda leaf: jnp.maximum(leaf, least) ** -exponent, total)
     return lambda vector: jax.tree.map(

@@ -1,4 +1,9 @@
-"""Kronecker factors of the Gauss-Newton matrix: a preconditioner, and a solver by itself."""
+"""Kronecker factors of the Gauss-Newton matrix: a preconditioner, and a solver by itself.
+
+`gauss_newton` calls `Kronecker.solve`, and `cg` calls `Kronecker.prepare`. The layers come from
+`gnlin.structure.layers`, and the sample from `sampling`. The direction goes to the step rule in
+`transforms/step_length.py`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,8 +29,8 @@ class KroneckerState(NamedTuple):
     """
 
     count: jax.Array  # of systems
-    left: Params  # of the rows of each matrix
-    right: Params  # of its columns
+    left: Params  # (n, n) or (n,) for each leaf, of the rows of its matrix
+    right: Params  # the same of its columns
 
 
 class _Factors(NamedTuple):
@@ -40,18 +45,23 @@ class _Factors(NamedTuple):
 class Kronecker:
     r"""Block-diagonal Kronecker approximation of the Gauss-Newton matrix, for any network.
 
-    For a dense layer y = xW + b that is applied R times, with :math:`\bar x = (x, 1)` and
-    cotangents :math:`s` of y,
+    Let a dense layer y = xW + b be applied R times, with inputs :math:`\bar x = (x, 1)` and
+    cotangents :math:`s` of y. Then
 
-    .. math:: G_W \approx A \otimes S, \qquad A = \frac1R \sum_r \bar x_r^\top \bar x_r, \qquad
-              S = \sum_r s_r^\top s_r, \quad s = \frac{\partial z}{\partial y}^{\!\top} H^{1/2}
-              \varepsilon, \quad \varepsilon_i = \pm 1.
+    .. math:: G_W \approx A \otimes S, \qquad
+              A = \frac1R \sum_r \bar x_r^\top \bar x_r, \qquad
+              S = \sum_r s_r^\top s_r,
+
+    where the cotangents are those of one sample of independent signs ε,
+
+    .. math:: s = \Big(\frac{\partial z}{\partial y}\Big)^{\!\top} H^{1/2} \varepsilon, \qquad
+              \varepsilon_i = \pm 1.
 
     Layers are found in the linearisation of the model, so nothing has to be registered. Other
     leaves have the moments of the pseudo-gradient :math:`V = J^\top H^{1/2} \varepsilon`, whose
-    covariance is G: :math:`A = VV^\top / \|V\|`, :math:`S = V^\top V / \|V\|`. Vectors that are in
-    no layer have their diagonal. The signs ε are independent. :math:`H^{1/2}\varepsilon` comes from
-    Lanczos' method on H, in output space, for any loss.
+    covariance is G: :math:`A = VV^\top / \|V\|`, :math:`S = V^\top V / \|V\|`. A vector that is in
+    no layer has the diagonal alone. :math:`H^{1/2}\varepsilon` comes from Lanczos' method on H, in
+    output space, for any loss.
 
     Moments are averaged over steps, in the state of the optimiser. The damping λ of the system is
     shared between the factors,
@@ -67,9 +77,9 @@ class Kronecker:
     Statistics: ``kronecker/finite``; where it is false the direction is zero.
 
     Args:
-        decay: of the average over steps, which begins as a plain mean.
+        decay: of the average over steps. The average begins as a plain mean.
         fraction: share of the applications of a layer that enter its moments; never fewer than 64.
-        max_side: longest side with a matrix of moments; a longer one has their diagonal.
+        max_side: longest side with a matrix of moments; a longer one has the diagonal alone.
         seed: of the samples ε.
 
     Raises:
@@ -108,6 +118,7 @@ class Kronecker:
 
         def factors(leaf) -> _Factors:
             if leaf.ndim < 2:
+                # A vector has one side only.
                 return _Factors(jnp.zeros([leaf.size], dtype), jnp.zeros([0], dtype))
             return _Factors(*map(moment, matrix_shape(leaf.shape)))
 
@@ -131,7 +142,8 @@ class Kronecker:
         layers, pull_back = read_layers(system.jvp, params)
         before = _factors_of(state)
         latest = self._moments(layers, pull_back, system, params, before, state.count)
-        # A plain mean, until the average over steps has as much of the past as `decay` says.
+        # A plain mean, until the average has as much of the past as `decay` says. The first system
+        # replaces the zeros.
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
         next_state = _state_of(state.count + 1, factors, params)
@@ -147,18 +159,22 @@ class Kronecker:
                 "`batch` has no examples, or the model no outputs: "
                 "there is nothing to take moments of"
             )
+        # A fresh sample for each system, and the same one for the same state.
         key = jax.random.fold_in(jax.random.key(self.seed), count)
         sample = root_sample(system.output_hessian, like, key)
+        # One pull-back gives the cotangents of all layers, and V at all other leaves.
         of_layers, of_others = pull_back(tree.cast_like(sample, like))
         found = list(before)  # a bias that belongs to a layer keeps its moment, of zeros
         for layer, cotangents in zip(layers, of_layers, strict=True):
             inputs, cotangents = layer.inputs.astype(dtype), cotangents.astype(dtype)
             sides = self._sides_of_layer(inputs, cotangents, count)
+            # The leaf is Wᵀ then: outputs number its rows.
             sides = reversed(sides) if layer.transposed else sides
             found[layer.weight] = _moments_like(before[layer.weight], *sides)
         for index, gradient in of_others.items():
             gradient = gradient.astype(dtype)
             if gradient.ndim < 2:
+                # E V² = diag G.
                 found[index] = _Factors(gradient.ravel() ** 2, before[index].right)
             else:
                 found[index] = _moments_like(before[index], *_sides_of_gradient(gradient))
@@ -185,6 +201,7 @@ class Kronecker:
 
 def _sides_of_gradient(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(Vᵀ, V) / √‖V‖`` of a pseudo-gradient, with a row and a column of zeros for a bias."""
+    # A and S then have the size of V, and A ⊗ S has the size of V², as G.
     norm = jnp.linalg.norm(gradient)
     matrix = gradient.reshape(matrix_shape(gradient.shape)) / jnp.sqrt(jnp.where(norm > 0, norm, 1))
     matrix = jnp.pad(matrix, ((0, 1), (0, 1)))
@@ -243,6 +260,7 @@ class _Matrix:
         }
 
     def _solve(self, matrix: jax.Array) -> jax.Array:
+        # A⁻¹VS⁻¹: S is symmetric, so S⁻¹ from the left of the transpose will do.
         return self.solve_right(self.solve_left(matrix).T).T
 
 
@@ -253,6 +271,7 @@ def _inverse(
     leaves, structure = jax.tree.flatten(params)
     layer_of = {layer.weight: layer for layer in layers}
     in_layers = {layer.bias for layer in layers}
+    # A bias in a layer is solved with its weight.
     alone = [index for index in range(len(leaves)) if index not in in_layers]
     matrices = [
         _matrix(index, layer_of.get(index), leaves[index].shape, factors[index], damping)
@@ -268,6 +287,7 @@ def _inverse(
                 out[index] = leaf
         for index in alone:
             if flat[index].ndim < 2:
+                # Without curvature and damping an entry passes unchanged.
                 diagonal = factors[index].left.reshape(flat[index].shape) + damping
                 out[index] = flat[index] / jnp.where(diagonal > 0, diagonal, 1)
         return tree.cast_like(jax.tree.unflatten(structure, out), params)
@@ -284,11 +304,14 @@ def _matrix(
     lengths = list(matrix_shape(shape))
     if bias is not None:
         lengths[side] += 1
+    # Without a bias the row and column of the constant input are left out.
     left, right = _leading(factors.left, lengths[0]), _leading(factors.right, lengths[1])
     means = _mean_diagonal(left), _mean_diagonal(right)
+    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
     known = (means[0] > 0) & (means[1] > 0)
     pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
     root = jnp.sqrt(damping)
+    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
     solve_left = _solve_with(left, pi * root, means[0])
     solve_right = _solve_with(right, root / pi, means[1])
     return _Matrix(weight, bias, side, solve_left, solve_right)
@@ -312,6 +335,7 @@ def _solve_with(
     if moment.ndim == 1:
         return lambda matrix: matrix / (moment + share)[:, None]
     shifted = moment + share * jnp.eye(len(moment), dtype=moment.dtype)
+    # Once, for all the products of a solve.
     factor = jax.scipy.linalg.cho_factor(shifted)
     return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)
 

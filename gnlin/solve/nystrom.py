@@ -1,4 +1,8 @@
-"""A low-rank approximation of the Gauss-Newton matrix from a random sketch: a preconditioner."""
+"""A low-rank approximation of the Gauss-Newton matrix from a random sketch: a preconditioner.
+
+`cg` calls `Nystrom.prepare` once for each system. The sketch takes products with the whole system,
+and needs no layers.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,27 +39,28 @@ class Nystrom:
     .. math:: U \Lambda U^\top = Y (\Omega^\top Y)^{-1} Y^\top, \qquad
               M^{-1} = (\lambda_r + \lambda)\, U (\Lambda + \lambda I)^{-1} U^\top + (I - U U^\top),
 
-    where :math:`\lambda_r` is the least of Λ. What remains is a system with the condition number of
-    G + λI without its rank largest eigenvalues, more or less. A sketch costs `rank` products, as
-    many as CG would spend on `rank` steps. So it pays where CG is to go on for several times that,
-    and not for a solve of ten steps.
+    where :math:`\lambda_r` is the least of Λ. The system that remains has about the condition
+    number of G + λI without its `rank` largest eigenvalues. A sketch costs `rank` products, as many
+    as `rank` iterations of CG. So it pays where CG would take several times as many, and not for a
+    solve of ten.
 
-    Ω spans the last U plus as much of normal noise: from sketch to sketch that is a block power
-    method, which finds what twice the rank would without it. A sketch may also serve
-    `refresh_every` systems in a row. That is cheap where steps are small; where they are not, an
+    Ω spans the last U plus as much of normal noise. From sketch to sketch this is a block power
+    method, which finds as much as twice the rank would without it. A sketch may also serve
+    `refresh_every` systems in a row. That is cheap where steps are small. Where they are not, an
     outdated U takes more iterations than none.
 
     With a scaling D of the system, G is :math:`D^{-1/2} G D^{-1/2}` above, and M⁻¹ has
-    :math:`D^{-1/2}` on both sides. M is positive definite: λ counts as 100 ε λ₁ at least, ε being
-    the resolution of float32 (or float64), and D as 1 where it is 0. State: P · rank numbers.
+    :math:`D^{-1/2}` on both sides. M is positive definite: λ counts as at least 100 ε λ₁, where ε
+    is the resolution of float32 (or float64). D counts as 1 where it is 0. The state has P · rank
+    numbers.
 
     Args:
         rank: columns of the sketch; at most P, the number of parameters, are used.
         refresh_every: systems that one sketch serves. 1 sketches every one.
-        batch_size: products that are taken together, each of which holds one copy of the network's
-            activations. On CPUs one by one is no slower; an accelerator that a single product does
-            not fill is faster with more.
-        seed: of the noise, which is drawn afresh for each sketch.
+        batch_size: products that are taken together. Each holds one copy of the activations of the
+            network. On CPUs one by one is no slower. An accelerator that a single product does not
+            fill is faster with more.
+        seed: of the noise, which is fresh for each sketch.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -125,9 +130,11 @@ class Nystrom:
             image = system.ggn(vector)
             return tree.flatten(vector, dtype) * root, tree.flatten(image, dtype) / root
 
+        # Columns of noise have a norm of about 1, as those of U.
         noise = jax.random.normal(key, last.shape, dtype) / jnp.sqrt(
             jnp.asarray(max(len(last), 1), dtype)
         )
+        # Orthonormal columns of Ω, one a row for the loop below.
         columns = jnp.linalg.qr(last + noise)[0].T
         together = min(self.batch_size, len(columns))
         test, images = jax.lax.map(product, columns, batch_size=together if together > 1 else None)
@@ -161,6 +168,8 @@ def _approximate(
     inverse_root = (
         vectors / jnp.sqrt(jnp.maximum(eigenvalues, jnp.where(shift > 0, shift, 1)))[None, :]
     )
+    # With B = (Y + νΩ)(ΩᵀY + νI)^-½ the approximation is BBᵀ: its eigenvectors are the left
+    # singular vectors of B, and its eigenvalues the squares of the singular values.
     q, r = jnp.linalg.qr(jnp.matmul(shifted, inverse_root, precision=_EXACTLY))
     left, singular_values, _ = jnp.linalg.svd(r)
     return jnp.matmul(q, left, precision=_EXACTLY), jnp.maximum(
@@ -174,6 +183,7 @@ def _inverse(vectors, eigenvalues, damping, root) -> Callable[[Params], Params]:
     # I − UUᵀ is zero on the span of U up to rounding, which must not outweigh the first term.
     damping = jnp.maximum(damping, jnp.where(largest == 0, 1, 100 * eps * largest))
     least = jnp.min(eigenvalues, initial=jnp.inf)
+    # M⁻¹ = I − U diag(taken) Uᵀ, with taken = 1 − (λ_r + λ) / (Λ + λ).
     taken = 1 - (least + damping) / (eigenvalues + damping)
 
     def apply(vector: Params) -> Params:

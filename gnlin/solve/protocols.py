@@ -1,9 +1,13 @@
 """The parts of a solve: solvers and preconditioners, and the records that they return.
 
-A part is a frozen record. What it keeps from one call to the next is its state, and the state of
-the optimiser holds it. ``init(params) -> (state, stats)`` gives the first one. States have fixed
-shapes and dtypes, and are ``()`` where nothing is kept. Statistics are flat dictionaries of
-scalars, with the same names and dtypes from ``init`` on.
+A transform such as `gauss_newton` hands a solver the `System` of its quadratic model, and takes a
+`Solution` back. `cg`, `dense`, `dual`, `blocks` and `kronecker` are solvers. `kronecker`, `jacobi`
+and `nystrom` are preconditioners of `cg`.
+
+A part is a frozen record of options. Its state passes through every call, and lies in the state of
+the optimiser. ``init(params) -> (state, stats)`` gives the first one. States have fixed shapes and
+dtypes; a part without state has ``()``. Statistics are flat dictionaries of scalars, with the same
+names and dtypes from ``init`` on.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ class Solution:
 
     Attributes:
         direction: x, in the dtypes of the right-hand side; always finite.
-        stats: flat dictionary of scalars, whose names begin with that of the solver
+        stats: flat dictionary of scalars. Their names begin with that of the solver
             (``cg/iterations``, ...).
     """
 
@@ -39,8 +43,8 @@ class Solution:
 class Solver(Protocol):
     """A frozen record that solves a `System`, (JᵀHJ + λD) x = b.
 
-    The direction of some solvers has no length of its own, as that of `Kronecker`. They say so by
-    an attribute ``direction_only = True``, and need a step rule.
+    The direction of some solvers has no length of its own, as that of `Kronecker`. Such a solver
+    has the attribute ``direction_only = True``, and needs a step rule.
 
     Example:
         >>> import dataclasses, gnlin, jax, jax.numpy as jnp
@@ -131,13 +135,15 @@ PreconditionerFunction = Callable[[System], Callable[[Params], Params]]
 
 
 def solve_soundly(solver: Solver, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
-    """Solve a system; a next state that is not finite is not kept."""
+    """Solve a system, and drop a next state that is not finite."""
     solution, next_state = solver.solve(system, rhs, state)
+    # Averages and warm starts would carry the NaN of one batch into all later solves.
     return solution, tree.select(tree.all_finite(next_state), next_state, state)
 
 
 def check_solver(name: str, solver: Any) -> None:
     """Raise unless `solver`, the argument called `name`, is a record that solves systems."""
+    # `Kronecker` is both, and passes. A class has the methods of its records; it is named below.
     if isinstance(solver, Preconditioner) and not isinstance(solver, (type, Solver)):
         raise TypeError(
             f"`{name}` must solve systems; a preconditioner is for "
@@ -147,7 +153,8 @@ def check_solver(name: str, solver: Any) -> None:
 
 
 def check_lengths(name: str, solver: Any) -> None:
-    """Raise if the direction of `solver` has no length of its own: a step rule has to find one."""
+    """Raise if the direction of `solver` has no length of its own."""
+    # A user's solver need not have the attribute.
     if getattr(solver, "direction_only", False):
         raise TypeError(
             f"`{name}` must solve the system; {solver!r} gives a direction without a length. It is "

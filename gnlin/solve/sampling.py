@@ -1,4 +1,7 @@
-"""Samples with the covariance H: the right-hand sides of pull-backs that estimate JᵀHJ."""
+"""Samples with the covariance H: the right-hand sides of pull-backs that estimate JᵀHJ.
+
+`kronecker` and `jacobi` draw them, and take moments of their pull-backs.
+"""
 
 from collections.abc import Callable
 
@@ -32,12 +35,14 @@ def root_sample(
     dtype = tree.accumulation_dtype(like)
     size = tree.size(like) ** 0.5  # ‖ε‖
     signs = _signs(key, tree.size(like), dtype)
+    # Signs have the norm √M exactly, so this vector has norm 1.
     first_vector = tree.unflatten(signs / size, tree.zeros_like(like, dtype))
 
     def iterate(now, _):
         before, vector, beta = now
         product = tree.cast(output_hessian(tree.cast_like(vector, like)), dtype)
         alpha = tree.inner(vector, product)
+        # H q − α q − β q', at right angles to q and to the q' before it.
         rest = tree.add_scaled(tree.add_scaled(product, -alpha, vector), -beta, before)
         squared = tree.inner(rest, rest)
         # H is a multiple of the identity for squared losses. Nothing but rounding is left there,
@@ -53,6 +58,7 @@ def root_sample(
     _, (basis, alphas, betas) = jax.lax.scan(iterate, start, length=iterations)
     off_diagonal = jnp.diag(betas[:-1], 1)
     eigenvalues, vectors = jnp.linalg.eigh(jnp.diag(alphas) + off_diagonal + off_diagonal.T)
+    # T^½ e₁, with T = V diag(eigenvalues) Vᵀ and Vᵀe₁ the first row of V.
     weights = size * vectors @ (jnp.sqrt(jnp.maximum(eigenvalues, 0)) * vectors[0])
     return jax.tree.map(lambda columns: jnp.tensordot(weights, columns, 1), basis)
 
