@@ -45,6 +45,7 @@ GROUND = {"checks", "tree", "jaxprs"}
 
 # Records that users are handed and never build; the function that returns one shows it in use.
 RETURNED = {
+    "LazyTraining",
     "Linearisation",
     "MinimiseInfo",
     "QuadraticModel",
@@ -52,6 +53,7 @@ RETURNED = {
     "Search",
     "Served",
     "Solution",
+    "SpectralNorms",
     "Step",
     "System",
     "Trial",
@@ -172,9 +174,13 @@ def test_public_names_stand_in_ruffs_order(package):
     )
 
 
-@pytest.mark.parametrize("name", gnlin.__all__)
-def test_public_names_explain_themselves(name):
-    value = getattr(gnlin, name)
+@pytest.mark.parametrize(
+    ("room", "name"),
+    [(room, name) for room in (gnlin, gnlin.kernel, gnlin.width) for name in room.__all__],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_public_names_explain_themselves(room, name):
+    value = getattr(room, name)
     own = inspect.getdoc(value)
     assert own
     assert not own.startswith(f"{name}(")  # what a dataclass gets by itself
@@ -182,6 +188,18 @@ def test_public_names_explain_themselves(name):
         assert value.__dataclass_params__.frozen
     section = "Attributes:" if name in RETURNED else r"Examples?:\n\s+>>> "
     assert re.search(rf"^{section}", own, re.MULTILINE)
+
+
+def test_prose_is_short():
+    """`docs/prose.py` counts the words of every sentence of README and the pages."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "prose.py", "--long", "25"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    long = [line for line in done.stdout.splitlines() if " words: " in line]
+    assert not [line for line in long if ".md: " in line]
 
 
 def run(code: str, *flags: str) -> str:
@@ -241,7 +259,8 @@ def test_lower_bounds_are_the_oldest_versions_tested():
     assert oldest.pop("jaxlib") == oldest["jax"]
     bounds = [*project["dependencies"], *project["optional-dependencies"]["compare"]]
     assert sorted(bounds) == sorted(f"{name}>={version}" for name, version in oldest.items())
-    assert gnlin.__version__ in (ROOT / "README.md").read_text(encoding="utf-8")  # the citation
+    for citation in ("README.md", "CITATION.cff"):
+        assert gnlin.__version__ in (ROOT / citation).read_text(encoding="utf-8")
 
 
 def test_readme_answers_in_this_order():
