@@ -1,4 +1,13 @@
-"""One damped linear system, several solvers. Start with `protocols`."""
+"""One damped linear system, several solvers.
+
+* `protocols`: a solver, a preconditioner, and the records that they return. Start here.
+* `cg`: conjugate gradients, for systems of any size.
+* `kronecker`: factors for each layer, a solver by itself and a preconditioner.
+* `jacobi`, `nystrom`: preconditioners.
+* `dense`, `dual`: direct solves, in the space of the parameters and in that of the outputs.
+* `blocks`: a system for each group of parameters.
+* `sampling`: samples with the covariance H.
+"""
 
 from gnlin.solve.blocks import Blocks
 from gnlin.solve.cg import CG

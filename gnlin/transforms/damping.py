@@ -1,7 +1,7 @@
-"""How much damping: a number, a schedule, or a policy that follows the gain ratio.
+"""The damping λ: a number, a schedule, or a policy that follows the gain ratio.
 
 A policy also decides which steps are taken. `gauss_newton` and `levenberg_marquardt` hand it a
-`Trial` of every step.
+`Trial` of every step, from `trial_of` at the end of this file.
 """
 
 import dataclasses
@@ -109,8 +109,7 @@ class GainRatioState(NamedTuple):
 @shows_signature
 @dataclasses.dataclass(frozen=True)
 class GainRatio:
-    r"""Damping that follows how well a model, quadratic or linearised, predicts the loss (Nielsen's
-    rule).
+    r"""Damping that follows the gain ratio of a quadratic or linearised model (Nielsen's rule).
 
     With the gain ratio ρ = actual decrease / predicted decrease,
 
@@ -172,6 +171,7 @@ class GainRatio:
         # ρ > 1 says no more than ρ = 1: the factor is ⅓ from ρ ≈ 0.94 on.
         bounded = jnp.clip(jnp.where(good, trial.gain_ratio, 0.0), 0.0, 1.0)
         bounded = bounded.astype(state.damping.dtype)
+        # Nielsen's cubic: ρ = ½ leaves λ as it is, and ρ = 0 would double it.
         shrink = jnp.maximum(1 / 3, 1 - (2 * bounded - 1) ** 3)
         damping = state.damping * jnp.where(good, shrink, state.growth)
         # Without a bound ν itself would overflow in a long run of rejections.
@@ -252,17 +252,21 @@ class TrustRegion:
     def bound(self, state: RadiusState, size: jax.Array) -> jax.Array:
         """Δ of the next step; `size` is ‖D^½ θ‖."""
         first = self.radius * jnp.where(size > 0, size, 1).astype(state.radius.dtype)
+        # ‖D^½ θ‖ is known from the first update on. Until then the radius is 0.
         return jnp.where(state.radius > 0, state.radius, first)
 
     def after(self, state: RadiusState, trial: Trial) -> tuple[RadiusState, jax.Array, Stats]:
         accepted = trial.gain_ratio > self.accept
         trial = tree.cast(trial, state.radius.dtype)
         uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
+        # A parabola with slope s and change −d of the loss has its minimum at ½ s / (s + d) of the
+        # step.
         factor = jnp.maximum(0.5 * trial.slope / (trial.slope + uphill), 0.1)
         factor = jnp.where(jnp.isfinite(factor), factor, 0.1)
         # A first radius far beyond the reach of the model would take many rejections to come down.
         radius = jnp.where(state.radius > 0, trial.radius, jnp.minimum(trial.radius, trial.length))
         smaller = factor * jnp.minimum(radius, 10 * trial.length)
+        # A step that ended inside was not bounded by the radius.
         inside = trial.length < 0.99 * trial.radius
         radius = jnp.where((trial.gain_ratio >= 0.75) | inside, 2 * trial.length, radius)
         radius = jnp.where(trial.gain_ratio > 0.25, radius, smaller)  # also where the ratio is NaN
@@ -323,7 +327,7 @@ def _check_acceptance(accept: float) -> None:
 def resolution(value: jax.Array) -> jax.Array:
     """Differences of losses up to this size are rounding.
 
-    It is 8 units in the last place, for a sum is rounded a few times.
+    It is 8 units in the last place, because a sum is rounded a few times.
     """
     return 8 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
 
@@ -366,7 +370,9 @@ def gain_ratio(
     )
     actual = value - new_value
     indistinguishable = (jnp.abs(actual) <= finest) & (jnp.abs(predicted) <= finest)
+    # A failed solve gives a step of zeros. For a gradient of zeros that is the right step.
     indistinguishable &= (tree.max_abs(step) > 0) | (tree.max_abs(rhs) == 0)
+    # A step that should not lower the loss has no gain ratio, and −∞ refuses it.
     sound = jnp.isfinite(actual) & (predicted > 0)
     ratio = jnp.where(sound, actual / jnp.where(sound, predicted, 1).astype(actual.dtype), -jnp.inf)
     return jnp.where(indistinguishable, 1.0, ratio)

@@ -1,8 +1,11 @@
-"""How far the kernel of the model that is trained has moved: how many features it has learnt.
+"""The drift of the kernel of the model that is trained: a measure of the features it has learnt.
 
-While the features J are fixed the kernel J Jᵀ is constant. How much it has turned since the start
-(its alignment with what it was), and how much it has changed in all (its distance), is how much
-features were learnt.
+While the features J are fixed the kernel J Jᵀ is constant. Two numbers measure how many features
+were learnt. The alignment with the kernel at the start says how far it has turned. The distance
+from it says how much it has changed in all.
+
+`measure_kernel_drift` surrounds an optimiser. The kernel comes from `gnlin/kernel/ntk.py`, its
+comparison from `gnlin/kernel/alignment.py`, and `state` reads the metrics.
 """
 
 from typing import NamedTuple
@@ -30,8 +33,8 @@ from gnlin.tree import Batch, Params
 
 class KernelDriftState(NamedTuple):
     inner: optax.OptState
-    count: jax.typing.ArrayLike
-    reference: jax.Array  # the kernel that others are compared with
+    count: jax.typing.ArrayLike  # updates so far
+    reference: jax.Array  # (n, n), the kernel that others are compared with
     metrics: dict[str, jax.Array]
 
 
@@ -44,20 +47,22 @@ def measure_kernel_drift(
     *,
     reference: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Around an optimiser: how far the kernel of the model it trains has moved, on the same
-    examples every time.
+    r"""Measure how far the kernel of the model that `inner` trains has moved, on the same examples.
 
-    At the first update, and at every `every`-th after it, the trace kernel on the n examples of the
-    probe is compared with a reference. The kernel is that of the model *being trained*: at the
-    anchor where `inner` holds one for this update, so that linearised training has no drift, and at
-    the parameters where it does not; with `LayerPeriods`, that of the network at the anchor and the
-    layers that are not linearised. Updates are those of `inner`.
+    The trace kernel on the n examples of the probe is compared with a reference. This happens at
+    the first update, and at every `every`-th after it. Updates are those of `inner`.
 
-    Compile the step: an update that is not compiled traces the kernel each time, whether or not it
+    The kernel is that of the model *being trained*. It is taken at the anchor where `inner` holds
+    one for this update, so linearised training has no drift. Elsewhere it is taken at the
+    parameters. With `LayerPeriods` it is that of the network at the anchor and the layers that are
+    not linearised.
+
+    Compile the step. An update that is not compiled traces the kernel each time, whether or not it
     is measured.
 
     A measurement costs a forward pass, C pull-backs and the products of `empirical_ntk` on the
-    probe, divided by `every`; n² numbers are kept. The probe is a constant of the compiled step.
+    probe. Divide this by `every`. The state has n² numbers. The probe is a constant of the compiled
+    step.
 
     Metrics: ``kernel/alignment`` and ``kernel/centred_alignment`` (`kernel_alignment` without and
     with centring), ``kernel/distance`` (`kernel_distance`), ``kernel/age`` (updates since they were
@@ -76,9 +81,9 @@ def measure_kernel_drift(
         ``all_params``.
 
     Raises:
-        ValueError, TypeError: `every` is no integer of at least 1; `probe` is missing, or the model
-            cannot be evaluated on it; `reference` is not (n, n), or is needed since parameters are
-            masked; at update: `params` is missing.
+        ValueError, TypeError: `every` is no integer of at least 1. Or `probe` is missing, or the
+            model cannot be evaluated on it. Or `reference` is not (n, n), or is needed since
+            parameters are masked. At update: `params` is missing.
 
     References: Fort et al., arXiv 2010.15110; Lee et al., arXiv 1902.06720.
 
@@ -106,6 +111,7 @@ def measure_kernel_drift(
 
     def examples_of(params) -> int:
         if jax.tree.leaves(params) and not tree.has_holes(params):
+            # From shapes alone: the state needs n before any kernel is computed.
             outputs = jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params)
             return number_of_examples(outputs)
         # Without all parameters there are no outputs to count.
@@ -131,6 +137,8 @@ def measure_kernel_drift(
             updates, state.inner, params, all_params=all_params, **extra_args
         )
         found = linearised_state(inner_state)
+        # The anchor of this update, from the state after it. A mask hides leaves of the anchor,
+        # too.
         trained = params if found is None else tree.fill_holes(found.anchor, params)
 
         def measure(trained):
@@ -138,6 +146,7 @@ def measure_kernel_drift(
             _check_shape(state.reference, kernel.shape[0])
             first = state.reference
             if reference is None:
+                # The first measurement is the reference; until then the state has zeros.
                 first = jnp.where(state.count == 0, kernel, first)
             values = {
                 "kernel/alignment": kernel_alignment(kernel, first, centred=False),
@@ -150,6 +159,7 @@ def measure_kernel_drift(
             age = state.metrics["kernel/age"] + 1
             return state.reference, {**state.metrics, "kernel/age": age}
 
+        # A branch, so that other updates do not compute the kernel.
         first, metrics = jax.lax.cond(state.count % every == 0, measure, keep, trained)
         count = optax.safe_increment(state.count)
         return updates, KernelDriftState(inner_state, count, first, metrics)
@@ -166,6 +176,7 @@ def _check_shape(reference: jax.Array, examples: int) -> None:
 
 
 def _length(probe: Batch) -> int:
+    # Leaves without axes, such as a rate, number no examples.
     lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(probe) if jnp.ndim(leaf)}
     if len(lengths) != 1:
         raise ValueError(

@@ -1,12 +1,12 @@
 """Damped Gauss-Newton: (JᵀHJ + λI) d = updates, solved afresh at every step.
 
-Of one update, in the order in which it is read below:
+One update, in the order in which it is read below:
 
-    model = quadratic_model(problem, params, batch)          # one linearisation
-    d     = solver.solve(model.system(λ), updates)           # where to
-    δ     = step.choose(d)                                   # how far
-    ρ     = (ℓ(θ) − ℓ(θ + δ)) / predicted decrease           # how well that was predicted
-    λ     = damping.after(ρ);  δ = 0 where it is refused
+* ``model = quadratic_model(problem, params, batch)``: one linearisation (`problem/curvature.py`).
+* ``d = solver.solve(model.system(λ), updates)``: the direction (`solve/`).
+* ``δ = step.choose(d)``: the step along it (`step_length`).
+* ``ρ = (ℓ(θ) − ℓ(θ + δ)) / predicted decrease``: the gain ratio (`damping`).
+* ``λ = damping.after(ρ)``, and δ = 0 where the policy refuses the step.
 """
 
 from typing import Any, NamedTuple
@@ -36,10 +36,10 @@ from gnlin.tree import Batch, Params
 
 
 class GaussNewtonState(NamedTuple):
-    count: jax.typing.ArrayLike
-    solver: Any
-    damping: Any
-    step: Any
+    count: jax.typing.ArrayLike  # updates so far
+    solver: Any  # state of the solver
+    damping: Any  # state of the policy, such as λ
+    step: Any  # state of the step rule, such as the last step
     metrics: dict[str, jax.Array]
 
 
@@ -62,12 +62,12 @@ def gauss_newton(
 
     ``gauss_newton(objective)`` takes the direction from `Kronecker` factors of the Gauss-Newton
     matrix. The linearised model gives its length and some momentum (`Subspace`). λ follows the gain
-    ratio (`GainRatio`). A step that does not lower the loss of its batch is not taken. That is
-    three to four gradients for each step.
+    ratio (`GainRatio`). A step that does not lower the loss of its batch is not taken. All this
+    takes three to four gradients for each step.
 
     Each argument changes one thing. A number or a schedule for `damping` gives λ and leaves solver,
-    step rule and the test of the loss as they are. The textbook's method, full steps of
-    :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u` by conjugate gradients, is
+    step rule and the test of the loss as they are. The textbook's method takes full steps of
+    :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u` by conjugate gradients. It is
     ``optax.chain(scale_by_gauss_newton(objective, λ), optax.scale_by_learning_rate(η))``.
 
     Metrics: ``damping`` (λ used), ``gain_ratio``, ``accepted``, ``loss`` (at the parameters given),
@@ -76,15 +76,15 @@ def gauss_newton(
 
     The update takes, beside ``batch``:
 
-    * ``curvature_batch``: other data for G and for the linearised model of the step rule; the
-      loss that accepts the step is that of `batch`;
+    * ``curvature_batch``: other data for G and for the linearised model of the step rule; the loss
+      that accepts the step is that of `batch`;
     * ``all_params``: as in `scale_by_gauss_newton`.
 
     Args:
         objective: the problem.
         learning_rate: η, a number or a schedule, which multiplies the step that the rule found.
         damping: λ: a number, a schedule of the count, or a policy. The minimum of the default is
-            for mini-batches: the gain ratio knows the batch and not the problem, and would let λ
+            for mini-batches. The gain ratio knows the batch and not the problem, and would let λ
             fall too far.
         solver: a record from `gnlin.solve`, or any `Solver`.
         step: how far to go along the direction of the solver, any `StepRule`.
@@ -123,6 +123,8 @@ def gauss_newton(
         damping_state, damping_stats = policy.init(params)
         step_state, step_stats = step.init(params)
         zero = jnp.asarray(0.0, float)
+        # Metrics have the same names and dtypes from `init` on, so `jax.lax.scan` accepts the
+        # state.
         own = {"damping": zero, "gain_ratio": zero, "loss": zero, "accepted": jnp.asarray(False)}
         state = GaussNewtonState(
             count=jnp.zeros([], jnp.int32),
@@ -145,6 +147,7 @@ def gauss_newton(
     ):
         del extra_args
         problem = visible_problem(objective, params, all_params)
+        # First, so that the error names the state, and not a shape deep in the solver.
         check_state(state, init_fn, params)
         damping = policy.damping(state.damping, state.count)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -154,18 +157,21 @@ def gauss_newton(
         solution, solver_state = solve_soundly(solver, system, models.rhs, state.solver)
 
         data = batch if curvature_batch is None else curvature_batch
+        # The step rule minimises the loss on the data of its linearisation.
         search = Search(
             problem, data, models.curvature, damping, solution.direction, models.rhs, rate
         )
         chosen = step.choose(search, state.step)
 
         value = models.loss.value
+        # The trial costs a forward pass. It is on `batch`, as is the loss before the step.
         new_value = problem.value(tree.add(params, chosen.step), batch)
         length = tree.norm(chosen.step)
         trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
         adapted, accepted, damping_stats = policy.after(state.damping, trial)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
+        # Exact zeros where it is refused: a NaN times 0 would be a NaN.
         taken = tree.select(accepted, chosen.step, tree.zeros_like(chosen.step))
         own = {
             "damping": jnp.asarray(damping, float),
@@ -177,6 +183,7 @@ def gauss_newton(
             count=optax.safe_increment(state.count),
             solver=solver_state,
             damping=tree.select(telling, adapted, state.damping),
+            # A refused step leaves zeros behind, so momentum begins anew.
             step=step.after(state.step, taken),
             metrics={**own, **solution.stats, **chosen.stats, **damping_stats},
         )
@@ -192,9 +199,9 @@ def scale_by_gauss_newton(
 
     .. math:: (G + \lambda I)\, d = u, \qquad G = J^\top H J,
 
-    where u are the incoming updates: clipping or weight decay placed before it in a chain is
+    where u are the incoming updates. Clipping or weight decay placed before it in a chain is
     honoured. With ``updates=None`` u is the gradient on `batch`. Follow it by a learning rate. A
-    full step with a small constant λ and a well-converged solve diverges on softmax losses, so a
+    full step with a small constant λ and a well-converged solve diverges on softmax losses. So a
     line search should follow, too, unless λ is large.
 
     The update takes, beside ``batch``:
@@ -208,8 +215,8 @@ def scale_by_gauss_newton(
     Args:
         objective: the problem.
         damping: λ ≥ 0: a number, a schedule of the count, or a hyperparameter injected by Optax.
-        solver: a record from `gnlin.solve` that solves the system, or any `Solver`. `Kronecker`
-            gives a direction without a length, which is for `gauss_newton`.
+        solver: a record from `gnlin.solve` that solves the system, or any `Solver`. The direction
+            of `Kronecker` has no length, and is for `gauss_newton`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. A NaN batch gives a zero direction and a metric
@@ -262,6 +269,7 @@ def scale_by_gauss_newton(
         solution, solver_state = solve_soundly(solver, system, models.rhs, state.solver)
         count = optax.safe_increment(state.count)
         metrics = {"damping": damping, **solution.stats}
+        # Uphill, as a gradient: the learning rate that follows has the sign.
         return solution.direction, ScaleByGaussNewtonState(count, solver_state, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,16 +1,15 @@
 r"""Iterative linearisation: train the linearised model, and move its anchor every K steps.
 
-Written as two loops, over cycles and over the steps of a cycle,
+Let Q_φ(θ) = ℓ(f(φ) + J(φ)(θ − φ)). The method is two loops, over cycles and over their steps:
 
-    repeat:                                         # a cycle
+    repeat:
         φ ← θ
         repeat K times:                             # each on its own mini-batch
-            g ← ∇Q_φ(θ),  Q_φ(θ) = ℓ(f(φ) + J(φ)(θ − φ))
-            θ ← θ − inner(g)
+            θ ← θ − inner(∇Q_φ(θ))
 
-A gradient transformation makes one update at a time, so the loops are flattened. The state carries
-φ and a flag, whether the next update moves it. The head of the outer loop becomes a test at the
-head of the update,
+A gradient transformation makes one update at a time, so the loops are flattened. The state has φ
+and a flag: whether the next update moves it. The head of the outer loop becomes a test at the head
+of the update,
 
     φ ← θ  if moves  else φ
     g ← ∇Q_φ(θ);   moves ← rule
@@ -20,6 +19,9 @@ its update will lead to: later elements still change the step. Between two updat
 that the next one starts from the true model at θ, and `predict` then evaluates the true model.
 K = 1 has φ = θ always, where ∇Q_φ(θ) = Jᵀ∇ℓ(f(θ)) is the true gradient. K = ∞ never returns to the
 head.
+
+`linearise_gradients` is the update. `iterative_linearisation` adds an inner optimiser, and the
+search of `line_search`. The rules are in `period` and `layer_periods`.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +55,8 @@ _LONGEST_SKIPPING_PERIOD = 10
 
 
 class LinearisedGradientsState(NamedTuple):
-    count: jax.typing.ArrayLike
-    anchor: Params
+    count: jax.typing.ArrayLike  # updates so far
+    anchor: Params  # φ
     period: Any  # of the rule; its `moves` says whether the next update moves the anchor
     metrics: dict[str, jax.Array]
 
@@ -79,10 +81,10 @@ def linearise_gradients(
     The anchor φ moves to θ at the first update and then every `period` updates. The rest of the
     chain (Adam, momentum, ...) descends on it:
     ``optax.chain(gnlin.linearise_gradients(objective, 16), optax.adam(1e-3))``. The incoming
-    gradient is ignored, may be `None`, and costs nothing under `jit`. To accumulate micro-batches
-    put this element outside, so that each micro-batch is linearised:
-    ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner, k).gradient_transformation())``.
+    gradient is ignored, may be `None`, and costs nothing under `jit`.
 
+    To accumulate micro-batches put this element outside, so that each micro-batch is linearised:
+    ``optax.chain(linearise_gradients(...), optax.MultiSteps(inner, k).gradient_transformation())``.
     A step costs 5/3 of a gradient, and with ``period=1`` exactly a gradient.
 
     Metrics: ``linearise/loss`` (Q at the parameters given), ``linearise/refreshes`` (times the
@@ -91,10 +93,10 @@ def linearise_gradients(
 
     Args:
         objective: the problem.
-        period: K ≥ 1; `None` for never (linearised training); a schedule of the count of updates,
-            evaluated each time the anchor moves and rounded to at least 1; a rule such as
-            `RelativeGap`, or any `PeriodRule`; or `LayerPeriods`, to linearise some layers only, or
-            each group at its own pace.
+        period: K ≥ 1, or `None` for never (linearised training). A schedule of the count of updates
+            is evaluated each time the anchor moves, and rounded to at least 1. A rule such as
+            `RelativeGap`, or any `PeriodRule`, decides by itself. `LayerPeriods` linearises some
+            layers only, or each group at its own pace.
         loss_model: ``"exact"`` keeps the loss; ``"quadratic"`` expands it too, to second order at
             f(φ): the Gauss-Newton model of Abreu et al.
 
@@ -131,7 +133,7 @@ def linearise_gradients(
             metrics["linearise/age"] = jnp.zeros([], jnp.int32)
         return LinearisedGradientsState(
             count=jnp.zeros([], jnp.int32),
-            anchor=tree.copy(params),
+            anchor=tree.copy(params),  # a buffer of its own, for donation
             period=tree.copy(period_state),
             metrics={**metrics, **tree.copy(stats)},
         )
@@ -166,8 +168,8 @@ def iterative_linearisation(
     .. math:: \phi + \alpha\,(\theta - \phi), \qquad \alpha \in \{0\} \cup \text{line\_search},
 
     on the true loss of the last batch. The result is never worse on it than φ, as far as θ can
-    still resolve φ: an update is added to θ, and is lost where θ has become too large. With a line
-    search the transform must stand last in a chain.
+    resolve φ. An update is added to θ, and is lost where θ has become too large. With a line search
+    the transform must stand last in a chain.
 
     The inner optimiser also receives ``value``, ``grad`` and ``value_fn`` of the linearised problem
     (and ``batch``), so that ``optax.lbfgs()`` works.
@@ -235,6 +237,7 @@ def iterative_linearisation(
         if reset_inner:
             moved = state.linearised.period.moves
             inner_state = tree.select(moved, inner.init(params), inner_state)
+        # Q in place of the true loss that a driver may pass: the inner optimiser descends on Q.
         of_problem = {"value": update.value, "grad": update.grads, "value_fn": update.value_fn}
         extra_args = {**extra_args, **of_problem, "batch": batch}
         updates, inner_state = inner.update(update.grads, inner_state, params, **extra_args)
@@ -248,6 +251,7 @@ def iterative_linearisation(
                 return updates, metrics["line_search/alpha"]
 
             updates = tree.cast_like(updates, params)
+            # The next update moves the anchor, so this one ends the cycle.
             updates, alpha = jax.lax.cond(after.period.moves, at_end, within, updates)
             metrics = {"line_search/alpha": alpha}
         return updates, IterativeLinearisationState(after, inner_state, metrics)
@@ -276,6 +280,7 @@ def _linearised_update(
     remedy = "call tx.init(params) for these parameters"
     check_like_params("opt_state", state.anchor, params, remedy)
     always = _fixed_period(rule) == 1
+    # K = 1 needs no choice, and costs no more than a gradient.
     anchor = params if always else next_anchor(state, params)
     if isinstance(rule, LayerPeriods):
         exact = rule.exact(anchor)
@@ -335,6 +340,7 @@ def _state_after(
 def next_anchor(state: LinearisedGradientsState, params: Params) -> Params:
     """The anchor of an update at `params`; leaves that a mask hid from `state` are those there."""
     anchor, moves = tree.fill_holes(state.anchor, params), state.period.moves
+    # One flag for the whole network, or with `LayerPeriods` one for each leaf.
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(moves)):
         return tree.select(moves, params, anchor)
     # Where the anchor has a hole, both choices are the same, and any flag will do.
@@ -369,6 +375,7 @@ def _displacement(
     offset = tree.subtract(params, linear.anchor)
     if not _skipping_pays(linear, rule):
         return linear.jvp(offset)
+    # Only the push-forward is in the branch, so all iterates stay the same to the bit.
     return jax.lax.cond(fresh, lambda _: tree.zeros_like(linear.outputs), linear.jvp, offset)
 
 

@@ -1,4 +1,8 @@
-"""Layers at their own pace: which of them are linearised, and when each group's anchor moves."""
+"""Layers at their own pace: the layers that are linearised, and a period for each group.
+
+`LayerPeriods` takes the place of a period rule. `iterative_linearisation` then moves the anchor
+leaf by leaf. The gradient comes from `partly_linearised_loss` in `problem/curvature.py`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
@@ -16,10 +20,10 @@ from gnlin.tree import Params
 
 
 class LayersState(NamedTuple):
-    moves: Any  # a flag for each leaf, a tree like the parameters
+    moves: Any  # a flag for each leaf, a tree like the parameters: a mask hides both alike
     remaining: tuple[jax.Array, ...]  # for each label, in the order of `periods`
-    refreshes: tuple[jax.Array, ...]
-    age: tuple[jax.Array, ...]
+    refreshes: tuple[jax.Array, ...]  # times that the anchor of a label moved
+    age: tuple[jax.Array, ...]  # updates since then
 
 
 @shows_signature
@@ -27,25 +31,27 @@ class LayersState(NamedTuple):
 class LayerPeriods:
     r"""A period for each group of layers: which layers learn features, and how often.
 
-    A group of period 1 is not linearised at all. With θ = (a, b), where a are the parameters that
-    are linearised and b the others,
+    A group of period 1 is not linearised at all. Let θ = (a, b), where a are the parameters that
+    are linearised and b are the others:
 
     .. math:: f_\mathrm{lin}(a, b) = f(\phi, b)
-              + \frac{\partial f}{\partial a}(\phi, b)\,(a - \phi),
+              + \frac{\partial f}{\partial a}(\phi, b)\,(a - \phi).
 
-    and both follow the gradient of :math:`\ell(f_\mathrm{lin}(a, b))`. For each group of a longer
+    Both follow the gradient of :math:`\ell(f_\mathrm{lin}(a, b))`. For each group of a longer
     period φ moves to θ by itself. An update costs between 5/3 and 1.9 gradients, and more where the
-    first layers are exact than where the last are. A group that is not to be trained at all is one
-    for Optax: put ``optax.partition({"train": inner, "freeze": optax.set_to_zero()}, labels)``
-    after the linearised gradient.
+    first layers are exact than where the last are.
+
+    A group without any training is one for Optax: put
+    ``optax.partition({"train": inner, "freeze": optax.set_to_zero()}, labels)`` after the
+    linearised gradient.
 
     Metrics: ``linearise/refreshes/<label>`` and ``linearise/age/<label>``.
 
     Args:
         periods: label ↦ K ≥ 1, `None` for never, or a schedule.
-        labels: the label of each leaf, as for `optax.partition`: a tree like the parameters or like
-            its upper part, or a function from parameters to such a tree. A mask is a tree of the
-            labels True and False.
+        labels: the label of each leaf, as for `optax.partition`. It is a tree like the parameters
+            or like its upper part, or a function from parameters to such a tree. A mask is a tree
+            of the labels True and False.
 
     Raises:
         ValueError, TypeError: there are no periods, or one is below 1; when used: a leaf has no
@@ -73,6 +79,7 @@ class LayerPeriods:
     def __post_init__(self):
         if not isinstance(self.periods, Mapping) or not self.periods:
             raise ValueError(f"`periods` must map each label to its period; got {self.periods!r}")
+        # Labels end the names of metrics, which must differ.
         if len(set(map(str, self.periods))) < len(self.periods):
             raise ValueError(f"`periods` has labels that are written alike: {list(self.periods)!r}")
         for label, period in self.periods.items():
@@ -139,10 +146,11 @@ class LayerPeriods:
                 "`labels` must be a tree like the parameters, or of their upper part; got "
                 f"{jax.tree.structure(labels)} for {jax.tree.structure(params)}"
             ) from error
-        known = {
-            label: label for label in self.periods
-        }  # of equal labels, such as 1 and True, those of `periods`
+        # Of equal labels, such as 1 and True, those of `periods`.
+        known = {label: label for label in self.periods}
         try:
+            # A dictionary and not a set, for the order of the message. A label without a hash is an
+            # error.
             unknown = dict.fromkeys(label for label in found if label not in known)
         except TypeError as error:
             raise TypeError(

@@ -1,4 +1,8 @@
-"""Levenberg-Marquardt: damped Gauss-Newton steps that are taken only when the loss agrees."""
+"""Levenberg-Marquardt: damped Gauss-Newton steps that are taken only when the loss agrees.
+
+The flow is that of `gauss_newton`, with the full direction in place of a step rule. The model comes
+from `problem/curvature.py`, the direction from `solve/`, and the acceptance from `damping`.
+"""
 
 from typing import Any, Literal, NamedTuple
 
@@ -26,10 +30,10 @@ from gnlin.tree import Batch, Params
 
 
 class LevenbergMarquardtState(NamedTuple):
-    count: jax.typing.ArrayLike
-    damping: Any
+    count: jax.typing.ArrayLike  # updates so far
+    damping: Any  # state of the policy: λ, or a radius
     scaling: Any  # largest diagonal of G so far, shaped like the parameters; () for the identity
-    solver: Any
+    solver: Any  # state of the solver
     metrics: dict[str, jax.Array]
 
 
@@ -46,17 +50,17 @@ def levenberg_marquardt(
 
     Each update solves :math:`(G + \lambda D)\,\delta = -\nabla\ell(\theta)` at the current
     parameters. It compares the loss at θ + δ with the promise of the quadratic model. A step whose
-    gain ratio is too small is rejected inside the update: the updates returned are exact zeros, and
-    the next step is shorter. Otherwise δ is returned. λ follows the gain ratio, by itself
-    (`GainRatio`) or through a radius for the step (`TrustRegion`).
+    gain ratio is too small is rejected inside the update. The updates returned are then exact
+    zeros, and the next step is shorter. Otherwise δ is returned. λ follows the gain ratio, by
+    itself (`GainRatio`) or through a radius for the step (`TrustRegion`).
 
     The incoming updates are ignored; under `jit` the ignored gradient is never computed. The
     transform must stand last in a chain: scaling its step afterwards would undo the comparison. The
     batch of an update decides its acceptance, so use the full batch or a large one.
 
     Metrics: ``loss`` (at the parameters given), ``accepted``, ``gain_ratio``, ``damping`` (λ used),
-    ``rejections`` (since the last accepted step), those of the solver, with a `TrustRegion`
-    ``radius`` and with acceleration ``acceleration`` (its size relative to that of the step).
+    ``rejections`` (since the last accepted step) and those of the solver. A `TrustRegion` adds
+    ``radius``. Acceleration adds ``acceleration``, its size relative to that of the step.
     Rejections say nothing about convergence; the gradient does.
 
     Args:
@@ -65,8 +69,8 @@ def levenberg_marquardt(
             policy. A number stands for ``GainRatio(number)``. `TrustRegion` needs `Dense` and copes
             with poor starting values. `None` is ``TrustRegion()`` with `Dense` and
             ``GainRatio(1e-3)`` with other solvers.
-        scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G so far, which
-            makes the iterates independent of the units of the parameters (Moré 1978). The diagonal
+        scaling: D. ``"identity"``, or ``"marquardt"``: the largest diagonal of G so far (Moré
+            1978). It makes the iterates independent of the units of the parameters. The diagonal
             costs one push-forward for each parameter, so it is for small problems.
         solver: a record from `gnlin.solve` that solves the system, or any `Solver`; `Dense` for
             small classical problems.
@@ -131,31 +135,39 @@ def levenberg_marquardt(
     ):
         del updates, extra_args
         problem = visible_problem(objective, params, all_params)
+        # First, so that the error names the state, and not a shape deep in the solver.
         check_state(state, init_fn, params)
         model = quadratic_model(problem, params, batch)
         rhs = model.gradient()
         largest, diagonal = state.scaling, None
         if scaling == "marquardt":
+            # The largest so far, and not the one here, after Moré.
             largest = jax.tree.map(jnp.maximum, largest, _ggn_diagonal(model))
             # A parameter without influence so far is damped as if its diagonal were 1.
             diagonal = jax.tree.map(lambda d: jnp.where(d > 0, d, 1), largest)
 
         if isinstance(policy, TrustRegion):
+            # The solver finds λ from the radius.
             radius = policy.bound(state.damping, _length(params, diagonal))
             solved = _solve_within(solver, model, diagonal, rhs, radius, state.solver)
         else:
             given = policy.damping(state.damping, state.count)
             solved = _solve_damped(solver, model, diagonal, rhs, given, state.solver)
+        # The right-hand side is +∇ℓ, so the solution leads uphill.
         step = tree.scale(-1, solved.solution.direction)
         metrics = {}
         if geodesic_acceleration is not None:
             system = model.system(solved.damping, diagonal)
+            # The same system, λ included, with another right-hand side.
             correction, size = _acceleration(problem, model, batch, step, solver, system)
+            # Too large a correction says that the expansion along the step does not hold.
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
             metrics["acceleration"] = size.astype(float)
 
         new_value = problem.value(tree.add(params, step), batch)
+        # Of the part that the radius bounds: the correction is not in it.
         length = _length(solved.solution.direction, diagonal)
+        # The prediction leaves λ out: both decreases are those of the loss.
         change = model.change(step)
         trial = trial_of(model.value, new_value, change, step, rhs, length, solved.radius)
         adapted, accepted, damping_stats = policy.after(state.damping, trial)
@@ -171,6 +183,7 @@ def levenberg_marquardt(
             **damping_stats,
             **solved.solution.stats,
         }
+        # Exact zeros where it is rejected: parameters must not move.
         taken = tree.select(accepted, step, tree.zeros_like(step))
         return taken, LevenbergMarquardtState(
             count=optax.safe_increment(state.count),
@@ -197,6 +210,7 @@ def _policy(damping: Any, solver: Solver) -> Any:
     if isinstance(damping, (bool, int, float)) or hasattr(damping, "dtype"):
         check_positive("damping", damping)
         return GainRatio(damping)
+    # A schedule, or a class.
     if callable(damping):
         raise TypeError(
             "`damping` must be the first λ or a policy such as gnlin.GainRatio(1e-3): λ then "
@@ -243,6 +257,7 @@ def _ggn_diagonal(model: QuadraticModel) -> Params:
         return tree.inner(column, model.output_hessian(column)).astype(dtype)
 
     diagonal = jax.vmap(entry)(jnp.eye(tree.size(anchor), dtype=dtype))
+    # G is positive semi-definite: below 0 there is only rounding.
     return tree.unflatten(jnp.maximum(diagonal, 0), tree.zeros_like(anchor, dtype))
 
 
@@ -263,6 +278,7 @@ def _acceleration(
     def outputs(params):
         return objective.outputs_and_aux(params, batch)[0]
 
+    # JAX would fail at the derivatives below, with an error that does not name the option.
     names = primitive_names(jax.make_jaxpr(outputs)(anchor).jaxpr)
     if any(name.startswith("custom_vjp_call") for name in names):
         raise TypeError(
@@ -273,9 +289,12 @@ def _acceleration(
     def push_forward(params):
         return jax.jvp(outputs, (params,), (velocity,))[1]
 
+    # ∂²f[v, v]: the derivative along v of the push-forward of v.
     bend = jax.jvp(push_forward, (anchor,), (velocity,))[1]
     rhs = tree.scale(-1, model.linear.vjp(model.output_hessian(bend)))
+    # With a fresh state: the one of the update belongs to the first system.
     solution, _ = solve_soundly(solver, system, rhs, solver.init(anchor)[0])
     length = tree.norm(velocity)
+    # 2‖a‖/‖v‖, the ratio of Transtrum & Sethna, for a step v + ½a.
     size = 2 * tree.norm(solution.direction) / jnp.where(length > 0, length, 1)
     return tree.scale(0.5, solution.direction), size

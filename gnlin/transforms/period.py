@@ -1,6 +1,8 @@
-"""How long an anchor is kept: a number of updates, a schedule, or a period rule.
+"""The period of an anchor: a number of updates, a schedule, or a rule.
 
 A rule sees every update as a `Served`. Its state says whether the next update moves the anchor.
+`iterative_linearisation` calls it at the end of an update. `layer_periods` has a period for each
+group of layers instead.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from gnlin.checks import check_integer, check_part, check_positive, is_integer, 
 from gnlin.solve.protocols import Stats
 from gnlin.tree import Outputs, Params
 
+# Never counted down, for it is below 0.
 FOREVER = -1  # updates left of an anchor that never moves
 
 
@@ -31,7 +34,7 @@ class Served(NamedTuple):
         anchor: φ.
         outputs: f(φ).
         displacement: J(φ)(θ − φ).
-        network: () ↦ f(θ), which costs a forward pass where it is called.
+        network: () ↦ f(θ). A call costs a forward pass.
     """
 
     count: jax.typing.ArrayLike
@@ -47,8 +50,8 @@ class Served(NamedTuple):
 class PeriodRule(Protocol):
     """A frozen record that decides when the anchor moves.
 
-    Its state is a named tuple with a field ``moves``: whether the next update moves the anchor, a
-    flag. The first update always does.
+    Its state is a named tuple with a flag ``moves``: whether the next update moves the anchor. The
+    first update always does.
 
     Example:
         >>> import dataclasses, gnlin, jax, jax.numpy as jnp, optax
@@ -109,6 +112,7 @@ def count_down(
     period: Any, moved: jax.Array, remaining: jax.Array, count: jax.typing.ArrayLike
 ) -> jax.Array:
     """Updates that are left after one; `moved` says whether it moved the anchor."""
+    # The length of a cycle is fixed at its first update, whatever a schedule says later.
     left = jnp.where(moved, _cycle_length(period, count), remaining)
     return jnp.where(left > 0, left - 1, left)
 
@@ -118,6 +122,7 @@ def _cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
     if period is None:
         return jnp.asarray(FOREVER, jnp.int32)
     length = period(count) if callable(period) else period
+    # A schedule may return any number, and 0 would be no cycle.
     return jnp.maximum(jnp.round(jnp.asarray(length, float)), 1).astype(jnp.int32)
 
 
@@ -125,7 +130,7 @@ def _cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
 
 
 class GapState(NamedTuple):
-    moves: jax.Array
+    moves: jax.Array  # whether the next update moves the anchor
     remaining: jax.Array  # updates until the longest cycle ends
     exceeded: jax.Array  # checks in a row that found the gap beyond the limit
     gap: jax.Array  # result of the last check
@@ -137,17 +142,16 @@ class RelativeGap:
     r"""Keep the anchor as long as the linearisation holds.
 
     It holds on a batch where the network differs from the linearised model by no more than a share
-    of the movement of the outputs,
+    of the movement of the outputs:
 
     .. math:: \frac{\|f(\theta) - f_\mathrm{lin}(\theta)\|}{\|J(\phi)(\theta - \phi)\|}
               \le \text{limit}.
 
-    The anchor moves at the update after one that found the gap beyond the limit `patience` times in
-    a row, so that one odd batch does not move it. It moves in any case after `longest` updates. The
-    gap is 0 at a new anchor, so no second limit is needed from which on it counts as small again. A
-    check costs a forward pass: an update with one takes the work of 2 gradients, others that of
-    5/3. Near the anchor the gap is proportional to the distance: half the limit is about half as
-    long a cycle.
+    Once `patience` checks in a row have found the gap beyond the limit, the next update moves the
+    anchor. One odd batch does not move it. It moves in any case after `longest` updates. The gap is
+    0 at a new anchor, so no second limit says when it is small again. A check costs a forward pass:
+    an update with one takes the work of 2 gradients, others that of 5/3. Near the anchor the gap is
+    proportional to the distance. So half the limit makes cycles about half as long.
 
     Metric: ``linearise/gap``, the result of the last check, 0 before the first at an anchor.
 
@@ -161,8 +165,8 @@ class RelativeGap:
     Raises:
         ValueError, TypeError: an argument is out of its range.
 
-    Reference: it takes the place of the fixed period of Goldwaser & Ge, arXiv 2211.12345; the rule
-    is ours.
+    Reference: the rule is ours. It takes the place of the fixed period of Goldwaser & Ge, arXiv
+    2211.12345.
 
     Example:
         >>> import gnlin, jax, jax.numpy as jnp, optax
@@ -205,10 +209,13 @@ class RelativeGap:
             linearised = tree.add(served.outputs, served.displacement)
             return _relative_gap(served.network(), linearised, served.displacement).astype(float)
 
+        # At a new anchor θ = φ, and the gap is 0 without a check.
         fresh = served.age == 0
         due = ~fresh & (served.age % self.every == 0)
+        # A branch, so that an update without a check does no forward pass of the network.
         gap = jax.lax.cond(due, check, lambda state: state.gap, state)
         longer = jnp.where(gap > self.limit, state.exceeded + 1, 0)
+        # An update without a check leaves the count as it is.
         exceeded = jnp.where(due, longer, state.exceeded)
         stale = due & (exceeded >= self.patience)
         remaining = count_down(self.longest, state.moves, state.remaining, served.count)
@@ -228,6 +235,7 @@ def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.
     """
     gap = tree.norm(tree.subtract(outputs, linearised))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(outputs))
+    # A few units in the last place of the outputs are rounding, however small their movement.
     seen = gap > 8 * eps * tree.norm(linearised)
     return jnp.where(jnp.isfinite(gap), jnp.where(seen, gap / tree.norm(moved), 0), jnp.inf)
 
@@ -245,6 +253,7 @@ def rule_of(period: Any) -> Any:
 
 def check_period(period: Any) -> Any:
     """The period, with whole numbers as `int`."""
+    # A class is callable, and would pass for a schedule below.
     if isinstance(period, type):
         raise TypeError(
             f"`period` must be a record, not a class: RelativeGap(0.1), say; got {period!r}"
@@ -275,4 +284,5 @@ def check_period(period: Any) -> Any:
 
 
 def is_rule(period: Any) -> bool:
+    # One of the methods is enough: `check_period` then says which one is missing.
     return hasattr(period, "init") or hasattr(period, "after")

@@ -1,4 +1,8 @@
-"""Full Gauss-Newton and prox-linear steps: all inner steps inside one update, on one batch."""
+"""Full Gauss-Newton and prox-linear steps: all inner steps inside one update, on one batch.
+
+The linearisation comes from `problem/linearisation.py`, and the model of the loss from
+`problem/curvature.py`. The offset θ − φ after the last inner step is the update.
+"""
 
 from typing import NamedTuple
 
@@ -30,19 +34,20 @@ def prox_linear(
 ) -> optax.GradientTransformationExtraArgs:
     r"""All inner steps inside one update, on one batch, with one linearisation.
 
-    Minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps` steps
-    of `inner`, started afresh, and returns θ − φ. That is full Gauss-Newton with
+    It minimises :math:`Q(\theta) = \ell(f(\phi) + J(\phi)(\theta - \phi))` from θ = φ by `steps`
+    steps of `inner`, started afresh, and returns θ − φ. That is full Gauss-Newton with
     ``loss_model="quadratic"``, and prox-linear with the exact loss. Beside the one linearisation a
     step costs 4/3 of a gradient. The result is that of `iterative_linearisation` with
-    ``period=steps`` and ``reset_inner=True``, fed one batch for a whole cycle. Follow it by a line
-    search on the true loss to be safe:
+    ``period=steps`` and ``reset_inner=True``, fed one batch for a whole cycle.
+
+    Follow it by a line search on the true loss to be safe:
     ``optax.chain(prox_linear(...), optax.scale_by_backtracking_linesearch(...))``.
 
     The incoming updates are ignored. Metrics: ``prox/loss`` (ℓ at φ) and ``prox/linearised_loss``
     (Q before the last step).
 
     Args:
-        inner: optimiser of the linearised problem, its learning rate included; it receives
+        inner: optimiser of the linearised problem, its learning rate included. It receives
             ``value``, ``grad`` and ``value_fn`` of Q.
         objective: the problem.
         steps: inner steps, at least 1.
@@ -78,6 +83,7 @@ def prox_linear(
     def init_fn(params):
         check_params(params, allow_holes=True)
         zero = jnp.asarray(0.0, float)
+        # Two buffers: one that appears twice could not be donated.
         metrics = {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)}
         return ProxLinearState(jnp.zeros([], jnp.int32), metrics)
 
@@ -92,11 +98,14 @@ def prox_linear(
 
         def inner_step(now, _):
             offset, inner_state = now
+            # ∇Q = Jᵀ∇ℓ at the linearised outputs f(φ) + J(θ − φ): one push-forward, one pull-back.
             value, cotangent = loss(linear.jvp(offset))
             grads = linear.vjp(cotangent)
             extras = {"value": value, "grad": grads, "value_fn": value_fn, "batch": batch}
             at = tree.add(params, offset)
+            # Later names win: the inner optimiser sees Q, whatever the caller passed.
             updates, inner_state = inner.update(grads, inner_state, at, **{**extra_args, **extras})
+            # Updates add up in the offset, where small ones are not lost beside large parameters.
             return (tree.add_scaled(offset, 1.0, updates), inner_state), value
 
         start = (tree.zeros_like(params), inner.init(params))

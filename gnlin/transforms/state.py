@@ -1,4 +1,8 @@
-"""Reading the state: anchors and metrics, from any nesting of Optax wrappers."""
+"""Reading the state: anchors and metrics, from any nesting of Optax wrappers.
+
+It comes after the update: `anchor` and `predict` read the state of `iterative_linearisation`, and
+`metrics` those of all transforms of this package.
+"""
 
 import collections
 from collections.abc import Iterator
@@ -21,6 +25,7 @@ from gnlin.transforms.prox_linear import ProxLinearState
 from gnlin.tree import Batch, Outputs, Params
 from gnlin.width.condition import SpectralConditionState
 
+# Each has a field `metrics`.
 _STATES = (
     GaussNewtonState,
     IterativeLinearisationState,
@@ -66,8 +71,8 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
     r"""Outputs of the model *being trained*.
 
     That is :math:`f(\phi) + J(\phi)(\theta - \phi)` where `opt_state` holds an anchor φ that the
-    next update will still use, and the true model f(θ) at the end of a cycle or where there is no
-    anchor. Works under `jit`; costs at most twice a forward pass and a little more.
+    next update will still use. At the end of a cycle, or without an anchor, it is the true model
+    f(θ). It works under `jit`. It costs at most twice a forward pass and a little more.
 
     Args:
         objective: the problem.
@@ -90,6 +95,7 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
     found = linearised_state(opt_state)
     if found is None:
         return objective.outputs_and_aux(params, batch)[0]
+    # The anchor of the next update, which is θ itself at the end of a cycle.
     return linearise(objective, next_anchor(found, params), batch).predict(params)
 
 
@@ -119,6 +125,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     seen = collections.Counter()
     for state in _states(opt_state):
         for name, value in state.metrics.items():
+            # Two transforms may report the same name, and none is to hide the other.
             collected[f"{name}/{seen[name]}" if seen[name] else name] = value
             seen[name] += 1
     return collected
@@ -126,6 +133,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
 
 def _states(node: Any) -> Iterator[Any]:
     """States of this package inside `node`, outer ones first."""
+    # The search stops at a state of this package, and goes on in its fields: states may be nested.
     for found in jax.tree.leaves(node, is_leaf=lambda item: isinstance(item, _STATES)):
         if isinstance(found, _STATES):
             yield found

@@ -1,7 +1,8 @@
 """How far to go along the direction of a solver: step rules.
 
 The default rule takes the best step in the plane of the direction and the last step, as the
-linearised model sees it.
+linearised model sees it. `gauss_newton` hands a rule the `Search` of an update. The `Step` goes on
+to the trial in `damping`.
 """
 
 import dataclasses
@@ -118,16 +119,18 @@ class Subspace:
 
     where u are the incoming updates. For a convex loss this is a convex problem in two unknowns. It
     costs one push-forward of d and one of p (0.6 gradients each) and a few evaluations of the loss
-    on known outputs. With ``loss_model="quadratic"`` the loss is its second-order expansion, and α
-    and β are in closed form. The curvature of a softmax vanishes where predictions are confident,
-    and its expansion then promises too much; the exact loss does not.
+    on known outputs.
+
+    With ``loss_model="quadratic"`` the loss is its second-order expansion, and α and β are in
+    closed form. The curvature of a softmax vanishes where predictions are confident. There the
+    expansion promises too much, and the exact loss does not.
 
     Metrics: ``subspace/length``, α, and ``subspace/momentum``, β. They are negative where the
     direction leads uphill (that of another batch, for example), and as large as the direction is
     short.
 
     Args:
-        momentum: whether p takes part; one vector is then kept in the state.
+        momentum: whether p takes part. The state then has one vector.
         loss_model: ``"exact"`` or ``"quadratic"``.
         max_norm: longest ‖δ‖; a longer step is shortened to it. `None` for no bound.
 
@@ -162,6 +165,7 @@ class Subspace:
 
     def choose(self, search: Search, state: Any) -> Step:
         rhs, dtype = search.rhs, tree.accumulation_dtype(search.rhs)
+        # δ = w₁ (−d) + w₂ p: the direction leads uphill.
         candidates = [tree.scale(-1, search.direction)]
         if self.momentum:
             candidates.append(state)
@@ -172,16 +176,19 @@ class Subspace:
         damping = jnp.asarray(search.damping, dtype)
 
         def change(weights):
+            # Jδ is a combination of known outputs, so no evaluation passes through the network.
             after = loss(_combined(weights, span.moved))[0].astype(dtype)
             return after - value + span.slopes @ weights
 
         def damped(weights):
+            # ½ λ ‖δ‖², with ‖δ‖² from the inner products of the directions.
             return change(weights) + damping * weights @ span.gram @ weights / 2
 
         # The quadratic model's second evaluation only confirms the first.
         evaluations = 10 if self.loss_model == "exact" else 1
         finest = resolution(search.model.value).astype(dtype)
         weights = _minimise(damped, len(candidates), dtype, evaluations, finest)
+        # The rate scales the whole step, and `change` below is that of the scaled one.
         weights = weights * jnp.asarray(search.rate, dtype)
         if self.max_norm is not None:
             length = jnp.sqrt(jnp.maximum(weights @ span.gram @ weights, 0))
@@ -193,6 +200,7 @@ class Subspace:
             step,
             change=jnp.where(usable, change(weights), 0),
             sound=jnp.all(jnp.isfinite(span.slopes)),
+            # In units of d and p. β is 0 where p takes no part.
             stats=_stats(jnp.append(weights / span.units, 0)[:2]),
         )
 
@@ -214,6 +222,7 @@ def _span(search: Search, candidates: Sequence[Params], dtype) -> _Span:
         direction, unit = _of_unit_size(candidate, dtype)
         image = model.linear.jvp(tree.cast_like(direction, search.rhs))
         along_updates = tree.inner(search.rhs, direction).astype(dtype)
+        # ∇ℓᵀdᵢ = <∂ℓ/∂z, J dᵢ>, from the image at hand.
         along_gradient = tree.inner(model.cotangent, image).astype(dtype)
         directions.append(direction)
         units.append(unit)
@@ -254,17 +263,20 @@ def _minimise(
 ) -> jax.Array:
     """Minimise a smooth convex function of one or two numbers that is 0 at zero, from there.
 
-    A step that leads up by more than `resolution`, that of the values of the function, is
-    shortened. Below it the slope decides, which is accurate for longer than the values are.
+    A step that leads up by more than `resolution` is shortened. This is the resolution of the
+    values of the function. Below it the slope decides, which is accurate for longer than the values
+    are.
     """
     eps = float(jnp.finfo(dtype).eps)
     axes = jnp.eye(count, dtype=dtype)
 
     def newton(weights):
         """``(value, Newton's step, decrement)``."""
+        # One trace gives value, slope and Hessian: its rows are pull-backs of the slope.
         (value, slope), pull_back = jax.vjp(jax.value_and_grad(function), weights)
         hessian = jax.vmap(lambda axis: pull_back((jnp.zeros_like(value), axis))[0])(axes)
-        # Directions may differ in curvature by orders of magnitude, may be parallel, may be zero.
+        # Directions may differ in curvature by orders of magnitude, may be parallel, may be zero. A
+        # diagonal of ones deals with the first, and the jitter with the second.
         size = jnp.abs(jnp.diagonal(hessian))
         scale = jnp.sqrt(jnp.where(size > jnp.finfo(dtype).tiny, size, 1))
         relative = hessian / jnp.outer(scale, scale)
@@ -272,11 +284,13 @@ def _minimise(
         return value, jnp.where(jnp.all(jnp.isfinite(step)), step, 0), -slope @ step
 
     def unfinished(now):
+        # The end comes where Newton promises less than a thousandth of the change so far.
         return (now.count < evaluations) & (now.decrement > 1e-3 * jnp.abs(now.value))
 
     def turn(now):
         trial = now.weights + now.length * now.step
         value, step, decrement = newton(trial)
+        # Exact, where the evaluation at zero has rounding.
         value = jnp.where(now.count == 0, 0, value)
         good = value <= now.value + resolution  # false for NaN
         length = jnp.where(good, 1, now.length / 4)
