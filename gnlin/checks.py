@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 def check_number(name: str, value: Any, *, finite: bool = True, positive: bool = False) -> None:
     """Raise unless `value` is a finite number ≥ 0. A traced array has no value to check."""
+    # To Python True is an integer. Arrays of NumPy and JAX are known by their dtype.
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
         raise TypeError(f"`{name}` must be a number; got {value!r}")
     shape = getattr(value, "shape", ())
@@ -23,6 +24,7 @@ def check_number(name: str, value: Any, *, finite: bool = True, positive: bool =
         raise ValueError(f"`{name}` must be a single number; got an array of shape {shape}")
     if isinstance(value, Tracer):
         return
+    # Written so that NaN fails, too.
     if positive and not float(value) > 0:
         raise ValueError(f"`{name}` must be positive; got {value!r}")
     if not 0 <= float(value) <= (sys.float_info.max if finite else math.inf):
@@ -101,6 +103,7 @@ def shows_signature(called: T) -> T:
     """
     if isinstance(called, type):
         record: Any = called
+        # `__init__` is replaced and not the class, which stays one for `isinstance`.
         record.__init__ = _showing(record.__init__, record.__name__)
         return record
     return _showing(called, getattr(called, "__name__", "call"))
@@ -112,6 +115,7 @@ def _showing(function: T, name: str) -> T:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
+            # Before the call, so that a TypeError from inside the function stays as it is.
             signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{error}. Write {name}({_written(signature)})") from None

@@ -1,4 +1,8 @@
-"""Running a deterministic problem to convergence."""
+"""Running a deterministic problem to convergence.
+
+`minimise` gives JAXopt's loop the update of any transform. Through the solution it differentiates
+with the Hessian, in `_solve_hessian`.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -22,7 +26,7 @@ with warnings.catch_warnings():
 
 
 class MinimiseInfo(NamedTuple):
-    """What `minimise` reports.
+    """The report of `minimise`.
 
     Attributes:
         steps: updates done, int32.
@@ -52,34 +56,34 @@ def minimise(
 ) -> tuple[Params, MinimiseInfo]:
     r"""Run an optimiser on one batch until the gradient vanishes.
 
-    A thin driver over `jaxopt.OptaxSolver`, compiled as one loop: curve fits, full-batch training.
-    With `implicit_diff` the result is differentiable with respect to `batch` by the implicit
-    function theorem,
+    It is a thin driver over `jaxopt.OptaxSolver`, compiled as one loop: for curve fits, full-batch
+    training. With `implicit_diff` the result is differentiable with respect to `batch`, by the
+    implicit function theorem:
 
-    .. math:: \partial\theta^\star
-              =
-              -(\nabla^2_{\theta\theta}\ell)^{-1}\,\nabla^2_{\theta,\text{batch}}\ell\;\partial\text{batch},
+    .. math:: \partial\theta^\star = -(\nabla^2_{\theta\theta}\ell)^{-1}\,
+              \nabla^2_{\theta,\text{batch}}\ell\;\partial\text{batch}.
 
-    at a cost that does not grow with the number of steps; the solution must then be a strict
-    minimum, solved accurately. The Hessian is formed and factorised up to 1000 parameters; beyond,
-    conjugate gradients solve with it.
+    The cost does not grow with the number of steps. The solution must be a strict minimum, solved
+    accurately. The Hessian is formed and factorised up to 1000 parameters; beyond, conjugate
+    gradients solve with it.
 
-    Every call compiles the loop anew: wrap repeated calls in one `jax.jit`.
+    Every call compiles the loop anew, so wrap repeated calls in one `jax.jit`.
 
     Args:
         objective: the problem.
         params: where to start.
-        tx: any Optax optimiser, of this package or not; it receives ``batch``, ``value``, ``grad``
+        tx: any Optax optimiser, of this package or not. It receives ``batch``, ``value``, ``grad``
             and ``value_fn``.
         batch: the data; not needed where the objective is bound. Differentiate with respect to this
-            argument: data inside a bound objective is a constant.
+            argument, for data inside a bound objective is a constant.
         max_steps: most updates.
         tol: stop once the Euclidean norm of the gradient is at most this; with 0 only a gradient of
             exact zeros stops.
         implicit_diff: whether to differentiate through the solution; `False` cuts the derivative.
 
     Returns:
-        ``(params, info)``, see `MinimiseInfo`. Not reaching `tol` is no error: look at
+        ``(params, info)``, see `MinimiseInfo`. Not reaching `tol` is no error: check
+            ``info.converged``.
         ``info.converged``.
 
     Raises:
@@ -118,8 +122,8 @@ def minimise(
                 "value_fn": objective.value,
             }
             step, state = tx.update(updates, state, params, batch=batch, **extra)
-            # The driver looks at the gradient only after the update that used it: stay where it was
-            # small enough.
+            # The driver checks the gradient only after the update that used it. Where it was small
+            # enough, the parameters stay.
             done = tree.norm(updates) <= tol
             return tree.select(done, tree.zeros_like(step), step), state
 
@@ -134,11 +138,13 @@ def minimise(
         return solver.run(init)
 
     if implicit_diff:
+        # The optimality condition is ∇ℓ = 0, and its Jacobian in the parameters is the Hessian.
         run = jaxopt.implicit_diff.custom_root(
             jax.grad(objective.value), has_aux=True, solve=_solve_hessian
         )(run)
     solution, state = run(params, batch)
     if not implicit_diff:
+        # A while loop has no reverse mode, so the derivative is cut.
         solution, state = jax.lax.stop_gradient((solution, state))
     value, grads = jax.value_and_grad(objective.value)(solution, batch)
     gradient_norm = tree.norm(grads)

@@ -76,7 +76,6 @@ def add_scaled(a: Tree, factor: chex.Numeric, b: Tree) -> Tree:
 
     def combined(x, y):
         dtype = accumulation_dtype(x, y)
-        # Sums of rounded products would be rounded twice.
         return (x.astype(dtype) + jnp.asarray(factor, dtype) * y.astype(dtype)).astype(x.dtype)
 
     return jax.tree.map(combined, a, b)
@@ -91,7 +90,6 @@ def inner(a: Tree, b: Tree) -> jax.Array:
     """Euclidean inner product over all leaves, in the accumulation dtype."""
     dtype = accumulation_dtype(a, b)
     products = jax.tree.map(lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype)), a, b)
-    # The start gives a tree without leaves the product 0, in the right dtype.
     return sum(jax.tree.leaves(products), start=jnp.zeros([], dtype))
 
 
@@ -128,7 +126,6 @@ def size(tree: Tree) -> int:
 def flatten(tree: Tree, dtype) -> jax.Array:
     """All entries as one vector of `dtype`."""
     leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
-    # `jnp.concatenate` refuses an empty list.
     return jnp.concatenate(leaves) if leaves else jnp.zeros([0], dtype)
 
 

@@ -141,6 +141,7 @@ def effective_rank(kernel: jax.Array) -> jax.Array:
     # The limit of p log p at 0 is 0; without the inner `where` it would be NaN.
     terms = jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0)
     rank = jnp.exp(-jnp.sum(terms, axis=-1))
+    # A NaN is no positive share, so the sum would hide it.
     return jnp.where(total == 0, 0, jnp.where(jnp.isfinite(total), rank, jnp.nan))
 
 
@@ -163,6 +164,7 @@ def _kernels(*kernels: jax.Array) -> list[jax.Array]:
 
 def _centre(kernel: jax.Array) -> jax.Array:
     """C K C, for each pair of outputs."""
+    # Means of the columns first, then of the rows: C from the left, and C from the right.
     for axis in _EXAMPLE_AXES[kernel.ndim]:
         kernel = kernel - jnp.mean(kernel, axis=axis, keepdims=True)
     return kernel

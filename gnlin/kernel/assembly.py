@@ -74,6 +74,7 @@ def as_a_whole(request: Request) -> jax.Array:
     def kernel(params: Params, batch: Batch, other: Batch, budget: int) -> jax.Array:
         return _whole_kernel(request, params, batch, other, budget)
 
+    # Smaller and smaller groups of pull-backs and columns, until the traced program fits.
     budget = max(1, request.room // 8)
     while True:
         bounded = functools.partial(kernel, budget=budget)
@@ -93,17 +94,20 @@ def _whole_kernel(
     a = linearise(request.objective, params, batch)
     b = a if other is None else linearise(request.objective, params, other)
     found = [find_rows(linear.jvp, params, budget, keep=budget) for linear in (a, b)]
+    # A leaf has rows in both batches, or columns in both: products need the two sides.
     left = found[0].left | found[1].left
     while True:
         try:
             rows = found[0].without(left), found[1].without(left)
             break
+        # A layer goes as a whole, with its bias. The set only grows, so this ends.
         except LeftOutError as error:
             left |= error.leaves
     total = contract(*rows, request.pairs, None, budget)
     if not left:
         return total
     rest = columns(a.jvp, b.vjp, b.outputs, params, left, None, budget)
+    # Columns have the order of the flattened outputs, and `total` has (example, output).
     rest = rest[order_by_example(a.outputs)][:, order_by_example(b.outputs)]
     cuts = request.a.cut, request.b.cut
     shapes = [(cut.examples, cut.outputs_per_example) for cut in cuts]
@@ -124,6 +128,7 @@ def in_parts(request: Request) -> jax.Array:
         try:
             kernel = _in_strips(parts)
             return _in_blocks(parts) if kernel is None else kernel
+        # One more round with these leaves one by one. The set only grows, so this ends.
         except LeftOutError as error:
             left |= error.leaves
 
@@ -167,6 +172,7 @@ class _Parts(NamedTuple):
         dtype = tree.accumulation_dtype(params)
 
         def rows_of(example: list[jax.Array]) -> dict[int, jax.Array]:
+            # A batch of one example: cut leaves get their first axis back, the others stay whole.
             cut_leaves = iter(example)
             of_one = [
                 next(cut_leaves)[None] if split else leaf
@@ -263,5 +269,6 @@ def _longest(needed: Callable[[int], int], total: int, room: int) -> int | None:
             return None
         # In proportion, and by at least one.
         length = max(least, min(length - 1, max(room, 0) * length // numbers))
+    # As many parts, but of one length, so that the last is not nearly empty.
     parts = math.ceil(total / length)
     return max(least, math.ceil(total / parts))

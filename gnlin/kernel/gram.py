@@ -55,16 +55,19 @@ def kernel_matrix(
     dtype = tree.accumulation_dtype(params)
     outputs = jax.eval_shape(jvp, params)
     count, inverse = tree.size(outputs), inverse_of(scaling)
+    # Rows at the leaves where examples are proved apart; the others have columns below.
     found = find_rows(jvp, params, budget, keep=budget)
     total, pull_backs = jnp.zeros([count, count], dtype), found.pull_backs
     if found.pull_backs:
         weights = _weights(found, params, inverse)
         by_example = contract(found.rows, found.rows, "full", weights, budget)
+        # The rows come in the order (example, output), and K in that of the flattened outputs.
         order = order_by_example(outputs)
         total = by_example.reshape(count, count)[order][:, order]
     if found.left:
         total += columns(jvp, vjp, outputs, params, found.left, inverse, budget)
         pull_backs += count
+    # K is symmetric, and rounding is not.
     return Kernel((total + total.T) / 2, pull_backs)
 
 
@@ -79,6 +82,7 @@ def order_by_example(outputs: Outputs) -> np.ndarray:
     """The place in the order (example, output) of each entry of the flattened outputs."""
     examples = number_of_examples(outputs)
     places = np.arange(tree.size(outputs)).reshape(examples, -1)
+    # Flattened outputs have one leaf after the other: columns of `places`, cut leaf by leaf.
     ends = np.cumsum([leaf.size // examples for leaf in jax.tree.leaves(outputs)])[:-1]
     return np.concatenate([part.ravel() for part in np.split(places, ends, axis=1)])
 
@@ -92,6 +96,7 @@ def _weights(found: Found, params: Params, inverse: Params | None) -> dict[int, 
     weights = {leaf: leaves[leaf].reshape(-1) for leaf in found.rows.whole}
     for layer in found.layers:
         matrix = leaves[layer.weight].reshape(matrix_shape(shapes[layer.weight]))
+        # Rows at a layer are (fan-in, fan-out), and have b as one more row, as `Rows` says.
         parts = [matrix.T if layer.transposed else matrix]
         if layer.bias is not None:
             parts.append(leaves[layer.bias].reshape(1, -1))
@@ -125,6 +130,7 @@ def columns(
 
     def column(place: jax.Array) -> jax.Array:
         basis = tree.unflatten(jnp.zeros([count], dtype).at[place].set(1), outputs)
+        # D⁻¹ Jᵀ eᵢ at the leaves asked for. Zeros elsewhere take the other leaves out of the sum.
         pulled = jax.tree.leaves(pull(basis))
         for index, leaf in enumerate(pulled):
             if index not in leaves:
@@ -134,4 +140,5 @@ def columns(
         return tree.flatten(push(jax.tree.unflatten(structure, pulled)), dtype)
 
     held = numbers_held(column, jnp.int32(0))
+    # Column i comes out as row i.
     return map_together(column, count, max(1, budget // held)).T

@@ -96,6 +96,7 @@ class LazyTraining:
         """
         check_number("damping", damping)
         damping = jnp.asarray(damping, self.eigenvalues.dtype)
+        # 1/0 is infinite, and so beyond the noise: the change is then the least one.
         return self._moved(lambda values: 1 / (values + damping), 1 / damping)
 
     def _moved(self, filtered: Callable[[jax.Array], jax.Array], at_zero: jax.Array) -> Params:
@@ -108,8 +109,10 @@ class LazyTraining:
         bounded = at_zero * noise <= 1
         seen = self.eigenvalues > jnp.where(bounded, 0, noise)
         limit = jnp.where(bounded, at_zero, 0)
+        # F divides by λ, so it is evaluated at 1 where λ takes the limit.
         values = filtered(jnp.where(seen, self.eigenvalues, 1))
         weights = jnp.where(seen, values, limit) * self.residual
+        # u = R Q F(Λ) Qᵀ R⁺ g, and θ = φ − Jᵀu.
         cotangent = tree.unflatten(self.directions @ weights, self.linear.outputs)
         theta = tree.subtract(self.linear.anchor, self.linear.vjp(cotangent))
         return tree.cast_like(theta, self.linear.anchor)
@@ -158,6 +161,7 @@ def lazy_training(
     check_objective(objective)
     check_not_bound("batch", objective, batch)
     check_integer("max_outputs", max_outputs)
+    # From shapes alone: too many outputs are refused before anything is computed.
     count = tree.size(
         jax.eval_shape(lambda params: objective.outputs_and_aux(params, batch)[0], params)
     )
@@ -176,16 +180,18 @@ def lazy_training(
 
     root = _square_root(jax.vmap(hessian_column)(jnp.eye(count, dtype=dtype)))
     kernel = kernel_matrix(linear.jvp, linear.vjp, params).matrix.astype(dtype)
+    # Rᵀ K R = Q Λ Qᵀ
     turned = _eigh(root.matrix.T @ kernel @ root.matrix)
     slope = tree.flatten(gradient, dtype)
+    # Vᵀg. Its part without curvature is left out, and reported as `outside`.
     along = root.eigen.vectors.T @ slope
     unseen = jnp.linalg.norm(jnp.where(root.curved, 0, along))
     size = jnp.linalg.norm(slope)
     return LazyTraining(
         linear,
         eigenvalues=turned.values,
-        directions=root.matrix @ turned.vectors,
-        residual=turned.vectors.T @ (root.inverse * along),
+        directions=root.matrix @ turned.vectors,  # R Q
+        residual=turned.vectors.T @ (root.inverse * along),  # Qᵀ R⁺ g
         outside=unseen / jnp.where(size > 0, size, 1),
     )
 

@@ -2,6 +2,9 @@ r"""The empirical neural tangent kernel K = J Jᵀ: how outputs move together in
 
 Take a step of gradient descent of size η on the loss ℓ of example m. To first order, output c of
 example n moves by −η Σ_d K[n, c, m, d] ∂ℓ/∂z[m, d].
+
+This module checks the arguments and cuts the batches. `assembly` puts the kernel together, from the
+rows of `rows` and their products in `products`.
 """
 
 import functools
@@ -88,8 +91,10 @@ def empirical_ntk(
     if pairs not in _PAIRS:
         raise ValueError(f"`pairs` must be one of {_PAIRS}; got {pairs!r}")
     check_number("max_bytes", max_bytes, positive=True, finite=False)
+    # Data inside the objective becomes an argument again, for a constant cannot be cut.
     objective, batch = without_binding(objective, batch)
-    max_bytes = math.ceil(min(max_bytes, 2**62))  # an integer, for it is a static argument
+    # An integer, for it is a static argument. No machine has 2⁶² bytes: that is no bound.
+    max_bytes = math.ceil(min(max_bytes, 2**62))
     return _kernel(params, batch, other, objective=objective, pairs=pairs, max_bytes=max_bytes)
 
 
@@ -169,12 +174,14 @@ def _kernel(
         )
     shape = {"full": (n, c, m, c), "diagonal": (c, n, m), "trace": (n, m)}[pairs]
     size, dtype = math.prod(shape), tree.accumulation_dtype(params)
+    # In numbers, not in bytes.
     room = max_bytes // dtype.itemsize - size
     if room <= 0:
         raise ValueError(
             f"`max_bytes` is {max_bytes}, but the kernel by itself takes {size * dtype.itemsize}: "
             'ask for fewer examples, for pairs="trace", or raise `max_bytes`'
         )
+    # J has no columns then, and K is zero.
     if not tree.size(params):
         return jnp.zeros(shape, dtype)
     a, b = Side(batch, own), Side(batch if other is None else other, theirs)

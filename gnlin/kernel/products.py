@@ -79,6 +79,7 @@ def _of_whole(u: jax.Array, v: jax.Array, pairs: Pairs, weight: jax.Array | None
     definiteness.
     """
     if weight is not None:
+        # (U D^-½)(V D^-½)ᵀ
         root = jnp.sqrt(weight)[None, None, :]
         u, v = u * root, v * root
     (examples, per_example, size), others = u.shape, len(v)
@@ -98,7 +99,7 @@ def _of_factors(
 ) -> jax.Array:
     """The product at a layer, by the route that takes less work."""
     if weight is None and _positions_are_cheaper(a, b, pairs, budget):
-        # One position of a after another: both with that axis first.
+        # One position of a after another, which has the shapes (N, I) and (N, C, O).
         x, s = jnp.moveaxis(a.inputs, 1, 0), jnp.moveaxis(a.cotangents, 2, 0)
         return _sum_over(lambda of_a: _at_position(of_a[0], of_a[1], b, pairs), (x, s))
     return _by_rows(a, b, pairs, weight, budget)
@@ -112,15 +113,19 @@ def _positions_are_cheaper(a: Factors, b: Factors, pairs: Pairs, budget: int) ->
     (n, positions, fan_in), (m, other_positions, _) = a.inputs.shape, b.inputs.shape
     per_example, fan_out = a.cotangents.shape[1], a.cotangents.shape[-1]
     products = per_example**2 if pairs == "full" else per_example
+    # For each pair of positions: products of cotangents of length O, and of inputs of length I.
     by_position = positions * other_positions * (products * fan_out + fan_in)
     # To form the rows of one example is work for all that it meets.
     forming = (positions / m + other_positions / n) * per_example * fan_in * fan_out
+    # Products of rows of length I · O, after both have been formed.
     by_row = products * fan_in * fan_out + forming
+    # One position of a with all of b leaves a product for each pair of outputs and position.
     fits = positions == 1 or n * m * products * other_positions <= budget
     return by_position < by_row and fits
 
 
-# Products s tᵀ of cotangents: s at one position of a, t at all positions u of b.
+# Products s tᵀ of cotangents: s at one position of a, t at all positions u of b. The letters are
+# examples n and m, outputs c and d, and the fan-out o.
 _OF_COTANGENTS: dict[Pairs, str] = {
     "full": "nco,mduo->ncmdu",
     "diagonal": "nco,mcuo->cnmu",
@@ -130,6 +135,7 @@ _OF_COTANGENTS: dict[Pairs, str] = {
 
 def _at_position(x: jax.Array, s: jax.Array, b: Factors, pairs: Pairs) -> jax.Array:
     """⟨x, y⟩ ⟨s, t⟩ of one position of a, x (N, I) and s (N, C, O), summed over those of b."""
+    # (N, M, U) here; the axes of outputs are added below.
     of_inputs = jnp.einsum("ni,mui->nmu", x, b.inputs, precision="highest")
     of_cotangents = jnp.einsum(_OF_COTANGENTS[pairs], s, b.cotangents, precision="highest")
     if pairs == "full":

@@ -113,6 +113,7 @@ def find_rows(
     outputs, leaves = jax.eval_shape(jvp, params), jax.tree.leaves(params)
     examples, dtype = number_of_examples(outputs), tree.accumulation_dtype(params)
     not_empty = {leaf for leaf, value in enumerate(leaves) if value.size}
+    # Nothing can be proved from one example: an axis of length 1 could be any.
     if examples < 2:
         return Found(Rows({}, {}), (), frozenset(not_empty), 0)
     reading = read_layers(jvp, params)
@@ -142,8 +143,10 @@ def find_rows(
 
 def _factors(layer: Layer, cotangents: jax.Array, examples: int, dtype: Any) -> Factors:
     """The factors of a layer, from its cotangents (C, N, T, O)."""
+    # The R = N·T applications, one axis for the examples and one for the positions.
     inputs = layer.inputs.astype(dtype).reshape(examples, -1, layer.inputs.shape[-1])
     if layer.bias is not None:
+        # x̃ = (x, 1): a bias is the weight of a constant input.
         inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
     return Factors(inputs, jnp.swapaxes(cotangents.astype(dtype), 0, 1))
 
@@ -152,6 +155,7 @@ def _whole_is_smaller(factors: Factors) -> bool:
     """Whether the rows take no more numbers than their factors."""
     _, positions, fan_in = factors.inputs.shape
     _, per_example, _, fan_out = factors.cotangents.shape
+    # C·I·O numbers an example, against T·I of inputs and C·T·O of cotangents.
     return per_example * fan_in * fan_out <= positions * (fan_in + per_example * fan_out)
 
 
@@ -181,6 +185,8 @@ def _pull_back_by_example(
     reading: Reading, outputs: Outputs, examples: int, budget: int, room: float
 ) -> _Pulled:
     """Cotangents and rows where examples are proved apart, as long as there is room for them."""
+    # The equations of the pull-back are run on values that know their axis of examples. A result
+    # tells whether examples stayed apart on the way.
     pull_back, shape = jax.make_jaxpr(reading.pull_back, return_shape=True)(outputs)
     structure = jax.tree.structure(shape)
     per_example = tree.size(outputs) // examples
@@ -194,11 +200,13 @@ def _pull_back_by_example(
         found = _OfOneOutput({}, {})
         for number, (value,) in enumerate(of_layers):
             if isinstance(value, ByExample) and value.axis == 0:
+                # The applications of one example lie side by side: R splits into N and T.
                 found.layers[number] = value.array.reshape(examples, -1, value.array.shape[1])
             elif isinstance(value, jax.Array):
                 idle.update((reading.layers[number].weight, reading.layers[number].bias))
         for leaf, (value,) in of_others.items():
             if isinstance(value, Summed):
+                # A leaf's gradient is a sum over examples. Its addends are the rows.
                 found.others[leaf] = value.addends.reshape(examples, -1)
             elif isinstance(value, jax.Array):
                 # A linear function that does not depend on its arguments is 0.
@@ -237,6 +245,7 @@ def _basis_cotangent(place: jax.Array, outputs: Outputs, examples: int) -> Outpu
     """The cotangent that is 1 at one output of each example, and 0 elsewhere."""
     leaves, structure = jax.tree.flatten(outputs)
     lengths = [leaf.size // examples for leaf in leaves]
+    # 1 at output `place` of an example, counted over all leaves.
     hot = jnp.arange(sum(lengths), dtype=jnp.int32) == place
     hot = hot.astype(tree.accumulation_dtype(outputs))
     found = []

@@ -57,7 +57,6 @@ class System:
         """The product Dv."""
         if self.scaling is None:
             return vector
-        # In the dtype of D, and rounded once.
         return jax.tree.map(
             lambda d, v: (d * v.astype(d.dtype)).astype(v.dtype), self.scaling, vector
         )
@@ -171,7 +170,6 @@ def loss_derivatives(
     """``(gradient, u ↦ Hu)`` of the loss with respect to the outputs, at `outputs`."""
 
     def gradient(outputs):
-        # The pair (value, aux) that `linearise_function` expands.
         return jax.grad(objective.loss_of)(outputs, batch), None
 
     # The push-forward of the gradient is the product with H. A loss without a forward-mode rule is

@@ -92,7 +92,6 @@ def linearised_value_and_grad(objective: Objective) -> Callable[..., tuple[Any, 
 
     def value_and_grad(params, anchor, batch=None):
         linear = linearise(objective, anchor, batch)
-        # ∇Q = Jᵀ∇ℓ, with ∇ℓ at the outputs of the linearised model.
         value, cotangent = jax.value_and_grad(objective.loss_of)(linear.predict(params), batch)
         grads = linear.vjp(cotangent)
         return ((value, linear.aux), grads) if objective.has_aux else (value, grads)

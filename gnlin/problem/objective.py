@@ -103,7 +103,6 @@ class Objective:
             outputs, aux = self.outputs_and_aux(params, batch)
             return self.loss_of(outputs, batch), aux
 
-        # One function for both cases; `aux` is `None` without `has_aux`, and dropped below.
         (value, aux), grads = jax.value_and_grad(value_and_aux, has_aux=True)(params)
         return ((value, aux), grads) if self.has_aux else (value, grads)
 
@@ -121,7 +120,6 @@ class Objective:
                 "`bind`: this objective is bound to its data already; "
                 "bind the one without data instead."
             )
-        # Both functions read the batch, so both hold it.
         return dataclasses.replace(
             self, model=_Bound(self.model, batch), loss=_Bound(self.loss, batch), is_bound=True
         )
@@ -148,7 +146,6 @@ class Objective:
 
     def loss_of(self, outputs: Outputs, batch: Batch = None) -> jax.Array:
         """The loss as a function of the outputs."""
-        # A Python number has no shape to check.
         value = jnp.asarray(_call("loss", self.loss, outputs, batch))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
@@ -284,7 +281,6 @@ def _call(name: str, function: Callable[..., Any], argument: Any, batch: Batch) 
     """Call `model` or `loss`; a shape or type error inside it then names the shapes it met."""
     try:
         return function(argument, batch)
-    # KeyError: the function asks for a name that the batch lacks.
     except (TypeError, ValueError, KeyError) as error:
         # A traced value that is used as a Python one has a message of its own.
         if isinstance(error, jax.errors.JAXTypeError):

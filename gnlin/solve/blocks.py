@@ -125,7 +125,6 @@ class Blocks:
             ) from error
         found: dict[Hashable, list[int]] = {}
         for index, label in enumerate(spread):
-            # Labels are keys of the dictionary.
             if not isinstance(label, Hashable):
                 raise TypeError(f"`labels` must be strings, numbers or flags; got {label!r}")
             found.setdefault(label, []).append(index)

@@ -98,8 +98,7 @@ class CG:
             is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
             if not is_number or not (isinstance(value, Tracer) or value >= 0):
                 raise ValueError(f"`{name}` must be a number of at least 0; got {value!r}")
-        # The state holds the last solution only for a warm start. This decides the form of the
-        # state, so the number cannot be a traced one.
+        # Only a warm start has a vector in the state, and a traced number cannot decide its form.
         if isinstance(self.warm_start, (bool, Tracer)) or not 0 <= self.warm_start <= 1:
             raise ValueError(
                 f"`warm_start` must be a fraction between 0 and 1; got {self.warm_start!r}"
@@ -195,7 +194,6 @@ class CG:
             return jax.lax.while_loop(unfinished, recurrence.next, first)
 
         def turn(now, _):
-            # An iteration after the end changes nothing, though its product is paid for.
             after = tree.select(unfinished(now), recurrence.next(now), now)
             # Otherwise XLA computes each update of x anew inside all later ones, and compiles for
             # minutes.
@@ -222,9 +220,9 @@ class _Iterate(NamedTuple):
     residual: Params  # r = b − Ax, by the recurrence
     direction: Params  # p, conjugate to all before it
     rz: jax.Array  # <r, M⁻¹r>
-    residual_norm: jax.Array  # ‖r‖
+    residual_norm: jax.Array
     objectives: Any  # φ after each iteration; () where the rule on progress is off
-    converged: jax.Array  # by either tolerance
+    converged: jax.Array
     broken: jax.Array  # pᵀAp ≤ 0, or a number that is not finite
 
 

@@ -80,7 +80,6 @@ class Dense:
         damping = _damping_within(
             jnp.append(singular_values, 0),
             jnp.append(coefficients, flat),
-            # b was divided by the unit, and so is the bound on the direction.
             jnp.asarray(radius, dtype) / unit,
         )
         return _solve(curvature, diagonal, damping, b, unit, rhs), state, damping
@@ -125,7 +124,6 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     upper = jnp.linalg.qr(factor, mode="r")
 
     def semi_normal(vector):
-        # R'ᵀ first, then R'.
         inner = jax.scipy.linalg.solve_triangular(upper, vector, trans=1)
         return jax.scipy.linalg.solve_triangular(upper, inner)
 
@@ -187,7 +185,6 @@ def _damping_within(
         _, _, following, count = now
         return following, *length_and_next(following), count + 1
 
-    # The start lies left of every λ above the floor, from where Newton approaches it.
     floor = jnp.asarray(eps, squares.dtype)
     _, _, following, _ = jax.lax.while_loop(outside, iterate, (floor, *length_and_next(floor), 0))
     return scale * jnp.maximum(following, floor)

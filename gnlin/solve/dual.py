@@ -94,8 +94,7 @@ class Dual:
     otherwise: Solver | None = None
 
     def __post_init__(self):
-        # The state holds p only with momentum. This decides its form, so μ cannot be a traced
-        # number.
+        # Only with momentum does the state hold p, and a traced μ cannot decide its form.
         if isinstance(self.momentum, bool | Tracer) or not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` must lie in [0, 1); got {self.momentum!r}")
         check_integer("max_outputs", self.max_outputs)
@@ -113,7 +112,6 @@ class Dual:
         dtype = tree.accumulation_dtype(rhs)
         start = tree.scale(self.momentum, state.last) if self.momentum else None
         stats = {} if self.otherwise is None else self.otherwise.init(rhs)[1]
-        # Known from shapes, so the choice of the solver is made once, in the trace.
         count = tree.size(jax.eval_shape(system.jvp, rhs))
         other_state = state.otherwise
         if count <= self.max_outputs:
@@ -200,7 +198,7 @@ MAX_REFINEMENTS = 3
 
 
 class _Refinement(NamedTuple):
-    x: Params  # the solution so far
+    x: Params
     residual: Params  # b + λμDp − Ax, of x rounded
     relative: jax.Array  # norm of the residual over that of the right-hand side
     halved: jax.Array  # by the last refinement

@@ -107,7 +107,6 @@ class Jacobi:
             squares = _squares(reading, tree.cast_like(sample, like), dtype)
             return [squares[index] for index in range(len(squares))]
 
-        # All probes are pulled back together, and share the linearisation.
         samples = jax.vmap(estimate)(jax.random.split(key, self.probes))
         latest = [jnp.mean(each, axis=0) for each in samples]
         leaves, structure = jax.tree.flatten(state.diagonal)

@@ -118,7 +118,6 @@ class Kronecker:
 
         def factors(leaf) -> _Factors:
             if leaf.ndim < 2:
-                # A vector has one side only.
                 return _Factors(jnp.zeros([leaf.size], dtype), jnp.zeros([0], dtype))
             return _Factors(*map(moment, matrix_shape(leaf.shape)))
 
@@ -142,8 +141,7 @@ class Kronecker:
         layers, pull_back = read_layers(system.jvp, params)
         before = _factors_of(state)
         latest = self._moments(layers, pull_back, system, params, before, state.count)
-        # A plain mean, until the average has as much of the past as `decay` says. The first system
-        # replaces the zeros.
+        # A plain mean, until the average has as much of the past as `decay` says.
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
         next_state = _state_of(state.count + 1, factors, params)
@@ -271,7 +269,6 @@ def _inverse(
     leaves, structure = jax.tree.flatten(params)
     layer_of = {layer.weight: layer for layer in layers}
     in_layers = {layer.bias for layer in layers}
-    # A bias in a layer is solved with its weight.
     alone = [index for index in range(len(leaves)) if index not in in_layers]
     matrices = [
         _matrix(index, layer_of.get(index), leaves[index].shape, factors[index], damping)

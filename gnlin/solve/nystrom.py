@@ -134,7 +134,6 @@ class Nystrom:
         noise = jax.random.normal(key, last.shape, dtype) / jnp.sqrt(
             jnp.asarray(max(len(last), 1), dtype)
         )
-        # Orthonormal columns of Ω, one a row for the loop below.
         columns = jnp.linalg.qr(last + noise)[0].T
         together = min(self.batch_size, len(columns))
         test, images = jax.lax.map(product, columns, batch_size=together if together > 1 else None)

@@ -259,14 +259,12 @@ class TrustRegion:
         accepted = trial.gain_ratio > self.accept
         trial = tree.cast(trial, state.radius.dtype)
         uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
-        # A parabola with slope s and change −d of the loss has its minimum at ½ s / (s + d) of the
-        # step.
+        # The minimum of the parabola with slope s and change −d lies at ½ s / (s + d) of the step.
         factor = jnp.maximum(0.5 * trial.slope / (trial.slope + uphill), 0.1)
         factor = jnp.where(jnp.isfinite(factor), factor, 0.1)
         # A first radius far beyond the reach of the model would take many rejections to come down.
         radius = jnp.where(state.radius > 0, trial.radius, jnp.minimum(trial.radius, trial.length))
         smaller = factor * jnp.minimum(radius, 10 * trial.length)
-        # A step that ended inside was not bounded by the radius.
         inside = trial.length < 0.99 * trial.radius
         radius = jnp.where((trial.gain_ratio >= 0.75) | inside, 2 * trial.length, radius)
         radius = jnp.where(trial.gain_ratio > 0.25, radius, smaller)  # also where the ratio is NaN

@@ -33,7 +33,7 @@ from gnlin.tree import Batch, Params
 
 class KernelDriftState(NamedTuple):
     inner: optax.OptState
-    count: jax.typing.ArrayLike  # updates so far
+    count: jax.typing.ArrayLike
     reference: jax.Array  # (n, n), the kernel that others are compared with
     metrics: dict[str, jax.Array]
 
@@ -111,7 +111,6 @@ def measure_kernel_drift(
 
     def examples_of(params) -> int:
         if jax.tree.leaves(params) and not tree.has_holes(params):
-            # From shapes alone: the state needs n before any kernel is computed.
             outputs = jax.eval_shape(lambda p: objective.outputs_and_aux(p, probe)[0], params)
             return number_of_examples(outputs)
         # Without all parameters there are no outputs to count.
@@ -137,8 +136,7 @@ def measure_kernel_drift(
             updates, state.inner, params, all_params=all_params, **extra_args
         )
         found = linearised_state(inner_state)
-        # The anchor of this update, from the state after it. A mask hides leaves of the anchor,
-        # too.
+        # The anchor of this update; a mask hides leaves of it, too.
         trained = params if found is None else tree.fill_holes(found.anchor, params)
 
         def measure(trained):
@@ -159,7 +157,6 @@ def measure_kernel_drift(
             age = state.metrics["kernel/age"] + 1
             return state.reference, {**state.metrics, "kernel/age": age}
 
-        # A branch, so that other updates do not compute the kernel.
         first, metrics = jax.lax.cond(state.count % every == 0, measure, keep, trained)
         count = optax.safe_increment(state.count)
         return updates, KernelDriftState(inner_state, count, first, metrics)

@@ -36,8 +36,8 @@ from gnlin.tree import Batch, Params
 
 
 class GaussNewtonState(NamedTuple):
-    count: jax.typing.ArrayLike  # updates so far
-    solver: Any  # state of the solver
+    count: jax.typing.ArrayLike
+    solver: Any
     damping: Any  # state of the policy, such as λ
     step: Any  # state of the step rule, such as the last step
     metrics: dict[str, jax.Array]
@@ -123,8 +123,7 @@ def gauss_newton(
         damping_state, damping_stats = policy.init(params)
         step_state, step_stats = step.init(params)
         zero = jnp.asarray(0.0, float)
-        # Metrics have the same names and dtypes from `init` on, so `jax.lax.scan` accepts the
-        # state.
+        # The same names and dtypes from here on, so `jax.lax.scan` accepts the state.
         own = {"damping": zero, "gain_ratio": zero, "loss": zero, "accepted": jnp.asarray(False)}
         state = GaussNewtonState(
             count=jnp.zeros([], jnp.int32),

@@ -55,7 +55,7 @@ _LONGEST_SKIPPING_PERIOD = 10
 
 
 class LinearisedGradientsState(NamedTuple):
-    count: jax.typing.ArrayLike  # updates so far
+    count: jax.typing.ArrayLike
     anchor: Params  # φ
     period: Any  # of the rule; its `moves` says whether the next update moves the anchor
     metrics: dict[str, jax.Array]

@@ -149,8 +149,6 @@ class LayerPeriods:
         # Of equal labels, such as 1 and True, those of `periods`.
         known = {label: label for label in self.periods}
         try:
-            # A dictionary and not a set, for the order of the message. A label without a hash is an
-            # error.
             unknown = dict.fromkeys(label for label in found if label not in known)
         except TypeError as error:
             raise TypeError(

@@ -30,10 +30,10 @@ from gnlin.tree import Batch, Params
 
 
 class LevenbergMarquardtState(NamedTuple):
-    count: jax.typing.ArrayLike  # updates so far
+    count: jax.typing.ArrayLike
     damping: Any  # state of the policy: λ, or a radius
     scaling: Any  # largest diagonal of G so far, shaped like the parameters; () for the identity
-    solver: Any  # state of the solver
+    solver: Any
     metrics: dict[str, jax.Array]
 
 
@@ -135,19 +135,16 @@ def levenberg_marquardt(
     ):
         del updates, extra_args
         problem = visible_problem(objective, params, all_params)
-        # First, so that the error names the state, and not a shape deep in the solver.
         check_state(state, init_fn, params)
         model = quadratic_model(problem, params, batch)
         rhs = model.gradient()
         largest, diagonal = state.scaling, None
         if scaling == "marquardt":
-            # The largest so far, and not the one here, after Moré.
             largest = jax.tree.map(jnp.maximum, largest, _ggn_diagonal(model))
             # A parameter without influence so far is damped as if its diagonal were 1.
             diagonal = jax.tree.map(lambda d: jnp.where(d > 0, d, 1), largest)
 
         if isinstance(policy, TrustRegion):
-            # The solver finds λ from the radius.
             radius = policy.bound(state.damping, _length(params, diagonal))
             solved = _solve_within(solver, model, diagonal, rhs, radius, state.solver)
         else:
@@ -158,7 +155,6 @@ def levenberg_marquardt(
         metrics = {}
         if geodesic_acceleration is not None:
             system = model.system(solved.damping, diagonal)
-            # The same system, λ included, with another right-hand side.
             correction, size = _acceleration(problem, model, batch, step, solver, system)
             # Too large a correction says that the expansion along the step does not hold.
             step = tree.select(size <= geodesic_acceleration, tree.add(step, correction), step)
@@ -183,7 +179,6 @@ def levenberg_marquardt(
             **damping_stats,
             **solved.solution.stats,
         }
-        # Exact zeros where it is rejected: parameters must not move.
         taken = tree.select(accepted, step, tree.zeros_like(step))
         return taken, LevenbergMarquardtState(
             count=optax.safe_increment(state.count),

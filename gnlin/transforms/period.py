@@ -20,8 +20,7 @@ from gnlin.checks import check_integer, check_part, check_positive, is_integer, 
 from gnlin.solve.protocols import Stats
 from gnlin.tree import Outputs, Params
 
-# Never counted down, for it is below 0.
-FOREVER = -1  # updates left of an anchor that never moves
+FOREVER = -1  # updates left of an anchor that never moves: below 0, and so never counted down
 
 
 class Served(NamedTuple):
@@ -130,7 +129,7 @@ def _cycle_length(period: Any, count: jax.typing.ArrayLike) -> jax.Array:
 
 
 class GapState(NamedTuple):
-    moves: jax.Array  # whether the next update moves the anchor
+    moves: jax.Array
     remaining: jax.Array  # updates until the longest cycle ends
     exceeded: jax.Array  # checks in a row that found the gap beyond the limit
     gap: jax.Array  # result of the last check
@@ -209,13 +208,11 @@ class RelativeGap:
             linearised = tree.add(served.outputs, served.displacement)
             return _relative_gap(served.network(), linearised, served.displacement).astype(float)
 
-        # At a new anchor θ = φ, and the gap is 0 without a check.
         fresh = served.age == 0
         due = ~fresh & (served.age % self.every == 0)
         # A branch, so that an update without a check does no forward pass of the network.
         gap = jax.lax.cond(due, check, lambda state: state.gap, state)
         longer = jnp.where(gap > self.limit, state.exceeded + 1, 0)
-        # An update without a check leaves the count as it is.
         exceeded = jnp.where(due, longer, state.exceeded)
         stale = due & (exceeded >= self.patience)
         remaining = count_down(self.longest, state.moves, state.remaining, served.count)

@@ -125,7 +125,6 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     seen = collections.Counter()
     for state in _states(opt_state):
         for name, value in state.metrics.items():
-            # Two transforms may report the same name, and none is to hide the other.
             collected[f"{name}/{seen[name]}" if seen[name] else name] = value
             seen[name] += 1
     return collected
