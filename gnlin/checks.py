@@ -59,7 +59,7 @@ def check_part(name: str, part: Any, methods: Sequence[str], kind: str, example:
         name: of the argument.
         part: a solver, a step rule, a policy, written by anybody.
         methods: names of the methods that will be called.
-        kind: what the part is, in words.
+        kind: of the part, in words.
         example: code for one that serves.
     """
     if isinstance(part, type):

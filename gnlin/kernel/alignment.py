@@ -39,7 +39,7 @@ def kernel_alignment(a: jax.Array, b: jax.Array, *, centred: bool = True) -> jax
     a, b = _kernels(a, b)
     if centred:
         a, b = _centre(a), _centre(b)
-    # Rounding alone must not carry it beyond 1.
+    # Rounding alone must not take it beyond 1.
     return jnp.clip(tree.inner(_unit(a), _unit(b)), -1, 1)
 
 

@@ -90,7 +90,7 @@ def as_a_whole(request: Request) -> jax.Array:
 def _whole_kernel(
     request: Request, params: Params, batch: Batch, other: Batch, budget: int
 ) -> jax.Array:
-    """K, of rows where these can be had, and of columns elsewhere. `other` may be `None`."""
+    """K, of rows where these are found, and of columns elsewhere. `other` may be `None`."""
     a = linearise(request.objective, params, batch)
     b = a if other is None else linearise(request.objective, params, other)
     found = [find_rows(linear.jvp, params, budget, keep=budget) for linear in (a, b)]
@@ -122,7 +122,7 @@ _AXES: dict[Pairs, tuple[int, int]] = {"full": (0, 2), "diagonal": (1, 2), "trac
 
 def in_parts(request: Request) -> jax.Array:
     """K of batches that can be cut, with parts as large as there is room for."""
-    left: frozenset[int] = frozenset()  # leaves whose rows have to be had one example at a time
+    left: frozenset[int] = frozenset()  # leaves whose rows are computed one example at a time
     while True:
         parts = _Parts(request, left)
         try:
@@ -137,7 +137,7 @@ class _Parts(NamedTuple):
     """Rows of J at parts of the two batches, and products of these rows."""
 
     request: Request
-    left: frozenset[int]  # leaves whose rows are had one example at a time
+    left: frozenset[int]  # leaves whose rows are computed one example at a time
 
     @property
     def budget(self) -> int:

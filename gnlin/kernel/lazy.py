@@ -130,7 +130,7 @@ def lazy_training(
     weights. Another loss counts as its quadratic model at f(φ), as with
     ``loss_model="quadratic"``, less the share `outside` of the gradient.
 
-    It takes two eigendecompositions of the size of the N·C outputs. Long times deserve double
+    It takes two eigendecompositions of the size of the N·C outputs, and long times deserve double
     precision.
 
     Args:

@@ -103,8 +103,8 @@ def ntk_vector_product(
 ) -> Callable[[Outputs], Outputs]:
     r"""Products :math:`v \mapsto J_a J_b^\top v` with the kernel between two batches.
 
-    No kernel is formed. The linearisations are done once. Each product then costs one pull-back and
-    one push-forward.
+    No kernel is formed. The linearisations are done once, and each product then costs one pull-back
+    and one push-forward.
 
     Args:
         objective: the problem; its loss plays no part.

@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The rows that can be had by one pull-back for each output of an example."""
+    """The rows that one pull-back for each output of an example gives."""
 
     rows: Rows
     layers: tuple[Layer, ...]  # those that the rows have
@@ -195,7 +195,7 @@ def _pull_back_by_example(
     def of_output(place: jax.Array) -> _OfOneOutput:
         basis = _basis_cotangent(place, outputs, examples)
         values = run_by_example(pull_back, jax.tree.leaves(basis), examples)
-        # Boxes, for `jax.tree` would look into the values.
+        # Boxes, for `jax.tree` would take the values apart.
         of_layers, of_others = jax.tree.unflatten(structure, [_Box(value) for value in values])
         found = _OfOneOutput({}, {})
         for number, (value,) in enumerate(of_layers):
@@ -224,7 +224,7 @@ def _pull_back_by_example(
 
 
 class _Box(NamedTuple):
-    """Keeps a pytree from being looked into."""
+    """Keeps a pytree in one piece."""
 
     value: Any
 

@@ -95,7 +95,7 @@ class QuadraticModel:
     def change(self, step: Params) -> jax.Array:
         """gᵀδ + ½ δᵀGδ by one push-forward.
 
-        A difference of two losses would suffer from cancellation. This sum does not.
+        It is free of the cancellation that a difference of two losses suffers from.
         """
         # gᵀδ = <∇ℓ, Jδ> and δᵀGδ = <Jδ, HJδ>: one push-forward serves both terms.
         moved = self.linear.jvp(step)

@@ -193,7 +193,7 @@ def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, j
 
 
 # Each takes some four gradients. Where three have not brought the residual down to √ε, λ is below
-# what K resolves.
+# the resolution of K.
 MAX_REFINEMENTS = 3
 
 

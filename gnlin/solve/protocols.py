@@ -137,7 +137,7 @@ PreconditionerFunction = Callable[[System], Callable[[Params], Params]]
 def solve_soundly(solver: Solver, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
     """Solve a system, and drop a next state that is not finite."""
     solution, next_state = solver.solve(system, rhs, state)
-    # Averages and warm starts would carry the NaN of one batch into all later solves.
+    # Averages and warm starts would spread the NaN of one batch to all later solves.
     return solution, tree.select(tree.all_finite(next_state), next_state, state)
 
 

@@ -30,7 +30,8 @@ class Trial(NamedTuple):
     """One step δ and its outcome; all scalars.
 
     Attributes:
-        gain_ratio: ρ = actual decrease / predicted decrease; −∞ where it cannot be told.
+        gain_ratio: ρ = actual decrease / predicted decrease; −∞ where it is not finite, or no
+            decrease was predicted.
         decrease: ℓ(θ) − ℓ(θ + δ).
         slope: ∇ℓᵀδ.
         length: ‖D^½ δ‖.

@@ -77,7 +77,8 @@ def measure_kernel_drift(
             `None` for the kernel at the first update.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; `update` takes what `inner` takes, and
+        An `optax.GradientTransformationExtraArgs`; `update` takes the arguments of `inner`, and
+            ``all_params``.
         ``all_params``.
 
     Raises:
@@ -106,7 +107,7 @@ def measure_kernel_drift(
     check_objective(objective)
     check_not_bound("probe", objective, probe)
     if probe is None and not objective.is_bound:
-        raise ValueError("`probe` is missing: pass the examples whose kernel is to be followed")
+        raise ValueError("`probe` is missing: pass the examples of the kernel that is followed")
     check_integer("every", every)
 
     def examples_of(params) -> int:
@@ -178,7 +179,7 @@ def _length(probe: Batch) -> int:
     if len(lengths) != 1:
         raise ValueError(
             "`reference` is needed where parameters are masked and the leaves of the probe differ "
-            "in length: how many examples there are cannot be told from "
+            "in length: the number of examples cannot be read from "
             f"{jax.tree.map(jnp.shape, probe)}"
         )
     return lengths.pop()

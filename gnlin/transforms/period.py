@@ -193,8 +193,8 @@ class RelativeGap:
         least = self.patience * self.every
         if self.longest is not None and self.longest <= least:
             raise ValueError(
-                f"`longest` must be more than patience * every = {least}, or the gap never has a "
-                f"say; got {self.longest}"
+                f"`longest` must be more than patience * every = {least}, or the gap never "
+                f"decides; got {self.longest}"
             )
 
     def init(self, params: Params) -> tuple[GapState, Stats]:

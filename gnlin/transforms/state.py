@@ -72,7 +72,7 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
 
     That is :math:`f(\phi) + J(\phi)(\theta - \phi)` where `opt_state` holds an anchor φ that the
     next update will still use. At the end of a cycle, or without an anchor, it is the true model
-    f(θ). It works under `jit`. It costs at most twice a forward pass and a little more.
+    f(θ). It works under `jit`, and costs at most twice a forward pass and a little more.
 
     Args:
         objective: the problem.

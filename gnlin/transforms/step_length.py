@@ -51,7 +51,7 @@ class Step:
     Attributes:
         step: δ, to be added to the parameters.
         change: predicted change of the loss by δ, damping aside.
-        sound: whether all that the choice was made from was finite.
+        sound: whether all inputs of the choice were finite.
         stats: flat dictionary of scalars.
     """
 
