@@ -123,8 +123,8 @@ def lazy_training(
 ) -> LazyTraining:
     r"""Solve the training of the linearised model in closed form, at any time.
 
-    .. math:: \theta_k = \phi - J^\top R\,Q\,F_k(\Lambda)\,Q^\top R^+ g,
-              \qquad R^\top J J^\top R = Q \Lambda Q^\top
+    .. math:: \theta_k = \phi - J^\top R\,Q\,F_k(\Lambda)\,Q^\top R^+ g, \qquad
+              R^\top J J^\top R = Q \Lambda Q^\top
 
     This is exact where the loss is quadratic in the outputs. A squared error is, whatever its
     weights. Another loss counts as its quadratic model at f(φ), as with

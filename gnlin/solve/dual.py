@@ -57,7 +57,7 @@ class Dual:
 
     With `momentum` the direction is damped towards μ times the last solution p (SPRING):
 
-    .. math:: (J^\top H J + \lambda D)\, x = b + \lambda \mu D p,
+    .. math:: (J^\top H J + \lambda D)\, x = b + \lambda \mu D p.
 
     This adds μp to n above. In directions that this batch does not see, x has the part that earlier
     batches found.

@@ -67,8 +67,8 @@ class Kronecker:
     shared between the factors,
 
     .. math:: M = \Big(A + \pi\sqrt{\lambda}\, I\Big) \otimes
-                  \Big(S + \tfrac{1}{\pi}\sqrt{\lambda}\, I\Big),
-              \qquad \pi^2 = \frac{\operatorname{tr} A / \dim A}{\operatorname{tr} S / \dim S}.
+                  \Big(S + \tfrac{1}{\pi}\sqrt{\lambda}\, I\Big), \qquad
+              \pi^2 = \frac{\operatorname{tr} A / \dim A}{\operatorname{tr} S / \dim S}.
 
     It is a preconditioner in ``CG(preconditioner=Kronecker())``. As a solver it gives the direction
     M⁻¹b, whose length a step rule has to find (`Subspace`, the default of `gauss_newton`). A

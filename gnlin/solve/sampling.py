@@ -20,9 +20,9 @@ def root_sample(
     Its covariance is H, to the accuracy of so many iterations. Its pull-back
     :math:`J^\top H^{1/2}\varepsilon` then has the covariance G.
 
-    Lanczos' method makes an orthonormal basis Q of the Krylov space of ε, with
-    :math:`HQ = QT`, T tridiagonal. Then :math:`H^{1/2}\varepsilon \approx
-    \|\varepsilon\|\, Q\, T^{1/2} e_1`. Negative eigenvalues of T count as 0.
+    Lanczos' method makes an orthonormal basis Q of the Krylov space of ε, with :math:`HQ = QT`, T
+    tridiagonal, and then :math:`H^{1/2}\varepsilon \approx \|\varepsilon\|\, Q\, T^{1/2} e_1`.
+    Negative eigenvalues of T count as 0.
 
     Args:
         output_hessian: u ↦ Hu, H positive semi-definite.
