@@ -2,8 +2,10 @@
 
 The package multiplies by J, H and Jᵀ in turn. Here the Gauss-Newton matrix is instead the Hessian,
 by nested reverse mode, of the loss on the linearised model, as a function of the raveled
-parameters.
+parameters. Each reference is compiled as one program: one operation at a time takes far longer.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,11 @@ def raveled(objective, params, batch):
 def linearised_loss(objective, anchor, batch):
     """Flat parameters ↦ ℓ(f(φ) + J(φ)(θ − φ)), J materialised by reverse mode."""
     flat, _, outputs = raveled(objective, anchor, batch)
-    jacobian = jax.jacrev(outputs)(flat)
-    at_anchor = outputs(flat)
 
+    @jax.jit
     def loss(vector):
-        moved = jax.tree.map(lambda z, j: z + j @ (vector - flat), at_anchor, jacobian)
+        jacobian = jax.jacrev(outputs)(flat)
+        moved = jax.tree.map(lambda z, j: z + j @ (vector - flat), outputs(flat), jacobian)
         return objective.loss(moved, batch)
 
     return loss
@@ -33,13 +35,23 @@ def linearised_loss(objective, anchor, batch):
 
 def ggn_matrix(objective, params, batch) -> np.ndarray:
     """G (P, P): Hessian of the loss on the linearised model at the anchor."""
+    return np.asarray(_ggn_matrix(objective, params, batch))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ggn_matrix(objective, params, batch):
     flat, _, _ = raveled(objective, params, batch)
-    return np.asarray(jax.jacrev(jax.jacrev(linearised_loss(objective, params, batch)))(flat))
+    return jax.jacrev(jax.jacrev(linearised_loss(objective, params, batch)))(flat)
 
 
 def gradient(objective, params, batch) -> np.ndarray:
+    return np.asarray(_gradient(objective, params, batch))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(objective, params, batch):
     flat, unravel, _ = raveled(objective, params, batch)
-    return np.asarray(jax.grad(lambda vector: objective.value(unravel(vector), batch))(flat))
+    return jax.grad(lambda vector: objective.value(unravel(vector), batch))(flat)
 
 
 def iterative_linearisation(objective, inner, params, batches, period, *, quadratic=False):
@@ -49,17 +61,22 @@ def iterative_linearisation(objective, inner, params, batches, period, *, quadra
     for count, batch in enumerate(batches):
         if count == 0 or (period and count % period == 0):
             anchor = flat
-        _, unravel, _ = raveled(objective, params, batch)
-        loss = linearised_loss(objective, unravel(anchor), batch)
-        if quadratic:
-            slope, curvature = jax.grad(loss)(anchor), jax.jacrev(jax.jacrev(loss))(anchor)
-            grads = slope + curvature @ (flat - anchor)
-        else:
-            grads = jax.grad(loss)(flat)
-        updates, state = inner.update(grads, state, flat)
-        flat = optax.apply_updates(flat, updates)
+        flat, state = _step(objective, inner, quadratic, params, flat, state, anchor, batch)
         iterates.append(np.asarray(flat))
     return np.stack(iterates)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(objective, inner, quadratic, like, flat, state, anchor, batch):
+    _, unravel = ravel_pytree(like)
+    loss = linearised_loss(objective, unravel(anchor), batch)
+    if quadratic:
+        slope, curvature = jax.grad(loss)(anchor), jax.jacrev(jax.jacrev(loss))(anchor)
+        grads = slope + curvature @ (flat - anchor)
+    else:
+        grads = jax.grad(loss)(flat)
+    updates, state = inner.update(grads, state, flat)
+    return optax.apply_updates(flat, updates), state
 
 
 def normal(*shape, seed):

@@ -1,5 +1,6 @@
 """Products, solves and trajectories against dense references derived differently, in float64."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,13 @@ def _weighted_cross_entropy(outputs, batch):
     return jnp.sum(batch["weights"] * losses) / jnp.sum(batch["weights"])
 
 
+@functools.cache
 def _cases():
+    with enable_x64(True):
+        return _built()
+
+
+def _built():
     x = oracles.normal(7, 3, seed=0)
     labels = jax.nn.one_hot(jnp.arange(7) % 4, 4, dtype=x.dtype)
     mask = jnp.asarray([1.0, 0, 1, 1, 0, 1, 1])
@@ -122,16 +129,20 @@ def test_ggn_product_is_the_hessian_of_the_loss_on_the_linearised_model(problem)
 def test_quadratic_model_is_the_second_order_expansion(problem):
     objective, params, batch = problem
     step = jax.tree.map(lambda leaf: 0.1 * jnp.sin(leaf), params)
-    model = gnlin.quadratic_model(objective, params, batch)
+
+    @jax.jit
+    def expand(params, batch, step):
+        model = gnlin.quadratic_model(objective, params, batch)
+        return model.change(step), model(step), objective.value(params, batch)
+
+    change, value, at_anchor = expand(params, batch, step)
     g, matrix, d = (
         oracles.gradient(objective, params, batch),
         oracles.ggn_matrix(objective, params, batch),
         _flat(step),
     )
-    np.testing.assert_allclose(model.change(step), g @ d + d @ matrix @ d / 2, **CLOSE)
-    np.testing.assert_allclose(
-        model(step), objective.value(params, batch) + g @ d + d @ matrix @ d / 2, **CLOSE
-    )
+    np.testing.assert_allclose(change, g @ d + d @ matrix @ d / 2, **CLOSE)
+    np.testing.assert_allclose(value, at_anchor + g @ d + d @ matrix @ d / 2, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -160,22 +171,27 @@ def test_without_updates_the_right_hand_side_is_the_gradient_and_curvature_may_h
     objective, params, batch = problem
     other = {**batch, "x": batch["x"][::-1] * 0.5}
     tx = gnlin.scale_by_gauss_newton(objective, 0.5, solver=gnlin.Dense())
-    step, _ = tx.update(None, tx.init(params), params, batch=batch, curvature_batch=other)
+    step, _ = jax.jit(tx.update)(None, tx.init(params), params, batch=batch, curvature_batch=other)
     matrix = oracles.ggn_matrix(objective, params, other) + 0.5 * np.eye(len(_flat(params)))
     expected = np.linalg.solve(matrix, oracles.gradient(objective, params, batch))
     np.testing.assert_allclose(_flat(step), expected, rtol=1e-9, atol=1e-10)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _small_solve(solver, rhs):
+    objective = gnlin.Objective.least_squares(
+        lambda p: jnp.asarray([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]]) @ p
+    )
+    tx = gnlin.scale_by_gauss_newton(objective, 0.0, solver=solver)
+    return tx.update(rhs, tx.init(rhs), jnp.ones(2))[0]
+
+
 @given(size=st.floats(-300, 300), seed=st.integers(0, 2**31))
 def test_solves_are_free_of_scale(size, seed):
     with enable_x64(True):
-        objective = gnlin.Objective.least_squares(
-            lambda p: jnp.asarray([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0]]) @ p
-        )
-        rhs = oracles.normal(2, seed=seed) * 10.0**size
+        rhs = np.random.default_rng(seed).standard_normal(2) * 10.0**size
         for solver in (gnlin.CG(rtol=1e-12), gnlin.Dense()):
-            tx = gnlin.scale_by_gauss_newton(objective, 0.0, solver=solver)
-            step, _ = tx.update(rhs, tx.init(rhs), jnp.ones(2))
+            step = _small_solve(solver, rhs)
             np.testing.assert_allclose(
                 step, np.linalg.solve([[5.0, 3.0], [3.0, 11.0]], rhs), rtol=1e-8
             )
@@ -185,14 +201,14 @@ def test_solves_are_free_of_scale(size, seed):
 def test_zero_and_non_finite_right_hand_sides_give_finite_steps(solver):
     objective = gnlin.Objective.least_squares(lambda p: 2.0 * p)
     tx = gnlin.scale_by_gauss_newton(objective, 0.0, solver=solver)
-    params = jnp.ones(3)
+    params, update = jnp.ones(3), jax.jit(tx.update)
     name = type(solver).__name__.lower()
     for rhs, converged in (
         (jnp.zeros(3), True),
         (jnp.full(3, jnp.nan), False),
         (jnp.full(3, 1e-38), True),
     ):
-        step, state = tx.update(rhs, tx.init(params), params)
+        step, state = update(rhs, tx.init(params), params)
         assert np.all(np.isfinite(step))
         assert bool(gnlin.metrics(state)[f"{name}/converged"]) is converged
 
@@ -209,9 +225,9 @@ def test_preconditioner_warm_start_and_progress_rule_change_the_work_and_not_the
 
     def solve(solver, times=1):
         tx = gnlin.scale_by_gauss_newton(objective, 0.0, solver=solver)
-        state = tx.init(jnp.ones(6))
+        state, update = tx.init(jnp.ones(6)), jax.jit(tx.update)
         for _ in range(times):
-            step, state = tx.update(jnp.ones(6), state, jnp.ones(6))
+            step, state = update(jnp.ones(6), state, jnp.ones(6))
         return step, int(gnlin.metrics(state)["cg/iterations"])
 
     plain, plain_steps = solve(gnlin.CG(max_iterations=200, rtol=1e-10))
@@ -225,13 +241,16 @@ def test_preconditioner_warm_start_and_progress_rule_change_the_work_and_not_the
     assert 10 < stalled_steps < 30
 
 
+MOMENTUM = optax.sgd(0.3, momentum=0.9)  # one, so that the reference is compiled once
+
+
 @pytest.mark.parametrize("quadratic", [False, True], ids=["exact", "quadratic"])
 @pytest.mark.parametrize("period", [1, 2, 5, 16, None])
 def test_trajectories_equal_the_two_nested_loops(x64, period, quadratic):
     case = _cases()[3]
     objective, params = gnlin.Objective(case.model, case.loss), _params()
     batches = [{**case.batch, "x": case.batch["x"] + 0.1 * i} for i in range(18)]
-    inner = optax.sgd(0.3, momentum=0.9)
+    inner = MOMENTUM
     expected = oracles.iterative_linearisation(
         objective, inner, params, batches, period, quadratic=quadratic
     )
@@ -256,13 +275,18 @@ def test_period_one_is_the_inner_optimiser():
     inner = optax.adam(1e-2)
     tx = optax.chain(gnlin.linearise_gradients(objective, 1), inner)
     ours, theirs = (params, tx.init(params)), (params, inner.init(params))
+
+    @jax.jit
+    def step(ours, theirs):
+        updates, state = tx.update(None, ours[1], ours[0], batch=batch)
+        ours = optax.apply_updates(ours[0], updates), state
+        grads = objective.value_and_grad(theirs[0], batch)[1]
+        updates, state = inner.update(grads, theirs[1], theirs[0])
+        return ours, (optax.apply_updates(theirs[0], updates), state)
+
     with jax.numpy_dtype_promotion("standard"):  # inside Optax's Adam
         for _ in range(5):
-            updates, state = tx.update(None, ours[1], ours[0], batch=batch)
-            ours = optax.apply_updates(ours[0], updates), state
-            grads = objective.value_and_grad(theirs[0], batch)[1]
-            updates, state = inner.update(grads, theirs[1], theirs[0])
-            theirs = optax.apply_updates(theirs[0], updates), state
+            ours, theirs = step(ours, theirs)
     np.testing.assert_allclose(_flat(ours[0]), _flat(theirs[0]), **tolerance(jnp.float32))
 
 
@@ -272,7 +296,7 @@ def test_prox_linear_is_one_cycle_on_one_batch(x64):
     inner = optax.sgd(0.2, momentum=0.5)
     expected = oracles.iterative_linearisation(objective, inner, params, [case.batch] * 6, None)[-1]
     tx = gnlin.prox_linear(inner, objective, steps=6)
-    updates, _ = tx.update(None, tx.init(params), params, batch=case.batch)
+    updates, _ = jax.jit(tx.update)(None, tx.init(params), params, batch=case.batch)
     np.testing.assert_allclose(
         _flat(optax.apply_updates(params, updates)), expected, rtol=1e-10, atol=1e-11
     )
@@ -287,10 +311,16 @@ def test_line_search_is_never_worse_than_not_moving():
     )
     params, losses = jnp.asarray([-1.2, 1.0]), []
     state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, after = tx.update(None, state, params)
+        return optax.apply_updates(params, updates), after, objective.value(params)
+
     for _ in range(30):
-        losses += [float(objective.value(params))] if state.linearised.period.moves else []
-        updates, state = tx.update(None, state, params)
-        params = optax.apply_updates(params, updates)
+        moves = bool(state.linearised.period.moves)
+        params, state, loss = step(params, state)
+        losses += [float(loss)] if moves else []
     assert np.all(np.diff(losses) <= 1e-5 * np.abs(losses[:-1]))
     assert losses[-1] < losses[0]
 
@@ -329,11 +359,15 @@ def test_k_steps_filter_as_damping_does_at_one_over_eta_k(x64):
     jacobian, _, objective = _linear_problem()
     start, steps = oracles.normal(9, seed=10), 8
     gaps = []
-    for damping in (1e4, 1e5):
+
+    @jax.jit
+    def both(damping, start):
         tx = gnlin.prox_linear(optax.sgd(1 / (damping * steps)), objective, steps=steps)
-        linearised, _ = tx.update(None, tx.init(start), start)
         damped = full_steps(objective, damping, solver=gnlin.Dense())
-        solved, _ = damped.update(None, damped.init(start), start)
+        return [each.update(None, each.init(start), start)[0] for each in (tx, damped)]
+
+    for damping in (1e4, 1e5):
+        linearised, solved = both(damping, start)
         u, sigma, vt = np.linalg.svd(jacobian, full_matrices=False)
         filtered = (1 - (1 - sigma**2 / (damping * steps)) ** steps) / sigma
         residual = np.asarray(objective.outputs_and_aux(start)[0])
@@ -351,14 +385,16 @@ def test_predict_follows_the_model_being_trained(x64):
     tx = gnlin.linearise_gradients(objective, 2)
     moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
     state = tx.init(params)
-    _, within = tx.update(None, state, params, batch=case.batch)
-    _, at_end = tx.update(None, within, moved, batch=case.batch)
+    update = jax.jit(tx.update)
+    predict = jax.jit(lambda state: gnlin.predict(objective, state, moved, case.batch))
+    _, within = update(None, state, params, batch=case.batch)
+    _, at_end = update(None, within, moved, batch=case.batch)
     true = objective.outputs_and_aux(moved, case.batch)[0]
-    linear = gnlin.linearise(objective, params, case.batch).predict(moved)
+    linear = jax.jit(lambda: gnlin.linearise(objective, params, case.batch).predict(moved))()
     assert np.max(np.abs(true - linear)) > 1e-3
-    np.testing.assert_allclose(gnlin.predict(objective, within, moved, case.batch), linear, **CLOSE)
-    np.testing.assert_allclose(gnlin.predict(objective, at_end, moved, case.batch), true, **CLOSE)
-    np.testing.assert_allclose(gnlin.predict(objective, (), moved, case.batch), true, **CLOSE)
+    np.testing.assert_allclose(predict(within), linear, **CLOSE)
+    np.testing.assert_allclose(predict(at_end), true, **CLOSE)
+    np.testing.assert_allclose(predict(()), true, **CLOSE)
 
 
 def test_models_with_only_a_reverse_rule_go_through_the_transpose(x64):
@@ -372,10 +408,13 @@ def test_models_with_only_a_reverse_rule_go_through_the_transpose(x64):
         return gnlin.Objective(lambda p, batch: function(batch["x"] @ p), _squared)
 
     batch, params = {"x": oracles.normal(5, 3, seed=1)}, oracles.normal(3, seed=2)
-    ours = gnlin.ggn_vector_product(objective(activation), params, batch)(params)
-    np.testing.assert_allclose(
-        ours, gnlin.ggn_vector_product(objective(jnp.sin), params, batch)(params), **CLOSE
-    )
+    ours, usual = jax.jit(
+        lambda: [
+            gnlin.ggn_vector_product(objective(function), params, batch)(params)
+            for function in (activation, jnp.sin)
+        ]
+    )()
+    np.testing.assert_allclose(ours, usual, **CLOSE)
 
 
 def test_value_and_grad_with_auxiliary_data():
@@ -395,7 +434,7 @@ def test_line_search_comes_back_from_where_nothing_is_finite():
     objective = gnlin.Objective.least_squares(lambda p: p**2 - 2.0)
     tx = gnlin.iterative_linearisation(optax.sgd(1e38), objective, 1, line_search=(1.0, 0.5))
     params = jnp.asarray([3.0])
-    updates, state = tx.update(None, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(None, tx.init(params), params)
     np.testing.assert_array_equal(updates, [0.0])
     assert gnlin.metrics(state)["line_search/alpha"] == 0
 
@@ -407,9 +446,9 @@ def test_line_search_judges_where_the_rounded_update_leads():
     objective = gnlin.Objective.least_squares(lambda p: p**2 - jnp.asarray([1.7, 2.2]))
     tx = gnlin.iterative_linearisation(optax.sgd(30.0), objective, 8, line_search=(1.0, 1e-3))
     params = jnp.asarray([1.3, 1.5])
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(8):
-        updates, state = tx.update(None, state, params)
+        updates, state = update(None, state, params)
         back = optax.apply_updates(params, state.linearised.anchor - params)
         params = optax.apply_updates(params, updates)
     assert jnp.any(back != state.linearised.anchor)  # else this test shows nothing
@@ -429,14 +468,16 @@ def test_derivatives_of_fits_whose_parameters_differ_by_orders_of_magnitude(x64,
             objective, start, tx, batch={"x": x, "y": y}, max_steps=100, tol=1e-9
         )[0]
 
+    @jax.jit
+    def second_derivatives(params, y):
+        slope = jax.grad(lambda params, y: objective.value(params, {"x": x, "y": y}))
+        return jax.jacfwd(slope)(params, y), jax.jacrev(slope, argnums=1)(params, y)
+
     with jax.numpy_rank_promotion("allow"):
         params = solve(y)
         weights = jnp.asarray(1 / fit.certified)
-        ours = jax.grad(lambda y: weights @ solve(y))(y)
-        hessian = np.asarray(jax.hessian(objective.value)(params, {"x": x, "y": y}))
-        mixed = np.asarray(
-            jax.jacrev(lambda y: jax.grad(objective.value)(params, {"x": x, "y": y}))(y)
-        )
+        ours = jax.jit(jax.grad(lambda y: weights @ solve(y)))(y)
+        hessian, mixed = jax.device_get(second_derivatives(params, y))
     unit = np.abs(fit.certified)
     expected = -(
         np.sign(fit.certified)
@@ -452,9 +493,15 @@ def test_a_singular_system_is_not_called_converged(x64):
     rng = np.random.default_rng(0)
     jacobian = rng.normal(size=(8, 3)) @ rng.normal(size=(3, 5))
     system = gnlin.System(lambda v: jacobian @ v, lambda u: jacobian.T @ u, lambda u: u, 0.0)
-    solution, _ = gnlin.Dense().solve(system, jnp.asarray(rng.normal(size=5)), ())
-    assert not solution.stats["dense/converged"]
-    assert np.linalg.norm(solution.direction) < 1e3
+
+    @jax.jit
+    def solve(rhs):
+        solution, _ = gnlin.Dense().solve(system, rhs, ())
+        return solution.direction, solution.stats["dense/converged"]
+
+    direction, converged = solve(rng.normal(size=5))
+    assert not converged
+    assert np.linalg.norm(direction) < 1e3
 
 
 def test_progress_rule_is_off_by_default():
@@ -474,6 +521,7 @@ def test_a_fit_is_differentiable_with_respect_to_its_data(x64):
     objective = gnlin.Objective.least_squares(lambda p, batch: p[0] * jnp.exp(p[1] * x) - batch)
     tx = gnlin.levenberg_marquardt(objective, solver=gnlin.Dense())
 
+    @jax.jit
     def fit(y):
         params, info = gnlin.minimise(objective, jnp.ones(2), tx, batch=y, max_steps=100, tol=1e-10)
         return params, info
@@ -481,7 +529,7 @@ def test_a_fit_is_differentiable_with_respect_to_its_data(x64):
     y = 2.0 * jnp.exp(-0.7 * x) + 0.05 * jnp.cos(9.0 * x)
     params, info = fit(y)
     assert info.converged
-    ours = jax.jacrev(lambda y: fit(y)[0])(y)
-    hessian = jax.hessian(objective.value)(params, y)
-    mixed = jax.jacrev(jax.grad(objective.value), argnums=1)(params, y)
+    ours = jax.jit(jax.jacrev(lambda y: fit(y)[0]))(y)
+    hessian = jax.jit(jax.hessian(objective.value))(params, y)
+    mixed = jax.jit(jax.jacrev(jax.grad(objective.value), argnums=1))(params, y)
     np.testing.assert_allclose(ours, -np.linalg.solve(hessian, mixed), rtol=1e-5, atol=1e-7)
