@@ -1,0 +1,122 @@
+"""Running a jaxpr on other values than arrays, equation by equation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from gnlin.jaxprs.nesting import CALLS
+from gnlin.jaxprs.walking import is_literal, live_equations
+
+# The place of an equation: its number in its jaxpr, after the numbers of the calls around it.
+Path = tuple[int, ...]
+
+
+class Operation(NamedTuple):
+    """One equation of a jaxpr that is run, with the values of its inputs."""
+
+    path: Path
+    equation: Any
+    inputs: list[Any]
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the primitive, such as axes."""
+        return self.equation.params
+
+    @property
+    def output(self) -> jax.ShapeDtypeStruct:
+        """The first output, for most operations the only one."""
+        aval = self.equation.outvars[0].aval
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first output."""
+        return self.equation.outvars[0].aval.shape
+
+    def all_outputs(self, value: Callable[[], Any]) -> list[Any]:
+        """A ``value()`` for each output."""
+        return [value() for _ in self.equation.outvars]
+
+    def apply(self, inputs: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Outputs for these inputs; for its own where none are given."""
+        return apply_equation(self.equation, self.inputs if inputs is None else inputs)
+
+
+# Gives the outputs of an operation, or `None` to have them computed.
+Replace = Callable[[Operation], Sequence[Any] | None]
+
+
+def run_jaxpr(closed: Any, arguments: Sequence[Any], replace: Replace) -> list[Any]:
+    """Outputs of a closed jaxpr, where `replace` may give the outputs of any operation.
+
+    The inputs and outputs may be of any type that `replace` deals with. Calls of other jaxprs are
+    entered: `replace` sees the operations inside.
+    """
+    return _run(closed.jaxpr, closed.consts, arguments, replace, ())
+
+
+def _run(
+    jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], replace: Replace, path: Path
+) -> list[Any]:
+    """Outputs of a jaxpr at the place `path`."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if is_literal(atom) else values[atom]
+
+    for place, equation in enumerate(jaxpr.eqns):
+        here, inputs = (*path, place), [read(atom) for atom in equation.invars]
+        name = equation.primitive.name
+        if name in CALLS:
+            called = equation.params[CALLS[name]]
+            # Some calls hold a closed jaxpr, others a jaxpr without constants.
+            inner, inner_constants = getattr(called, "jaxpr", called), getattr(called, "consts", ())
+            outputs = _run(inner, inner_constants, inputs, replace, here)
+        else:
+            outputs = replace(Operation(here, equation, inputs))
+        if outputs is None:
+            outputs = apply_equation(equation, inputs)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Outputs of one equation of a jaxpr."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    # From JAX 0.9 on these are the parameters alone.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    outputs = equation.primitive.bind(*functions, *inputs, **params)
+    return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def run_live(
+    closed: Any, arguments: Sequence[Any], compute: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """Outputs of a jaxpr whose live equations are computed one after another by `compute`.
+
+    Unlike `run_jaxpr` it does not go into calls. A jaxpr that is not closed has no constants.
+    """
+    jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+    def read(atom):
+        return atom.val if is_literal(atom) else values[atom]
+
+    for equation in live_equations(jaxpr):
+        outputs = compute(equation, [read(atom) for atom in equation.invars])
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function of its inputs."""
+    from jax.extend.core import jaxpr_as_fun  # here, for importing gnlin must stay quick
+
+    return jaxpr_as_fun(closed)
