@@ -1,5 +1,6 @@
 """Kronecker factors, against their definitions on materialised matrices."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,14 @@ from gnlin.solve.sampling import root_sample
 
 
 def problem(rows=90, transposed=False):
-    """tanh network 3-5-4 under a softmax loss, in float64."""
+    """tanh network 3-5-4 under a softmax loss, in float64 where a test asks for it."""
+    return _problem(rows, transposed, jnp.result_type(float))
+
+
+@functools.cache
+def _problem(rows, transposed, dtype):
+    """One for each precision, so that a program compiled for it serves all tests."""
+    del dtype
     x, labels = oracles.normal(rows, 3, seed=0), jnp.arange(rows) % 4
     shapes = {"in": (3, 5), "bias": (5,), "out": (5, 4)}
     params = {
@@ -41,6 +49,14 @@ def system_of(objective, params, batch, damping):
     return model.system(damping)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prepared(kronecker, objective, params, batch, damping, vector):
+    """The preconditioned vector and the state after, from the first factors of this batch."""
+    system = system_of(objective, params, batch, damping)
+    (apply, _), state = kronecker.prepare(system, params, kronecker.init(params)[0])
+    return apply(vector), state
+
+
 def vector_like(params):
     return jax.tree.map(lambda leaf: jnp.sin(3 * leaf), params)
 
@@ -57,25 +73,23 @@ def test_sample_is_the_square_root_of_the_hessian_times_noise(x64):
     def product(u):
         return (hessian @ u.ravel()).reshape(2, 3)
 
-    noise = root_sample(lambda u: u, like, key)
+    sample = jax.jit(root_sample, static_argnums=(0, 3))
+    noise = sample(lambda u: u, like, key)
     exact = root * np.sqrt([0, 0.1, 0.5, 1, 2, 30]) @ root.T @ np.asarray(noise).ravel()
     # Six products span the space; those beyond it must do no harm.
     for iterations in (6, 9):
-        found = root_sample(product, like, key, iterations)
+        found = sample(product, like, key, iterations)
         np.testing.assert_allclose(
             np.ravel(found), exact, rtol=1e-6, atol=1e-6 * np.linalg.norm(exact)
         )
-    np.testing.assert_allclose(root_sample(lambda u: 4 * u, like, key), 2 * noise, rtol=1e-12)
+    np.testing.assert_allclose(sample(lambda u: 4 * u, like, key), 2 * noise, rtol=1e-12)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0])
 def test_inverse_is_that_of_the_damped_kronecker_product(x64, damping):
     objective, params, batch = problem()
     kronecker, vector = gnlin.Kronecker(fraction=1.0), vector_like(params)
-    (apply, _), state = kronecker.prepare(
-        system_of(objective, params, batch, damping), params, kronecker.init(params)[0]
-    )
-    found = apply(vector)
+    found, state = prepared(kronecker, objective, params, batch, damping, vector)
 
     x = np.asarray(batch["x"])
     extended = np.concatenate([x, np.ones([len(x), 1])], axis=1)
@@ -106,10 +120,10 @@ def test_moments_of_cotangents_have_the_exact_expectation(x64):
     """
     objective, params, batch = problem(rows=40)
     kronecker = gnlin.Kronecker(fraction=1.0, decay=0.9999)
-    system = system_of(objective, params, batch, 0.1)
 
     @jax.jit
     def average(state):
+        system = system_of(objective, params, batch, 0.1)
         return jax.lax.fori_loop(
             0, 3000, lambda _, state: kronecker.prepare(system, params, state)[1], state
         )
@@ -128,11 +142,15 @@ def test_leaves_in_no_layer_have_the_moments_of_their_pseudo_gradient(x64):
         lambda p: jnp.tanh(p["matrix"] * p["matrix"]) * jnp.sum(p["scale"])
     )
     params = {"matrix": oracles.normal(3, 2, seed=0), "scale": jnp.asarray([1.0, 2.0])}
-    kronecker = gnlin.Kronecker()
-    system = system_of(objective, params, None, 0.0)
-    _, state = kronecker.prepare(system, params, kronecker.init(params)[0])
-    noise = root_sample(lambda u: u, params["matrix"], jax.random.fold_in(jax.random.key(0), 0))
-    gradient = system.vjp(noise)
+    _, state = prepared(gnlin.Kronecker(), objective, params, None, 0.0, params)
+
+    @jax.jit
+    def pseudo_gradient():
+        key = jax.random.fold_in(jax.random.key(0), 0)
+        noise = root_sample(lambda u: u, params["matrix"], key)
+        return system_of(objective, params, None, 0.0).vjp(noise)
+
+    gradient = pseudo_gradient()
     matrix = np.asarray(gradient["matrix"])
     np.testing.assert_allclose(
         state.left["matrix"][:-1, :-1],
@@ -149,22 +167,23 @@ def test_leaves_in_no_layer_have_the_moments_of_their_pseudo_gradient(x64):
     np.testing.assert_allclose(state.left["scale"], gradient["scale"] ** 2, rtol=1e-9)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def solve(objective, params, batch, damping):
+    """Direction and statistics."""
     kronecker = gnlin.Kronecker()
     model = gnlin.quadratic_model(objective, params, batch)
     state, _ = kronecker.init(params)
-    return kronecker.solve(model.system(damping), model.gradient(), state)[0]
+    solution, _ = kronecker.solve(model.system(damping), model.gradient(), state)
+    return solution.direction, solution.stats
 
 
 def test_the_direction_does_not_depend_on_how_weights_are_stored(x64):
     directions = []
     for transposed in (False, True):
         objective, params, batch = problem(transposed=transposed)
-        found = solve(objective, params, batch, 0.01)
-        assert found.stats["kronecker/finite"]
-        directions.append(
-            {name: leaf.T if transposed else leaf for name, leaf in found.direction.items()}
-        )
+        found, stats = solve(objective, params, batch, 0.01)
+        assert stats["kronecker/finite"]
+        directions.append({name: leaf.T if transposed else leaf for name, leaf in found.items()})
     for name in directions[0]:
         np.testing.assert_allclose(directions[1][name], directions[0][name], rtol=1e-9, atol=1e-12)
 
@@ -180,7 +199,7 @@ def test_a_bias_of_two_axes_belongs_to_its_layer_wherever_it_sorts(x64):
 
         objective = gnlin.Objective(model, lambda outputs, batch: jnp.mean(jnp.square(outputs - 1)))
         params = {name: jnp.ones((2, 3)), "w": weight}
-        directions.append(solve(objective, params, x, 0.1).direction[name])
+        directions.append(solve(objective, params, x, 0.1)[0][name])
     np.testing.assert_allclose(directions[0], directions[1], rtol=1e-10)
 
 
@@ -191,12 +210,17 @@ def test_every_row_is_taken_as_often(x64, rows):
     objective = gnlin.Objective(
         lambda params, batch: batch @ params, lambda outputs, batch: jnp.mean(outputs**2)
     )
-    update = jax.jit(lambda state: kronecker.prepare(system, weight, state)[1])
-    system, counts = system_of(objective, weight, jnp.eye(rows), 0.1), np.zeros(rows)
-    state = kronecker.init(weight)[0]
+
+    @jax.jit
+    def update(state, batch):
+        system = system_of(objective, weight, batch, 0.1)
+        state = kronecker.prepare(system, weight, state)[1]
+        return state, jnp.diagonal(state.left)[:-1] > 0
+
+    state, counts = kronecker.init(weight)[0], np.zeros(rows)
     for _ in range(rows):
-        state = update(state)
-        counts += np.diagonal(np.asarray(state.left))[:-1] > 0
+        state, taken = update(state, np.eye(rows))
+        counts += np.asarray(taken)
     assert len(set(counts)) == 1
 
 
@@ -210,9 +234,7 @@ def test_an_empty_batch_is_named():
 def test_a_long_side_has_its_diagonal_alone(x64):
     objective, params, batch = problem()
     kronecker, vector = gnlin.Kronecker(fraction=1.0, max_side=4), vector_like(params)
-    (apply, _), state = kronecker.prepare(
-        system_of(objective, params, batch, 0.1), params, kronecker.init(params)[0]
-    )
+    found, state = prepared(kronecker, objective, params, batch, 0.1, vector)
     second = factors_of(state, "out")
     assert [each[name].ndim for name in ("in", "out") for each in (state.left, state.right)] == [
         2,
@@ -224,7 +246,7 @@ def test_a_long_side_has_its_diagonal_alone(x64):
     pi = np.sqrt(np.mean(a) / (np.trace(s) / len(s)))
     rows, columns = a + pi * np.sqrt(0.1), s + np.sqrt(0.1) / pi * np.eye(len(s))
     expected = np.linalg.solve(columns, (np.asarray(vector["out"]) / rows[:, None]).T).T
-    np.testing.assert_allclose(apply(vector)["out"], expected, rtol=1e-9)
+    np.testing.assert_allclose(found["out"], expected, rtol=1e-9)
 
 
 def test_a_batch_that_is_not_finite_leaves_no_trace():

@@ -1,5 +1,7 @@
 """The step rule, against a minimiser that knows nothing of it, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,19 +25,18 @@ def choose(
 ):
     """``(chosen, reference)``: the rule's step, and φ(α, β) by dense matrices."""
     objective, params, batch = problem()
-    model = gnlin.quadratic_model(objective, params, batch)
     flat, unravel = ravel_pytree(params)
     gradient = oracles.gradient(objective, params, batch)
     rhs = rhs_of(gradient)
     direction = rhs if direction_of is None else direction_of(rhs)
     last = last_scale * np.cos(np.arange(len(flat)))
-
-    def chosen_of(direction, rhs, last):
-        search = gnlin.Search(objective, batch, model, damping, direction, rhs, rate)
-        chosen = rule.choose(search, last)
-        return {name: getattr(chosen, name) for name in ("step", "change", "sound", "stats")}
-
-    chosen = jax.jit(chosen_of)(
+    chosen = compiled_choice(
+        rule,
+        objective,
+        params,
+        batch,
+        damping,
+        rate,
         unravel(jnp.asarray(direction)),
         unravel(jnp.asarray(rhs)),
         unravel(jnp.asarray(last)) if rule.momentum else (),
@@ -55,6 +56,14 @@ def choose(
         return value(-weights[0] * direction + (weights[1] * last if rule.momentum else 0))
 
     return chosen, reference, (direction, last)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def compiled_choice(rule, objective, params, batch, damping, rate, direction, rhs, last):
+    model = gnlin.quadratic_model(objective, params, batch)
+    search = gnlin.Search(objective, batch, model, damping, direction, rhs, rate)
+    chosen = rule.choose(search, last)
+    return {name: getattr(chosen, name) for name in ("step", "change", "sound", "stats")}
 
 
 def weights_of(chosen):
