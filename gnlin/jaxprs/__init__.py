@@ -7,7 +7,7 @@ and parameters between versions. A change in JAX is then a change in this room.
 The meaning of a single primitive is known elsewhere, one function a primitive:
 `gnlin.structure.layers` has recognisers, `gnlin.structure.independence` has rules.
 
-* `walking`: the equations of a jaxpr, the programs inside them, its constants. Start here.
+* `walking`: the equations of a jaxpr, the programs inside them, its arrays. Start here.
 * `nesting`: loops, choices and calls, as records.
 * `running`: computes a jaxpr on other values, or other outputs in place of its own.
 * `sizing`: bounds the numbers that a jaxpr holds at once.
@@ -27,22 +27,28 @@ from gnlin.jaxprs.running import (
     Path,
     apply_equation,
     as_function,
+    interpret,
     run_jaxpr,
     run_live,
 )
 from gnlin.jaxprs.sizing import numbers_held, numbers_held_by
 from gnlin.jaxprs.walking import (
+    ArrayType,
+    all_equations,
     constants_and_literals,
     has_custom_pull_back,
     has_custom_push_forward,
     inner_jaxprs,
-    input_shapes,
-    is_literal,
+    input_arrays,
     live_equations,
+    output_arrays,
+    parameters,
+    primitive_name,
     primitive_names,
 )
 
 __all__ = [
+    "ArrayType",
     "Branches",
     "Call",
     "Implementation",
@@ -50,6 +56,7 @@ __all__ = [
     "Path",
     "Scan",
     "WhileLoop",
+    "all_equations",
     "apply_equation",
     "as_function",
     "computed_jaxprs",
@@ -58,11 +65,14 @@ __all__ = [
     "has_custom_pull_back",
     "has_custom_push_forward",
     "inner_jaxprs",
-    "input_shapes",
-    "is_literal",
+    "input_arrays",
+    "interpret",
     "live_equations",
     "numbers_held",
     "numbers_held_by",
+    "output_arrays",
+    "parameters",
+    "primitive_name",
     "primitive_names",
     "run_jaxpr",
     "run_live",

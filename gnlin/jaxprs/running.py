@@ -1,12 +1,15 @@
-"""Running a jaxpr on other values than arrays, equation by equation."""
+"""Running a jaxpr equation by equation, on arrays or on values of another kind."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from gnlin.jaxprs.nesting import CALLS
 from gnlin.jaxprs.walking import is_literal, live_equations
+
+Value = TypeVar("Value")  # an array, or something that stands for it
 
 # The place of an equation: its number in its jaxpr, after the numbers of the calls around it.
 Path = tuple[int, ...]
@@ -40,6 +43,11 @@ class Operation(NamedTuple):
         """Of the first output."""
         return self.equation.outvars[0].aval.shape
 
+    @property
+    def output_shapes(self) -> Iterator[tuple[int, ...]]:
+        """Of all outputs, one after another."""
+        return (variable.aval.shape for variable in self.equation.outvars)
+
     def all_outputs(self, value: Callable[[], Any]) -> list[Any]:
         """A ``value()`` for each output."""
         return [value() for _ in self.equation.outvars]
@@ -66,14 +74,10 @@ def _run(
     jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], replace: Replace, path: Path
 ) -> list[Any]:
     """Outputs of a jaxpr at the place `path`."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    places = itertools.count()
 
-    def read(atom: Any) -> Any:
-        return atom.val if is_literal(atom) else values[atom]
-
-    for place, equation in enumerate(jaxpr.eqns):
-        here, inputs = (*path, place), [read(atom) for atom in equation.invars]
-        name = equation.primitive.name
+    def compute(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        here, name = (*path, next(places)), equation.primitive.name
         if name in CALLS:
             called = equation.params[CALLS[name]]
             # Some calls hold a closed jaxpr, others a jaxpr without constants.
@@ -81,10 +85,9 @@ def _run(
             outputs = _run(inner, inner_constants, inputs, replace, here)
         else:
             outputs = replace(Operation(here, equation, inputs))
-        if outputs is None:
-            outputs = apply_equation(equation, inputs)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        return apply_equation(equation, inputs) if outputs is None else outputs
+
+    return _in_order(jaxpr, jaxpr.eqns, [*constants, *arguments], _own_value, compute)
 
 
 def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -104,15 +107,50 @@ def run_live(
     Unlike `run_jaxpr` it does not go into calls. A jaxpr that is not closed has no constants.
     """
     jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    inputs = [*constants, *arguments]
+    return _in_order(jaxpr, live_equations(jaxpr), inputs, _own_value, compute)
 
-    def read(atom):
-        return atom.val if is_literal(atom) else values[atom]
 
-    for equation in live_equations(jaxpr):
+def interpret(
+    jaxpr: Any,
+    given: Callable[[int], Value],
+    literal: Callable[[Any], Value],
+    compute: Callable[[Any, list[Value]], Sequence[Value]],
+) -> list[Value]:
+    """Outputs of a jaxpr that is run on values of another kind, all equations one after another.
+
+    Args:
+        jaxpr: not closed: its constants are the first of its inputs. Calls are not entered.
+        given: stands for an input, from its number.
+        literal: stands for a number that is written into the jaxpr.
+        compute: stands for an equation: it gives the outputs for these inputs.
+    """
+    inputs = [given(place) for place in range(len(jaxpr.constvars) + len(jaxpr.invars))]
+    return _in_order(jaxpr, jaxpr.eqns, inputs, literal, compute)
+
+
+def _in_order(
+    jaxpr: Any,
+    equations: Sequence[Any],
+    inputs: Sequence[Value],
+    literal: Callable[[Any], Value],
+    compute: Callable[[Any, list[Value]], Sequence[Value]],
+) -> list[Value]:
+    """Outputs of a jaxpr, where `compute` gives the outputs of these equations of it."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
+
+    def read(atom: Any) -> Value:
+        return literal(atom.val) if is_literal(atom) else values[atom]
+
+    for equation in equations:
         outputs = compute(equation, [read(atom) for atom in equation.invars])
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _own_value(number: Any) -> Any:
+    """A literal stands for itself."""
+    return number
 
 
 def as_function(closed: Any) -> Callable[..., list[Any]]:

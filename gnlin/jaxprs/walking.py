@@ -1,15 +1,41 @@
-"""Walking a jaxpr: its equations, the programs inside them, its constants."""
+"""Walking a jaxpr: its equations, the programs inside them, its arrays and its constants."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+
+def all_equations(jaxpr: Any) -> list[Any]:
+    """The equations of a jaxpr, in order."""
+    return list(jaxpr.eqns)
+
+
+def live_equations(jaxpr: Any) -> list[Any]:
+    """Equations that an output depends on, in order. XLA removes the others."""
+    wanted = variables(jaxpr.outvars)
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            wanted |= variables(equation.invars)
+            found.append(equation)
+    return found[::-1]
+
+
+def primitive_name(equation: Any) -> str:
+    """Name of the primitive that an equation binds."""
+    return equation.primitive.name
+
+
+def parameters(equation: Any) -> dict[str, Any]:
+    """Parameters of the primitive, such as axes. Their meaning depends on the primitive."""
+    return equation.params
 
 
 def primitive_names(jaxpr: Any) -> Iterator[str]:
     """Names of the primitives in a jaxpr, those of its inner jaxprs included."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield primitive_name(equation)
         for inner in inner_jaxprs(equation):
             yield from primitive_names(inner)
 
@@ -44,8 +70,8 @@ def constants_and_literals(closed: Any) -> list[Any]:
     def visit(jaxpr: Any) -> None:
         for equation in jaxpr.eqns:
             found.extend(atom.val for atom in equation.invars if is_literal(atom))
-            parameters = list(equation.params.values())
-            for value in jax.tree.leaves(parameters, is_leaf=lambda node: hasattr(node, "consts")):
+            held = list(equation.params.values())
+            for value in jax.tree.leaves(held, is_leaf=lambda node: hasattr(node, "consts")):
                 found.extend(getattr(value, "consts", ()))
             for inner in inner_jaxprs(equation):
                 visit(inner)
@@ -64,22 +90,27 @@ def has_custom_push_forward(jaxpr: Any) -> bool:
     return "custom_jvp_call" in primitive_names(jaxpr)
 
 
-def live_equations(jaxpr: Any) -> list[Any]:
-    """Equations that an output depends on, in order. XLA removes the others."""
-    wanted = variables(jaxpr.outvars)
-    found = []
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or not wanted.isdisjoint(equation.outvars):
-            wanted |= variables(equation.invars)
-            found.append(equation)
-    return found[::-1]
-
-
 def variables(atoms: Iterable[Any]) -> set[Any]:
     """All but the literals."""
     return {atom for atom in atoms if not is_literal(atom)}
 
 
-def input_shapes(equation: Any) -> list[tuple[int, ...]]:
-    """Shapes of the inputs of an equation."""
-    return [atom.aval.shape for atom in equation.invars]
+class ArrayType(NamedTuple):
+    """Shape and dtype of an input or an output; () and `None` where it is not an array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def input_arrays(written: Any) -> list[ArrayType]:
+    """Types of the inputs of an equation, or of a jaxpr, whose constants are left out."""
+    return [_array_type(atom) for atom in written.invars]
+
+
+def output_arrays(written: Any) -> list[ArrayType]:
+    """Types of the outputs of an equation, or of a jaxpr."""
+    return [_array_type(atom) for atom in written.outvars]
+
+
+def _array_type(atom: Any) -> ArrayType:
+    return ArrayType(getattr(atom.aval, "shape", ()), getattr(atom.aval, "dtype", None))

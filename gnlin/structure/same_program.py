@@ -20,7 +20,17 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from gnlin.jaxprs import constants_and_literals, inner_jaxprs, is_literal
+from gnlin.jaxprs import (
+    ArrayType,
+    all_equations,
+    constants_and_literals,
+    inner_jaxprs,
+    input_arrays,
+    interpret,
+    output_arrays,
+    parameters,
+    primitive_name,
+)
 
 MANY = 8191  # a prime: an axis of this length, or a multiple of it, holds examples and nothing else
 
@@ -100,27 +110,19 @@ class _Numbering:
 
     def outputs(self, jaxpr: Any) -> list[int]:
         """The numbers of the outputs of a jaxpr."""
-        inputs = [*jaxpr.constvars, *jaxpr.invars]
-        numbers = {
-            variable: self._number(("given", place)) for place, variable in enumerate(inputs)
-        }
-
-        def read(atom: Any) -> int:
-            return self._number("literal") if is_literal(atom) else numbers[atom]
-
-        for equation in jaxpr.eqns:
-            operands = [read(atom) for atom in equation.invars]
-            numbers.update(
-                zip(equation.outvars, self._of_equation(equation, operands), strict=True)
-            )
-        return [read(atom) for atom in jaxpr.outvars]
+        return interpret(
+            jaxpr,
+            given=lambda place: self._number(("given", place)),
+            literal=lambda _: self._number("literal"),
+            compute=self._of_equation,
+        )
 
     def _number(self, expression: Any) -> int:
         return self._table.setdefault(expression, len(self._table))
 
     def _of_equation(self, equation: Any, operands: list[int]) -> list[int]:
         """The numbers of the outputs of one equation."""
-        name, few = equation.primitive.name, self._examples.are_few
+        name, few = primitive_name(equation), self._examples.are_few
         rearranged = name in _REARRANGING and len(operands) == 1
         # The axis of a single example comes and goes, and products in another order have their
         # axes moved. The expression is still its operand.
@@ -134,7 +136,7 @@ class _Numbering:
         inner = tuple(tuple(self.outputs(each)) for each in inner_jaxprs(equation))
         numbers = [
             self._number((name, place, tuple(operands), inner))
-            for place in range(len(equation.outvars))
+            for place in range(len(output_arrays(equation)))
         ]
         if is_product:
             self._factors.update(dict.fromkeys(numbers, operands))
@@ -149,10 +151,10 @@ def _pair_up(one: Any, other: Any, examples: _Examples) -> bool:
 
     def compared(jaxpr: Any) -> list[Any]:
         skipped = _REARRANGING if examples.are_few else set()
-        return [equation for equation in jaxpr.eqns if equation.primitive.name not in skipped]
+        return [each for each in all_equations(jaxpr) if primitive_name(each) not in skipped]
 
     equations = compared(one), compared(other)
-    if not _arrays_alike(one.outvars, other.outvars, examples):
+    if not _arrays_alike(output_arrays(one), output_arrays(other), examples):
         return False
     if len(equations[0]) != len(equations[1]):
         return False
@@ -161,16 +163,16 @@ def _pair_up(one: Any, other: Any, examples: _Examples) -> bool:
 
 def _equations_alike(a: Any, b: Any, examples: _Examples) -> bool:
     """Whether two equations have the same primitive, parameters, arrays and inner jaxprs."""
-    if a.primitive.name != b.primitive.name or a.params.keys() != b.params.keys():
+    of_a, of_b = parameters(a), parameters(b)
+    if primitive_name(a) != primitive_name(b) or of_a.keys() != of_b.keys():
         return False
     # Of products in another order, the arrays and the axes that are contracted are others.
-    is_free = examples.are_few and a.primitive.name == "dot_general"
-    if not is_free and not _arrays_alike(
-        [*a.invars, *a.outvars], [*b.invars, *b.outvars], examples
-    ):
+    is_free = examples.are_few and primitive_name(a) == "dot_general"
+    arrays = [[*input_arrays(each), *output_arrays(each)] for each in (a, b)]
+    if not is_free and not _arrays_alike(arrays[0], arrays[1], examples):
         return False
-    for name in a.params:
-        values = _plain(a.params[name]), _plain(b.params[name])
+    for name in of_a:
+        values = _plain(of_a[name]), _plain(of_b[name])
         is_length = name in _LENGTHS
         same = _lengths_alike(*values, examples) if is_length else values[0] == values[1]
         if not same and not (is_free and name == "dimension_numbers"):
@@ -181,17 +183,15 @@ def _equations_alike(a: Any, b: Any, examples: _Examples) -> bool:
     return all(_pair_up(*pair, examples) for pair in zip(*inner, strict=True))
 
 
-def _arrays_alike(some: Sequence[Any], others: Sequence[Any], examples: _Examples) -> bool:
+def _arrays_alike(
+    some: Sequence[ArrayType], others: Sequence[ArrayType], examples: _Examples
+) -> bool:
     """Whether inputs or outputs have the same dtypes, and shapes that are alike."""
 
-    def dtypes(atoms: Sequence[Any]) -> list[Any]:
-        return [getattr(atom.aval, "dtype", None) for atom in atoms]
+    def shape(array: ArrayType) -> Sequence[int]:
+        return (math.prod(array.shape),) if examples.single else array.shape
 
-    def shape(atom: Any) -> Sequence[int]:
-        shape = getattr(atom.aval, "shape", ())
-        return (math.prod(shape),) if examples.single else shape
-
-    if dtypes(some) != dtypes(others):
+    if [array.dtype for array in some] != [array.dtype for array in others]:
         return False
     pairs = zip(some, others, strict=True)
     return all(_lengths_alike(shape(a), shape(b), examples) for a, b in pairs)

@@ -25,8 +25,10 @@ from gnlin.jaxprs import (
     as_function,
     computed_jaxprs,
     control_flow,
-    input_shapes,
+    input_arrays,
     live_equations,
+    parameters,
+    primitive_name,
 )
 
 _COUNTED: dict[str, float] = {}  # jaxprs that read alike cost the same
@@ -59,7 +61,7 @@ def compiled_flops(closed: Any) -> float:
     """XLA's count for a closed jaxpr."""
     text = str(closed.jaxpr)
     if text not in _COUNTED:
-        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+        shapes = [jax.ShapeDtypeStruct(*array) for array in input_arrays(closed.jaxpr)]
         analysis = jax.jit(as_function(closed)).lower(*shapes).compile().cost_analysis()
         if isinstance(analysis, list):  # older versions of JAX: a dictionary for each computation
             analysis = analysis[0]
@@ -75,7 +77,7 @@ def unseen_flops(jaxpr: Any) -> float:
     """FLOPs of factorisations, and of the turns of known loops that XLA does not count."""
     total = 0.0
     for equation in live_equations(jaxpr):
-        name, flow = equation.primitive.name, control_flow(equation)
+        name, flow = primitive_name(equation), control_flow(equation)
         if name in _LAPACK:
             total += _LAPACK[name](equation)
         elif isinstance(flow, Scan):
@@ -105,7 +107,7 @@ class _Matrices(NamedTuple):
 
 
 def _matrices(equation: Any) -> _Matrices:
-    *batch, rows, columns = input_shapes(equation)[0]
+    *batch, rows, columns = input_arrays(equation)[0].shape
     return _Matrices(math.prod(batch), max(rows, columns), min(rows, columns))
 
 
@@ -121,7 +123,7 @@ def _qr(equation: Any) -> float:
 
 def _svd(equation: Any) -> float:
     count, m, n = _matrices(equation)
-    vectors = equation.params.get("compute_uv", True)
+    vectors = parameters(equation).get("compute_uv", True)
     return count * (6 * m * n**2 + 20 * n**3 if vectors else 2 * m * n**2 + 2 * n**3)
 
 
@@ -137,7 +139,7 @@ def _cubic(factor: float) -> Callable[[Any], float]:
 
 def _triangular_solve(equation: Any) -> float:
     count, n, _ = _matrices(equation)
-    return count * n * math.prod(input_shapes(equation)[1][-2:])
+    return count * n * math.prod(input_arrays(equation)[1].shape[-2:])
 
 
 # Leading terms as Golub and Van Loan give them (Matrix Computations, 4th edition).

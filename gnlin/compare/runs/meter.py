@@ -30,6 +30,7 @@ from gnlin.jaxprs import (
     computed_jaxprs,
     control_flow,
     live_equations,
+    primitive_name,
     run_live,
 )
 
@@ -119,7 +120,7 @@ def _apply(equation: Any, inputs: list[Any]) -> Counted:
             own = [inputs[place] for place in flow.places]
             return Counted(*_evaluate(flow.called, own))
     raise NotImplementedError(
-        f"the work of loops or branches within {equation.primitive.name!r} cannot be counted"
+        f"the work of loops or branches within {primitive_name(equation)!r} cannot be counted"
     )
 
 

@@ -108,7 +108,7 @@ def _of_known(operation: Operation) -> Sequence[Any] | None:
     # The same for all examples: so it is in each part of a batch the part of the whole.
     if operation.name == "broadcast_in_dim" and len(axes) == 1 and not inputs_have:
         return [ByExample(operation.apply()[0], axes[0], MANY)]
-    outputs_have = all(_has_examples(v.aval.shape) for v in operation.equation.outvars)
+    outputs_have = all(map(_has_examples, operation.output_shapes))
     if inputs_have and not outputs_have:
         # A sum, say, over numbers that differ from one example to the next.
         return operation.all_outputs(lambda: MIXED)
