@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -45,6 +45,18 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}")
 
 
+def check_fraction(name: str, value: Any, *, zero: bool = True, one: bool = True) -> None:
+    """Raise unless `value` lies between 0 and 1; `zero` and `one` say whether the ends count."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
+        raise TypeError(f"`{name}` must be a number; got {value!r}")
+    if isinstance(value, Tracer):
+        return
+    low, high = (value >= 0 if zero else value > 0), (value <= 1 if one else value < 1)
+    if not (low and high):  # also of a NaN
+        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"`{name}` must lie in {interval}; got {value!r}")
+
+
 def check_transformation(name: str, tx: Any) -> None:
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(
@@ -67,29 +79,50 @@ def check_part(name: str, part: Any, methods: Sequence[str], kind: str, example:
     missing = [method for method in methods if not callable(getattr(part, method, None))]
     if missing:
         raise TypeError(
-            f"`{name}` must be {kind} such as {example}, with the methods {', '.join(methods)}; "
+            f"`{name}` must be {kind} such as {example}, with the methods {', '.join(methods)}"
+            f"{'; leave it out for the default' if part is None else ''}; "
             f"got {part!r}, which lacks {', '.join(missing)}"
         )
 
 
 def check_state(opt_state: Any, init: Callable[[Any], Any], params: Any) -> None:
-    """Raise unless `opt_state` has the form that `init` gives it for these parameters."""
-    expected = jax.eval_shape(init, params)
-    same = jax.tree.structure(opt_state) == jax.tree.structure(expected)
-    if same:
-        shapes = jax.tree.map(jnp.shape, opt_state), jax.tree.map(jnp.shape, expected)
-        same = shapes[0] == shapes[1]
-    if not same:
-        raise ValueError(
-            "`opt_state` is not that of these parameters; call tx.init(params) with them. Its form "
-            f"is\n  {_form(opt_state)}\nand should be\n  {_form(expected)}"
+    """Raise unless `opt_state` has the form that `init` gives it for these parameters.
+
+    A part whose `init` needs values, and not shapes alone, cannot be checked.
+    """
+    try:
+        expected = jax.eval_shape(init, params)
+    except jax.errors.JAXTypeError:
+        return
+    found, wanted = _shapes_by_path(opt_state), _shapes_by_path(expected)
+    if found == wanted and jax.tree.structure(opt_state) == jax.tree.structure(expected):
+        return
+    differing = next(
+        (path for path in {**wanted, **found} if found.get(path) != wanted.get(path)), ""
+    )
+    raise ValueError(
+        "`opt_state` does not match `params`; call tx.init(params) of this transform with them. "
+        f"opt_state{differing} is {found.get(differing, 'not there')}, and should be "
+        f"{wanted.get(differing, 'not there')}"
+    )
+
+
+def _shapes_by_path(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path): f"an array of shape {jnp.shape(leaf)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def check_metrics(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an update; raise unless their names are those of `init`."""
+    if metrics.keys() != before.keys():
+        new, gone = sorted(metrics.keys() - before.keys()), sorted(before.keys() - metrics.keys())
+        raise TypeError(
+            "the statistics of a solver, a rule or a policy must have the same names in `init` and "
+            f"later; {new} are new and {gone} are missing"
         )
-
-
-def _form(tree: Any) -> str:
-    """The shapes in a tree, one line of at most 500 characters."""
-    text = str(jax.tree.map(jnp.shape, tree))
-    return text if len(text) <= 500 else f"{text[:500]} ..."
+    return dict(metrics)
 
 
 T = TypeVar("T", bound=Callable[..., Any])

@@ -113,6 +113,11 @@ def max_abs(tree: Tree) -> jax.Array:
     return jnp.max(jnp.stack(sizes)) if sizes else jnp.zeros([], dtype)
 
 
+def if_finite(tree: Tree, otherwise: Tree) -> Tree:
+    """`tree`, and `otherwise` where an entry of it is not finite."""
+    return select(all_finite(tree), tree, otherwise)
+
+
 def all_finite(tree: Tree) -> jax.Array:
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

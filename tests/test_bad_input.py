@@ -1,5 +1,6 @@
 """Every mistake is an error that names the argument and says what to do, with or without `jit`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -317,7 +318,7 @@ def test_limits_of_damping_fit_its_dtype():
 
     def after(state, ratio):
         ratio = jnp.asarray(ratio)
-        return policy.after(state, gnlin.Trial(ratio, ratio, ratio, ratio, jnp.inf))[0]
+        return policy.judge(state, gnlin.Trial(ratio, ratio, ratio, ratio, jnp.inf))[0]
 
     low = high = policy.init(jnp.ones(1))[0]
     for _ in range(150):
@@ -575,7 +576,9 @@ def test_preconditioner_that_is_no_function():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_misspelt_option(factory, arguments, option):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+    with pytest.raises(
+        TypeError, match=rf"unexpected keyword argument '{option}'\. Write {factory.__name__}\("
+    ):
         factory(*arguments, **{option: 0.5})
 
 
@@ -625,6 +628,9 @@ def test_names_of_a_room_are_told_where_they_are():
         lambda: gnlin.levenberg_marquardt(
             OBJECTIVE, solver=gnlin.Blocks({"a": gnlin.Dense(), "b": gnlin.Kronecker()}, "a")
         ),
+        lambda: gnlin.scale_by_gauss_newton(
+            OBJECTIVE, 0.1, solver=gnlin.Dual(otherwise=gnlin.Kronecker())
+        ),
     ],
 )
 def test_a_direction_without_a_length_is_no_solution(build):
@@ -641,16 +647,16 @@ class Lacking:
     [
         (
             lambda part: gnlin.gauss_newton(OBJECTIVE, step=part),
-            "`step` .* lacks init, choose, after",
+            "`step` .* lacks init, choose, remember",
         ),
         (lambda part: gnlin.gauss_newton(OBJECTIVE, solver=part), "`solver` .* lacks init, solve"),
         (
             lambda part: gnlin.gauss_newton(OBJECTIVE, damping=part),
-            "`damping` .* lacks init, damping, after",
+            "`damping` .* lacks init, damping, judge",
         ),
         (
             lambda part: gnlin.levenberg_marquardt(OBJECTIVE, damping=part),
-            "`damping` .* lacks init, damping, after",
+            "`damping` .* lacks init, damping, judge",
         ),
         (lambda part: gnlin.linearise_gradients(OBJECTIVE, part), "`period` must be an integer"),
         (lambda part: gnlin.CG(preconditioner=part), "`preconditioner` .* init, prepare"),
@@ -669,10 +675,85 @@ def test_a_part_that_lacks_one_method_is_told_which():
         def choose(self, search, state):
             raise AssertionError
 
-    with pytest.raises(TypeError, match=r"lacks after$"):
+    with pytest.raises(TypeError, match=r"lacks remember$"):
         gnlin.gauss_newton(OBJECTIVE, step=Rule())
     with pytest.raises(TypeError, match=r"`period` must be a period rule .* lacks after$"):
         gnlin.linearise_gradients(OBJECTIVE, Rule())
+
+
+def test_parts_of_another_role_are_refused():
+    tx = gnlin.linearise_gradients
+    with pytest.raises(TypeError, match=r"`period` must be a period rule .* lacks after$"):
+        tx(OBJECTIVE, gnlin.Subspace())
+    with pytest.raises(TypeError, match=r"`period` must be a period rule .* lacks after$"):
+        tx(OBJECTIVE, gnlin.GainRatio(1.0))
+    with pytest.raises(TypeError, match=r"`damping` must be .* lacks damping, judge$"):
+        gnlin.gauss_newton(OBJECTIVE, damping=gnlin.Subspace())
+    with pytest.raises(TypeError, match=r"leave it out for the default; got None"):
+        gnlin.gauss_newton(OBJECTIVE, damping=None)
+
+
+def test_a_period_rule_whose_state_says_nothing():
+    class Rule:
+        def init(self, params):
+            return (), {}
+
+        def after(self, state, served):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"`period` must have an `init` .* field `moves`"):
+        gnlin.linearise_gradients(OBJECTIVE, Rule()).init(PROBLEM.params)
+
+
+@pytest.mark.parametrize("first", [{}, {"rule/gone": 0.0}], ids=["new", "other"])
+def test_statistics_that_change_their_names(first):
+    class Rule:
+        def init(self, params):
+            return (), first
+
+        def choose(self, search, state):
+            zeros = jax.tree.map(jnp.zeros_like, search.direction)
+            return gnlin.Step(zeros, jnp.asarray(-1.0), stats={"rule/new": 0.0})
+
+        def remember(self, state, taken):
+            return state
+
+    tx = gnlin.gauss_newton(OBJECTIVE, step=Rule())
+    with pytest.raises(TypeError, match=r"the same names .* \['rule/new'\] are new"):
+        tx.update(None, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH)
+
+
+def test_a_part_whose_init_needs_values():
+    """The form of its state cannot be foretold, so it is not checked."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Rule:
+        def init(self, params):
+            return jnp.zeros([int(jax.tree.leaves(params)[0].sum()) + 1]), {}
+
+        def choose(self, search, state):
+            return gnlin.Subspace(momentum=False).choose(search, ())
+
+        def remember(self, state, taken):
+            return state
+
+    stats = gnlin.Subspace().init(PROBLEM.params)[1]
+    rule = type("Whole", (Rule,), {"init": lambda self, p: (Rule.init(self, p)[0], stats)})()
+    tx = gnlin.gauss_newton(OBJECTIVE, step=rule)
+    _, state = tx.update(None, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH)
+    assert gnlin.metrics(state)["accepted"]
+
+
+def test_a_state_that_does_not_fit_says_where():
+    tx = gnlin.linearise_gradients(OBJECTIVE, gnlin.RelativeGap(0.1))
+    other = gnlin.linearise_gradients(OBJECTIVE, 3).init(PROBLEM.params)
+    with pytest.raises(
+        ValueError, match=r"`opt_state` .* opt_state\.period\.exceeded is not there"
+    ):
+        tx.update(None, other, PROBLEM.params, batch=BATCH)
+    as_dicts = {"count": 0, "anchor": PROBLEM.params}
+    with pytest.raises(ValueError, match=r"`opt_state` does not match `params`"):
+        tx.update(None, as_dicts, PROBLEM.params, batch=BATCH)
 
 
 def test_no_step_rule_names_the_textbooks_method():
@@ -683,7 +764,7 @@ def test_no_step_rule_names_the_textbooks_method():
 def test_a_policy_where_no_step_is_judged():
     with pytest.raises(TypeError, match="`damping` must be a number or a schedule here"):
         gnlin.scale_by_gauss_newton(OBJECTIVE, gnlin.GainRatio(0.1))
-    with pytest.raises(TypeError, match="a TrustRegion gives a radius"):
+    with pytest.raises(TypeError, match="TrustRegion gives a radius"):
         gnlin.gauss_newton(OBJECTIVE, damping=gnlin.TrustRegion())
     with pytest.raises(TypeError, match="`damping` must be the first λ or a policy"):
         gnlin.levenberg_marquardt(OBJECTIVE, damping=lambda count: 0.1)

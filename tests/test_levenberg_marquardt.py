@@ -96,7 +96,7 @@ def test_the_radius_follows_the_gain_ratio(ratio, decrease, length, expected):
     state = RadiusState(jnp.asarray(4.0))
     slope = -2.0
     trial = Trial(*(jnp.asarray(value) for value in (ratio, decrease, slope, length, 4.0)))
-    np.testing.assert_allclose(policy.after(state, trial)[0].radius, expected, rtol=1e-6)
+    np.testing.assert_allclose(policy.judge(state, trial)[0].radius, expected, rtol=1e-6)
 
 
 def test_the_first_radius_is_the_size_of_the_parameters_and_no_longer_than_the_step(x64):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_number
+from gnlin.checks import check_integer, check_number, shows_signature
 from gnlin.kernel.gram import kernel_matrix
 from gnlin.problem.curvature import loss_derivatives
 from gnlin.problem.linearisation import Linearisation, linearise
@@ -118,6 +118,7 @@ class LazyTraining:
         return tree.cast_like(theta, self.linear.anchor)
 
 
+@shows_signature
 def lazy_training(
     objective: Objective, params: Params, batch: Batch = None, *, max_outputs: int = 4096
 ) -> LazyTraining:

@@ -98,6 +98,7 @@ def empirical_ntk(
     return _kernel(params, batch, other, objective=objective, pairs=pairs, max_bytes=max_bytes)
 
 
+@shows_signature
 def ntk_vector_product(
     objective: Objective, params: Params, batch: Batch = None, other: Batch = None
 ) -> Callable[[Outputs], Outputs]:

@@ -18,6 +18,7 @@ import jax
 import optax
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.problem.linearisation import Linearisation, linearise, linearise_function
 from gnlin.problem.masking import with_constants
 from gnlin.problem.objective import Objective
@@ -51,9 +52,9 @@ class System:
 
     def matvec(self, vector: Params) -> Params:
         """The product (JᵀHJ + λD) v, in the dtypes of the parameters."""
-        return tree.add_scaled(self.ggn(vector), self.damping, self.scale(vector))
+        return tree.add_scaled(self.ggn(vector), self.damping, self.scaled(vector))
 
-    def scale(self, vector: Params) -> Params:
+    def scaled(self, vector: Params) -> Params:
         """The product Dv."""
         if self.scaling is None:
             return vector
@@ -98,14 +99,15 @@ class QuadraticModel:
         It is free of the cancellation that a difference of two losses suffers from.
         """
         # gᵀδ = <∇ℓ, Jδ> and δᵀGδ = <Jδ, HJδ>: one push-forward serves both terms.
-        moved = self.linear.jvp(step)
-        return tree.inner(self.cotangent, moved) + tree.inner(moved, self.output_hessian(moved)) / 2
+        image = self.linear.jvp(step)
+        return tree.inner(self.cotangent, image) + tree.inner(image, self.output_hessian(image)) / 2
 
     def system(self, damping: chex.Numeric, scaling: Params | None = None) -> System:
         """The damped system (G + λD) x = b of this model. Its right-hand side b comes later."""
         return System(self.linear.jvp, self.linear.vjp, self.output_hessian, damping, scaling)
 
 
+@shows_signature
 def quadratic_model(objective: Objective, params: Params, batch: Batch = None) -> QuadraticModel:
     r"""The Gauss-Newton model of the loss at `params`, a function of the step.
 
@@ -134,6 +136,7 @@ def quadratic_model(objective: Objective, params: Params, batch: Batch = None) -
     return QuadraticModel(value, linear, cotangent, output_hessian)
 
 
+@shows_signature
 def ggn_vector_product(
     objective: Objective, params: Params, batch: Batch = None
 ) -> Callable[[Params], Params]:

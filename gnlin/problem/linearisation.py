@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.objective import Objective
 from gnlin.tree import Batch, Outputs, Params
@@ -42,6 +43,7 @@ class Linearisation:
         return tree.add(self.outputs, self.jvp(tree.subtract(params, self.anchor)))
 
 
+@shows_signature
 def linearise(objective: Objective, anchor: Params, batch: Batch = None) -> Linearisation:
     """Linearise the model of an objective at `anchor`.
 

@@ -10,12 +10,37 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from gnlin import tree
+from gnlin.checks import check_state
 from gnlin.problem.objective import Objective, check_params
 from gnlin.tree import Params
 
 
+def problem_of_update(
+    objective: Objective,
+    params: Params,
+    all_params: Params | None,
+    opt_state: Any,
+    init: Callable[[Params], Any],
+) -> Objective:
+    """The problem of one update, with its arguments checked: every `update` begins here.
+
+    Args:
+        objective: the problem.
+        params: θ, with holes where a mask hides leaves.
+        all_params: the whole tree, where there are holes.
+        opt_state: the state of the transform.
+        init: its first function, for the form of the state.
+
+    Raises:
+        ValueError, TypeError: as `visible_problem`; `opt_state` is not that of these parameters.
+    """
+    problem = visible_problem(objective, params, all_params)
+    check_state(opt_state, init, params)
+    return problem
+
+
 def visible_problem(objective: Objective, params: Params, all_params: Params | None) -> Objective:
-    """The problem of one update: the objective as a function of the leaves that are visible.
+    """The objective as a function of the leaves that are visible.
 
     Without holes the objective is returned as it is.
 

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Solution, Stats
 from gnlin.tree import Params
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Dense:
     r"""Direct solve by QR of the augmented system, for up to a few thousand parameters.

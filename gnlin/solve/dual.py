@@ -101,7 +101,12 @@ class Dual:
         if self.otherwise is not None:
             check_solver("otherwise", self.otherwise)
 
-    def init(self, params: Params) -> tuple["DualState", Stats]:
+    @property
+    def direction_only(self) -> bool:
+        """Whether the direction of `otherwise` has no length of its own."""
+        return getattr(self.otherwise, "direction_only", False)
+
+    def init(self, params: Params) -> tuple[DualState, Stats]:
         last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.momentum else ()
         state, stats = ((), {}) if self.otherwise is None else self.otherwise.init(params)
         return DualState(last, state), {**stats, **_stats(0.0, False)}
@@ -140,7 +145,7 @@ class Dual:
 
 def _with_start(system: System, b: Params, start: Params | None) -> Params:
     """The right-hand side b + λDμp."""
-    return b if start is None else tree.add_scaled(b, system.damping, system.scale(start))
+    return b if start is None else tree.add_scaled(b, system.damping, system.scaled(start))
 
 
 def _solve(system: System, rhs: Params, start: Params | None) -> tuple[Params, jax.Array, Stats]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_integer, shows_signature
+from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.solve.sampling import root_sample
@@ -84,10 +84,8 @@ class Jacobi:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.exponent <= 1:
-            raise ValueError(f"`exponent` must lie in [0, 1]; got {self.exponent!r}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"`decay` must lie in [0, 1); got {self.decay!r}")
+        check_fraction("exponent", self.exponent)
+        check_fraction("decay", self.decay, one=False)
         for name, least in (("probes", 1), ("seed", 0)):
             check_integer(name, getattr(self, name), least)
 

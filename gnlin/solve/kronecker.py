@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_integer, shows_signature
+from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
@@ -102,10 +102,8 @@ class Kronecker:
     direction_only: ClassVar[bool] = True  # M⁻¹b approximates no solution: its length is arbitrary
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"`decay` must lie in [0, 1); got {self.decay!r}")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"`fraction` must lie in (0, 1]; got {self.fraction!r}")
+        check_fraction("decay", self.decay, one=False)
+        check_fraction("fraction", self.fraction, zero=False)
         for name in ("max_side", "seed"):
             check_integer(name, getattr(self, name), least=0)
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import chex
 import jax
 
-from gnlin import tree
 from gnlin.checks import check_part
 from gnlin.problem.curvature import System
 from gnlin.tree import Params
@@ -134,13 +133,6 @@ class Preconditioner(Protocol):
 PreconditionerFunction = Callable[[System], Callable[[Params], Params]]
 
 
-def solve_soundly(solver: Solver, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
-    """Solve a system, and drop a next state that is not finite."""
-    solution, next_state = solver.solve(system, rhs, state)
-    # Averages and warm starts would spread the NaN of one batch to all later solves.
-    return solution, tree.select(tree.all_finite(next_state), next_state, state)
-
-
 def check_solver(name: str, solver: Any) -> None:
     """Raise unless `solver`, the argument called `name`, is a record that solves systems."""
     # `Kronecker` is both, and passes. A class has the methods of its records; it is named below.
@@ -152,7 +144,7 @@ def check_solver(name: str, solver: Any) -> None:
     check_part(name, solver, ("init", "solve"), "a solver record", "gnlin.CG() or gnlin.Dense()")
 
 
-def check_lengths(name: str, solver: Any) -> None:
+def check_solves(name: str, solver: Any) -> None:
     """Raise if the direction of `solver` has no length of its own."""
     # A user's solver need not have the attribute.
     if getattr(solver, "direction_only", False):

@@ -33,8 +33,8 @@ class Trial(NamedTuple):
         gain_ratio: ρ = actual decrease / predicted decrease; −∞ where it is not finite, or no
             decrease was predicted.
         decrease: ℓ(θ) − ℓ(θ + δ).
-        slope: ∇ℓᵀδ.
-        length: ‖D^½ δ‖.
+        slope: uᵀδ, with u the right-hand side of the solve: the gradient, or the incoming updates.
+        length: ‖D^½ δ‖ of the solution, before any correction of it.
         radius: the Δ that bounded the step; infinite without a bound.
     """
 
@@ -60,7 +60,7 @@ class DampingPolicy(Protocol):
         ...         return jnp.asarray(self.initial, float), {}
         ...     def damping(self, state, count):
         ...         return state
-        ...     def after(self, state, trial):
+        ...     def judge(self, state, trial):
         ...         accepted = trial.gain_ratio > 0
         ...         return jnp.where(accepted, state / 10, state * 10), accepted, {}
         >>> objective = gnlin.Objective.least_squares(lambda p: jnp.exp(p) - 2.0)
@@ -78,9 +78,20 @@ class DampingPolicy(Protocol):
         """λ of the update with this count."""
         ...
 
-    def after(self, state: Any, trial: Trial) -> tuple[Any, jax.Array, Stats]:
+    def judge(self, state: Any, trial: Trial) -> tuple[Any, jax.Array, Stats]:
         """``(next state, whether the step is taken, stats)``."""
         ...
+
+
+@runtime_checkable
+class RadiusPolicy(Protocol):
+    """A policy that bounds the length of a step; the solver then finds λ. See `TrustRegion`."""
+
+    def init(self, params: Params) -> tuple[Any, Stats]: ...
+
+    def bound(self, state: Any, size: jax.Array) -> jax.Array: ...
+
+    def judge(self, state: Any, trial: Trial) -> tuple[Any, jax.Array, Stats]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +109,7 @@ class Given:
         value = self.value(count) if callable(self.value) else self.value
         return jnp.asarray(value, float)
 
-    def after(self, state: tuple, trial: Trial) -> tuple[tuple, jax.Array, Stats]:
+    def judge(self, state: tuple, trial: Trial) -> tuple[tuple, jax.Array, Stats]:
         return state, trial.gain_ratio > ACCEPT, {}
 
 
@@ -167,7 +178,7 @@ class GainRatio:
         del count
         return state.damping
 
-    def after(self, state: GainRatioState, trial: Trial) -> tuple[GainRatioState, jax.Array, Stats]:
+    def judge(self, state: GainRatioState, trial: Trial) -> tuple[GainRatioState, jax.Array, Stats]:
         good = trial.gain_ratio > self.accept  # false for NaN
         # ρ > 1 says no more than ρ = 1: the factor is ⅓ from ρ ≈ 0.94 on.
         bounded = jnp.clip(jnp.where(good, trial.gain_ratio, 0.0), 0.0, 1.0)
@@ -256,7 +267,7 @@ class TrustRegion:
         # ‖D^½ θ‖ is known from the first update on. Until then the radius is 0.
         return jnp.where(state.radius > 0, state.radius, first)
 
-    def after(self, state: RadiusState, trial: Trial) -> tuple[RadiusState, jax.Array, Stats]:
+    def judge(self, state: RadiusState, trial: Trial) -> tuple[RadiusState, jax.Array, Stats]:
         accepted = trial.gain_ratio > self.accept
         trial = tree.cast(trial, state.radius.dtype)
         uphill = jnp.minimum(trial.decrease, 0)  # −∞ or NaN count as the worst of steps
@@ -277,9 +288,9 @@ class TrustRegion:
 
 def policy_of(damping: Any) -> Any:
     """The policy that the argument `damping` of `gauss_newton` stands for."""
-    if isinstance(damping, TrustRegion):
+    if isinstance(damping, RadiusPolicy) and not isinstance(damping, type):
         raise TypeError(
-            "`damping` must give λ; a TrustRegion gives a radius, which is for "
+            f"`damping` must give λ; {type(damping).__name__} gives a radius, which is for "
             "gnlin.levenberg_marquardt(objective, damping=TrustRegion(), solver=gnlin.Dense())"
         )
     if callable(damping) or isinstance(damping, (int, float)) or hasattr(damping, "dtype"):
@@ -294,7 +305,7 @@ def check_policy(damping: Any) -> None:
     check_part(
         "damping",
         damping,
-        ("init", "damping", "after"),
+        ("init", "damping", "judge"),
         "a number, a schedule or a policy",
         "gnlin.GainRatio(1e-2)",
     )
@@ -306,7 +317,7 @@ def check_damping(damping: Any) -> None:
         raise TypeError(
             f"`damping` must be a number, a schedule or a record, not a class; got {damping!r}"
         )
-    if isinstance(damping, (GainRatio, TrustRegion)):
+    if hasattr(damping, "judge"):
         raise TypeError(
             f"`damping` must be a number or a schedule here, for no step is compared with its "
             f"prediction; {damping!r} is for gnlin.gauss_newton or gnlin.levenberg_marquardt"

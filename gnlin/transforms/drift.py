@@ -19,7 +19,7 @@ from gnlin.checks import check_integer, check_transformation, shows_signature
 from gnlin.kernel.alignment import kernel_alignment, kernel_distance
 from gnlin.kernel.ntk import empirical_ntk
 from gnlin.kernel.rows import number_of_examples
-from gnlin.problem.masking import visible_problem
+from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import (
     Objective,
     check_not_bound,
@@ -132,7 +132,7 @@ def measure_kernel_drift(
         return KernelDriftState(inner.init(params), jnp.zeros([], jnp.int32), first, metrics)
 
     def update_fn(updates, state, params: Params = None, *, all_params=None, **extra_args):
-        problem = visible_problem(objective, params, all_params)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
         updates, inner_state = inner.update(
             updates, state.inner, params, all_params=all_params, **extra_args
         )

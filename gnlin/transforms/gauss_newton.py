@@ -6,7 +6,7 @@ One update, in the order in which it is read below:
 * ``d = solver.solve(model.system(λ), updates)``: the direction (`solve/`).
 * ``δ = step.choose(d)``: the step along it (`step_length`).
 * ``ρ = (ℓ(θ) − ℓ(θ + δ)) / predicted decrease``: the gain ratio (`damping`).
-* ``λ = damping.after(ρ)``, and δ = 0 where the policy refuses the step.
+* ``λ = damping.judge(ρ)``, and δ = 0 where the policy refuses the step.
 """
 
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_number, check_state, shows_signature
+from gnlin.checks import check_metrics, check_number, shows_signature
 from gnlin.problem.curvature import QuadraticModel, quadratic_model
-from gnlin.problem.masking import visible_problem
+from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
 from gnlin.solve import CG, Kronecker, Solver
-from gnlin.solve.protocols import check_lengths, check_solver, solve_soundly
+from gnlin.solve.protocols import check_solver, check_solves
 from gnlin.transforms.damping import (
     Damping,
     DampingPolicy,
@@ -145,15 +145,13 @@ def gauss_newton(
         **extra_args,
     ):
         del extra_args
-        problem = visible_problem(objective, params, all_params)
-        # First, so that the error names the state, and not a shape deep in the solver.
-        check_state(state, init_fn, params)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
         damping = policy.damping(state.damping, state.count)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         models = _models(problem, updates, params, batch, curvature_batch)
         system = models.curvature.system(damping)
-        solution, solver_state = solve_soundly(solver, system, models.rhs, state.solver)
+        solution, solver_state = solver.solve(system, models.rhs, state.solver)
 
         data = batch if curvature_batch is None else curvature_batch
         # The step rule minimises the loss on the data of its linearisation.
@@ -167,7 +165,7 @@ def gauss_newton(
         new_value = problem.value(tree.add(params, chosen.step), batch)
         length = tree.norm(chosen.step)
         trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
-        adapted, accepted, damping_stats = policy.after(state.damping, trial)
+        adapted, accepted, damping_stats = policy.judge(state.damping, trial)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
         # Exact zeros where it is refused: a NaN times 0 would be a NaN.
@@ -178,13 +176,14 @@ def gauss_newton(
             "loss": value.astype(float),
             "accepted": accepted,
         }
+        metrics = {**own, **solution.stats, **chosen.stats, **damping_stats}
         return taken, GaussNewtonState(
             count=optax.safe_increment(state.count),
-            solver=solver_state,
+            solver=tree.if_finite(solver_state, state.solver),
             damping=tree.select(telling, adapted, state.damping),
             # A refused step leaves zeros behind, so momentum begins anew.
-            step=step.after(state.step, taken),
-            metrics={**own, **solution.stats, **chosen.stats, **damping_stats},
+            step=step.remember(state.step, taken),
+            metrics=check_metrics(metrics, state.metrics),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -239,7 +238,7 @@ def scale_by_gauss_newton(
     """
     check_objective(objective)
     check_solver("solver", solver)
-    check_lengths("solver", solver)
+    check_solves("solver", solver)
     check_damping(damping)
     policy = Given(damping)
 
@@ -260,14 +259,14 @@ def scale_by_gauss_newton(
         **extra_args,
     ):
         del extra_args
-        problem = visible_problem(objective, params, all_params)
-        check_state(state, init_fn, params)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
         damping = policy.damping((), state.count)
         models = _models(problem, updates, params, batch, curvature_batch)
         system = models.curvature.system(damping)
-        solution, solver_state = solve_soundly(solver, system, models.rhs, state.solver)
+        solution, solver_state = solver.solve(system, models.rhs, state.solver)
         count = optax.safe_increment(state.count)
-        metrics = {"damping": damping, **solution.stats}
+        metrics = check_metrics({"damping": damping, **solution.stats}, state.metrics)
+        solver_state = tree.if_finite(solver_state, state.solver)
         # Uphill, as a gradient: the learning rate that follows has the sign.
         return solution.direction, ScaleByGaussNewtonState(count, solver_state, metrics)
 

@@ -27,12 +27,13 @@ search of `line_search`. The rules are in `period` and `layer_periods`.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_transformation, shows_signature
+from gnlin.checks import check_metrics, check_transformation, shows_signature
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import (
     LOSS_MODELS,
@@ -42,16 +43,19 @@ from gnlin.problem.curvature import (
     partly_linearised_loss,
 )
 from gnlin.problem.linearisation import Linearisation, linearise
-from gnlin.problem.masking import visible_problem
-from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
-from gnlin.transforms.layer_periods import LayerPeriods
+from gnlin.problem.masking import problem_of_update
+from gnlin.problem.objective import Objective, check_objective, check_params
+from gnlin.transforms.layer_periods import LayerPeriods, LayersServed
 from gnlin.transforms.line_search import best_along, check_line_search
-from gnlin.transforms.period import Every, Period, PeriodRule, Served, rule_of
+from gnlin.transforms.period import Every, PeriodRule, Served, rule_of
 from gnlin.tree import Batch, Outputs, Params
 
 # A cycle of K steps saves one push-forward, a fraction 2/(5K) of its work. Beyond this K that is
 # not worth a branch.
 _LONGEST_SKIPPING_PERIOD = 10
+
+
+Period = int | None | Callable[[Any], chex.Numeric] | PeriodRule | LayerPeriods
 
 
 class LinearisedGradientsState(NamedTuple):
@@ -121,12 +125,18 @@ def linearise_gradients(
         Array([1.414], dtype=float32)
     """
     check_objective(objective)
-    rule = rule_of(period)
+    rule: Any = rule_of(period)
     check_loss_model(loss_model)
+    update_of = _update_for(rule)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
         period_state, stats = rule.init(params)
+        if not hasattr(period_state, "moves"):
+            raise TypeError(
+                "`period` must have an `init` whose state is a named tuple with the field `moves`; "
+                f"{period!r} returned {period_state!r}"
+            )
         metrics = {"linearise/loss": jnp.asarray(0.0, float)}
         if not isinstance(rule, LayerPeriods):
             metrics["linearise/refreshes"] = jnp.zeros([], jnp.int32)
@@ -142,8 +152,8 @@ def linearise_gradients(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates, extra_args
-        problem = visible_problem(objective, params, all_params)
-        update = _linearised_update(problem, rule, loss_model, state, params, batch)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
+        update = update_of(problem, rule, loss_model, state, params, batch)
         return update.grads, update.state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -211,7 +221,7 @@ def iterative_linearisation(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     check_objective(objective)
-    rule = rule_of(period)
+    rule: Any = rule_of(period)
     alphas = check_line_search(line_search)
     if isinstance(rule, LayerPeriods) and (reset_inner or alphas is not None):
         name = "reset_inner" if reset_inner else "line_search"
@@ -219,6 +229,7 @@ def iterative_linearisation(
             f"`{name}` wants cycles that end for all layers at once; give one `period`, "
             "not LayerPeriods"
         )
+    update_of = _update_for(rule)
     linearised = linearise_gradients(objective, rule, loss_model=loss_model)
 
     def init_fn(params):
@@ -231,8 +242,8 @@ def iterative_linearisation(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates
-        problem = visible_problem(objective, params, all_params)
-        update = _linearised_update(problem, rule, loss_model, state.linearised, params, batch)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
+        update = update_of(problem, rule, loss_model, state.linearised, params, batch)
         inner_state = state.inner
         if reset_inner:
             moved = state.linearised.period.moves
@@ -269,7 +280,11 @@ class _Update(NamedTuple):
     state: LinearisedGradientsState
 
 
-def _linearised_update(
+def _update_for(rule: Any) -> Callable[..., _Update]:
+    return _update_by_layers if isinstance(rule, LayerPeriods) else _update_of_network
+
+
+def _update_of_network(
     objective: Objective,
     rule: PeriodRule,
     loss_model: LossModel,
@@ -277,17 +292,10 @@ def _linearised_update(
     params: Params,
     batch: Batch,
 ) -> _Update:
-    remedy = "call tx.init(params) for these parameters"
-    check_like_params("opt_state", state.anchor, params, remedy)
+    """One update with one anchor for the whole network."""
     always = _fixed_period(rule) == 1
     # K = 1 needs no choice, and costs no more than a gradient.
     anchor = params if always else next_anchor(state, params)
-    if isinstance(rule, LayerPeriods):
-        exact = rule.exact(anchor)
-        value_fn = partly_linearised_loss(objective, anchor, exact, loss_model, batch)
-        value, grads = jax.value_and_grad(value_fn)(params)
-        after = _state_after(rule, state, params, anchor, value, {})
-        return _Update(value, grads, value_fn, after)
     linear = linearise(objective, anchor, batch)
     loss = LOSS_MODELS[loss_model](objective, linear.outputs, batch)
     if always:
@@ -298,42 +306,49 @@ def _linearised_update(
     else:
         displacement = _displacement(linear, params, state.period.moves, rule)
         value, cotangent = loss(displacement)
-    seen = {
-        "outputs": linear.outputs,
-        "displacement": displacement,
-        "network": lambda: objective.outputs_and_aux(params, batch)[0],
-    }
-    after = _state_after(rule, state, params, anchor, value, seen)
+    moved, metrics = state.period.moves, dict(state.metrics)
+    metrics["linearise/refreshes"] += moved.astype(jnp.int32)
+    metrics["linearise/age"] = jnp.where(moved, 0, optax.safe_increment(metrics["linearise/age"]))
+    served = Served(
+        count=state.count,
+        age=metrics["linearise/age"],
+        params=params,
+        anchor=anchor,
+        outputs=linear.outputs,
+        displacement=displacement,
+        network=lambda: objective.outputs_and_aux(params, batch)[0],
+    )
+    after = _state_after(rule, state._replace(metrics=metrics), served, value)
     return _Update(value, linear.vjp(cotangent), linearised_loss(linear, loss), after)
 
 
-def _state_after(
-    rule: PeriodRule,
+def _update_by_layers(
+    objective: Objective,
+    rule: LayerPeriods,
+    loss_model: LossModel,
     state: LinearisedGradientsState,
     params: Params,
-    anchor: Params,
-    value: jax.Array,
-    seen: dict[str, Any],
-) -> LinearisedGradientsState:
-    """State after an update with this anchor, at which Q was `value`.
+    batch: Batch,
+) -> _Update:
+    """One update with an anchor for each group of layers, which the rule counts by itself."""
+    anchor = next_anchor(state, params)
+    value_fn = partly_linearised_loss(objective, anchor, rule.exact(anchor), loss_model, batch)
+    value, grads = jax.value_and_grad(value_fn)(params)
+    served = LayersServed(state.count, anchor)
+    return _Update(value, grads, value_fn, _state_after(rule, state, served, value))
 
-    `seen` are the fields of `Served` that only a linearisation of the whole network has.
-    """
-    metrics = {**state.metrics, "linearise/loss": value.astype(float)}
-    age = jnp.zeros([], jnp.int32)
-    if not isinstance(rule, LayerPeriods):  # which counts by label
-        moved = state.period.moves
-        age = jnp.where(moved, 0, optax.safe_increment(metrics["linearise/age"]))
-        metrics["linearise/refreshes"] += moved.astype(jnp.int32)
-        metrics["linearise/age"] = age
-    whole = {"outputs": None, "displacement": None, "network": lambda: None, **seen}
-    served = Served(count=state.count, age=age, params=params, anchor=anchor, **whole)
+
+def _state_after(
+    rule: Any, state: LinearisedGradientsState, served: Any, value: jax.Array
+) -> LinearisedGradientsState:
+    """State after an update at which Q was `value`."""
     period_state, stats = rule.after(state.period, served)
+    metrics = {**state.metrics, "linearise/loss": value.astype(float), **stats}
     return LinearisedGradientsState(
         count=optax.safe_increment(state.count),
-        anchor=anchor,
+        anchor=served.anchor,
         period=period_state,
-        metrics={**metrics, **stats},
+        metrics=check_metrics(metrics, state.metrics),
     )
 
 

@@ -15,7 +15,7 @@ import optax
 from gnlin import tree
 from gnlin.checks import shows_signature
 from gnlin.solve.protocols import Stats
-from gnlin.transforms.period import Served, check_period, count_down, is_rule
+from gnlin.transforms.period import check_period, count_down, is_rule
 from gnlin.tree import Params
 
 
@@ -24,6 +24,13 @@ class LayersState(NamedTuple):
     remaining: tuple[jax.Array, ...]  # for each label, in the order of `periods`
     refreshes: tuple[jax.Array, ...]  # times that the anchor of a label moved
     age: tuple[jax.Array, ...]  # updates since then
+
+
+class LayersServed(NamedTuple):
+    """One update, as `LayerPeriods` sees it."""
+
+    count: jax.typing.ArrayLike
+    anchor: Params
 
 
 @shows_signature
@@ -102,7 +109,7 @@ class LayerPeriods:
         none = tuple(jnp.zeros([], jnp.int32) for _ in self.periods)
         return LayersState(moves, none, none, none), self._stats(none, none)
 
-    def after(self, state: LayersState, served: Served) -> tuple[LayersState, Stats]:
+    def after(self, state: LayersState, served: LayersServed) -> tuple[LayersState, Stats]:
         labels = self.label_of_leaves(served.anchor)
         # The flags of one label are equal. A label without leaves keeps its zeros.
         moved = dict(zip(labels, jax.tree.leaves(state.moves), strict=True))

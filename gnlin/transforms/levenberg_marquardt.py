@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_number, check_positive, check_state, shows_signature
+from gnlin.checks import check_metrics, check_number, check_positive, shows_signature
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import QuadraticModel, System, quadratic_model
-from gnlin.problem.masking import visible_problem
+from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_objective, check_params
 from gnlin.solve import CG, RadiusSolver, Solution, Solver
-from gnlin.solve.protocols import check_lengths, check_solver, solve_soundly
+from gnlin.solve.protocols import check_solver, check_solves
 from gnlin.transforms.damping import (
     DampingPolicy,
     GainRatio,
+    RadiusPolicy,
     TrustRegion,
     check_policy,
     trial_of,
@@ -101,7 +102,7 @@ def levenberg_marquardt(
     """
     check_objective(objective)
     check_solver("solver", solver)
-    check_lengths("solver", solver)
+    check_solves("solver", solver)
     policy = _policy(damping, solver)
     if scaling not in ("identity", "marquardt"):
         raise ValueError(f'`scaling` must be "identity" or "marquardt"; got {scaling!r}')
@@ -134,8 +135,7 @@ def levenberg_marquardt(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates, extra_args
-        problem = visible_problem(objective, params, all_params)
-        check_state(state, init_fn, params)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
         model = quadratic_model(problem, params, batch)
         rhs = model.gradient()
         largest, diagonal = state.scaling, None
@@ -143,13 +143,7 @@ def levenberg_marquardt(
             largest = jax.tree.map(jnp.maximum, largest, _ggn_diagonal(model))
             # A parameter without influence so far is damped as if its diagonal were 1.
             diagonal = jax.tree.map(lambda d: jnp.where(d > 0, d, 1), largest)
-
-        if isinstance(policy, TrustRegion):
-            radius = policy.bound(state.damping, _length(params, diagonal))
-            solved = _solve_within(solver, model, diagonal, rhs, radius, state.solver)
-        else:
-            given = policy.damping(state.damping, state.count)
-            solved = _solve_damped(solver, model, diagonal, rhs, given, state.solver)
+        solved = _solve(policy, solver, model, rhs, diagonal, params, state)
         # The right-hand side is +∇ℓ, so the solution leads uphill.
         step = tree.scale(-1, solved.solution.direction)
         metrics = {}
@@ -166,7 +160,7 @@ def levenberg_marquardt(
         # The prediction leaves λ out: both decreases are those of the loss.
         change = model.change(step)
         trial = trial_of(model.value, new_value, change, step, rhs, length, solved.radius)
-        adapted, accepted, damping_stats = policy.after(state.damping, trial)
+        adapted, accepted, damping_stats = policy.judge(state.damping, trial)
         # A loss or gradient that is not finite here is the fault of the batch and not of the step:
         # the state stays as it is.
         sound = jnp.isfinite(model.value) & tree.all_finite(rhs)
@@ -185,7 +179,7 @@ def levenberg_marquardt(
             damping=tree.select(sound, adapted, state.damping),
             scaling=tree.select(sound & tree.all_finite(largest), largest, state.scaling),
             solver=solved.state,
-            metrics=metrics,
+            metrics=check_metrics(metrics, state.metrics),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -195,10 +189,11 @@ def _policy(damping: Any, solver: Solver) -> Any:
     """The policy that the argument `damping` stands for with this solver."""
     if damping is None:
         return TrustRegion() if isinstance(solver, RadiusSolver) else GainRatio(1e-3)
-    if isinstance(damping, TrustRegion):
+    if isinstance(damping, RadiusPolicy):
         if not isinstance(solver, RadiusSolver):
+            name = type(damping).__name__
             raise TypeError(
-                "`damping=TrustRegion(...)` needs a solver that finds λ from a radius, such as "
+                f"`damping={name}(...)` needs a solver that finds λ from a radius, such as "
                 f"gnlin.Dense(); got {solver!r}. Take `Dense`, or a number for `damping`"
             )
         return damping
@@ -224,15 +219,16 @@ class _Solved(NamedTuple):
     radius: chex.Numeric  # Δ
 
 
-def _solve_damped(solver, model, diagonal, rhs, damping, state) -> _Solved:
-    solution, state = solve_soundly(solver, model.system(damping, diagonal), rhs, state)
-    return _Solved(solution, state, damping, jnp.inf)
-
-
-def _solve_within(solver, model, diagonal, rhs, radius, state) -> _Solved:
-    system = model.system(0.0, diagonal)
-    solution, state, damping = solver.solve_within(system, rhs, state, radius)
-    return _Solved(solution, state, damping, radius)
+def _solve(policy, solver, model, rhs, diagonal, params, state) -> _Solved:
+    """Solve with the λ of the policy, or with the least one that keeps within its radius."""
+    if isinstance(policy, RadiusPolicy):
+        radius = policy.bound(state.damping, _length(params, diagonal))
+        system = model.system(0.0, diagonal)
+        solution, solver_state, damping = solver.solve_within(system, rhs, state.solver, radius)
+        return _Solved(solution, solver_state, damping, radius)
+    damping = policy.damping(state.damping, state.count)
+    solution, solver_state = solver.solve(model.system(damping, diagonal), rhs, state.solver)
+    return _Solved(solution, tree.if_finite(solver_state, state.solver), damping, jnp.inf)
 
 
 def _length(step: Params, diagonal: Params | None) -> jax.Array:
@@ -288,7 +284,7 @@ def _acceleration(
     bend = jax.jvp(push_forward, (anchor,), (velocity,))[1]
     rhs = tree.scale(-1, model.linear.vjp(model.output_hessian(bend)))
     # With a fresh state: the one of the update belongs to the first system.
-    solution, _ = solve_soundly(solver, system, rhs, solver.init(anchor)[0])
+    solution, _ = solver.solve(system, rhs, solver.init(anchor)[0])
     length = tree.norm(velocity)
     # 2‖a‖/‖v‖, the ratio of Transtrum & Sethna, for a step v + ½a.
     size = 2 * tree.norm(solution.direction) / jnp.where(length > 0, length, 1)

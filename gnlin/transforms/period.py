@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,7 +224,7 @@ class RelativeGap:
         return next_state, {"linearise/gap": next_state.gap}
 
 
-def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.Array:
+def _relative_gap(outputs: Outputs, linearised: Outputs, displacement: Outputs) -> jax.Array:
     """The gap, and 0 where the two differ by rounding alone.
 
     It is infinite where the network is not finite, so that this anchor is left.
@@ -234,12 +233,10 @@ def _relative_gap(outputs: Outputs, linearised: Outputs, moved: Outputs) -> jax.
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(outputs))
     # A few units in the last place of the outputs are rounding, however small their movement.
     seen = gap > 8 * eps * tree.norm(linearised)
-    return jnp.where(jnp.isfinite(gap), jnp.where(seen, gap / tree.norm(moved), 0), jnp.inf)
+    return jnp.where(jnp.isfinite(gap), jnp.where(seen, gap / tree.norm(displacement), 0), jnp.inf)
 
 
 # The argument.
-
-Period = int | None | Callable[[Any], chex.Numeric] | PeriodRule
 
 
 def rule_of(period: Any) -> Any:

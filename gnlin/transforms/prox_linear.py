@@ -14,7 +14,7 @@ from gnlin import tree
 from gnlin.checks import check_integer, check_transformation, shows_signature
 from gnlin.problem.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss
 from gnlin.problem.linearisation import linearise
-from gnlin.problem.masking import visible_problem
+from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_objective, check_params
 from gnlin.tree import Params
 
@@ -91,7 +91,7 @@ def prox_linear(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
         del updates
-        problem = visible_problem(objective, params, all_params)
+        problem = problem_of_update(objective, params, all_params, state, init_fn)
         linear = linearise(problem, params, batch)
         loss = LOSS_MODELS[loss_model](problem, linear.outputs, batch)
         value_fn = linearised_loss(linear, loss)

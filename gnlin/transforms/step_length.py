@@ -76,7 +76,7 @@ class StepRule(Protocol):
         ...         length = -self.length * search.rate
         ...         step = optax.tree.scale(length, search.direction)
         ...         return gnlin.Step(step, search.model.change(step))
-        ...     def after(self, state, taken):
+        ...     def remember(self, state, taken):
         ...         return state
         >>> objective = gnlin.Objective.least_squares(lambda p: p - 2.0)
         >>> tx = gnlin.gauss_newton(objective, damping=0.0, solver=gnlin.CG(), step=Fraction())
@@ -92,7 +92,7 @@ class StepRule(Protocol):
         """The step, with `search.rate` applied."""
         ...
 
-    def after(self, state: Any, taken: Params) -> Any:
+    def remember(self, state: Any, taken: Params) -> Any:
         """The next state, after the step that was taken: zeros where it was refused."""
         ...
 
@@ -104,7 +104,7 @@ def check_step_rule(step: Any) -> None:
             "optax.chain(gnlin.scale_by_gauss_newton(objective, damping), "
             "optax.scale_by_learning_rate(1.0))"
         )
-    check_part("step", step, ("init", "choose", "after"), "a step rule", "gnlin.Subspace()")
+    check_part("step", step, ("init", "choose", "remember"), "a step rule", "gnlin.Subspace()")
 
 
 @shows_signature
@@ -160,7 +160,7 @@ class Subspace:
     def init(self, params: Params) -> tuple[Any, Stats]:
         return (tree.zeros_like(params) if self.momentum else ()), _stats(jnp.zeros([2]))
 
-    def after(self, state: Any, taken: Params) -> Any:
+    def remember(self, state: Any, taken: Params) -> Any:
         return taken if self.momentum else state
 
     def choose(self, search: Search, state: Any) -> Step:
@@ -177,7 +177,7 @@ class Subspace:
 
         def change(weights):
             # Jδ is a combination of known outputs, so no evaluation passes through the network.
-            after = loss(_combined(weights, span.moved))[0].astype(dtype)
+            after = loss(_combined(weights, span.images))[0].astype(dtype)
             return after - value + span.slopes @ weights
 
         def damped(weights):
@@ -210,14 +210,14 @@ class _Span(NamedTuple):
 
     directions: list[Params]
     units: jax.Array  # their sizes before
-    moved: list[Any]  # J dᵢ
+    images: list[Any]  # J dᵢ
     slopes: jax.Array  # (u − ∇ℓ)ᵀdᵢ: the gradient is in the loss already, other updates are not
     gram: jax.Array  # <dᵢ, dⱼ>
 
 
 def _span(search: Search, candidates: Sequence[Params], dtype) -> _Span:
     model = search.model
-    directions, units, moved, slopes = [], [], [], []
+    directions, units, images, slopes = [], [], [], []
     for candidate in candidates:
         direction, unit = _of_unit_size(candidate, dtype)
         image = model.linear.jvp(tree.cast_like(direction, search.rhs))
@@ -226,10 +226,10 @@ def _span(search: Search, candidates: Sequence[Params], dtype) -> _Span:
         along_gradient = tree.inner(model.cotangent, image).astype(dtype)
         directions.append(direction)
         units.append(unit)
-        moved.append(image)
+        images.append(image)
         slopes.append(along_updates - along_gradient)
     gram = jnp.stack([jnp.stack([tree.inner(a, b) for b in directions]) for a in directions])
-    return _Span(directions, jnp.stack(units), moved, jnp.stack(slopes), gram)
+    return _Span(directions, jnp.stack(units), images, jnp.stack(slopes), gram)
 
 
 def _of_unit_size(vector: Params, dtype) -> tuple[Params, jax.Array]:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from gnlin import tree
-from gnlin.checks import is_integer
+from gnlin.checks import is_integer, shows_signature
 from gnlin.problem.objective import check_params
 from gnlin.tree import Params
 from gnlin.width.fans import FansOf, Layout, layouts
@@ -31,6 +31,7 @@ class SpectralConditionState(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+@shows_signature
 def scale_by_spectral_condition(
     fans: FansOf = None, *, lanczos_steps: int = 8
 ) -> optax.GradientTransformationExtraArgs:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gnlin.checks import is_integer
+from gnlin.checks import is_integer, shows_signature
 from gnlin.tree import Params, Tree
 
 Axes = int | Sequence[int]
@@ -42,6 +42,7 @@ class _Axes(NamedTuple):
         return len({*maps, *self.batch, *self.index}) == named
 
 
+@shows_signature
 @dataclasses.dataclass(frozen=True)
 class Fans:
     """The axes of a leaf, in the words of `jax.nn.initializers`.

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
-from gnlin.checks import check_positive
+from gnlin.checks import check_positive, shows_signature
 from gnlin.width.fans import Fans, layout_of
 
 
+@shows_signature
 def spectral_init(
     key: jax.Array,
     shape: Sequence[int],

@@ -7,11 +7,13 @@ import jax
 import optax
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.problem.objective import check_params
 from gnlin.tree import Params
 from gnlin.width.fans import FansOf, Layout, layouts
 
 
+@shows_signature
 def scale_by_maximal_update_sgd(
     fans: FansOf = None, *, base: Params | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,6 +57,7 @@ def scale_by_maximal_update_sgd(
     return _by_fans(lambda layout: layout.fan_out * _sign_factor(layout), fans, base)
 
 
+@shows_signature
 def scale_by_maximal_update_adam(
     fans: FansOf = None, *, base: Params | None = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.checks import shows_signature
 from gnlin.problem.objective import check_like_params, check_params
 from gnlin.tree import Params
 from gnlin.width.fans import FansOf, Layout, layouts
@@ -42,6 +43,7 @@ class SpectralNorms(NamedTuple):
         return self.update / self.prescription
 
 
+@shows_signature
 def spectral_report(
     params: Params, updates: Params, fans: FansOf = None
 ) -> dict[str, SpectralNorms]:
