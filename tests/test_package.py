@@ -41,7 +41,6 @@ ROOMS = [
     "__main__",
 ]
 COMPARE_ROOMS = ["tasks", "entrants", "runs", "report", "api", "compare", "cli"]
-GROUND = {"checks", "tree", "jaxprs"}
 
 # Records that users are handed and never build; the function that returns one shows it in use.
 RETURNED = {
@@ -144,6 +143,36 @@ def test_no_name_is_hidden_by_a_module(package):
 def test_modules_are_short_enough_to_read(module):
     lines = SOURCES[module].read_text(encoding="utf-8").count("\n")
     assert lines <= 400
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_functions_are_short_enough_to_read(module):
+    """Docstrings, and the functions inside, are not counted."""
+
+    def lines(node):
+        inner = [
+            each
+            for each in ast.walk(node)
+            if isinstance(each, ast.FunctionDef) and each is not node
+        ]
+        own = set(range(node.lineno, node.end_lineno + 1))
+        for each in inner:
+            own -= set(range(each.lineno, each.end_lineno + 1))
+        if ast.get_docstring(node):
+            own -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        return len(own)
+
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert lines(node) <= 50, node.name
+
+
+def test_every_mutant_applies():
+    """`tests/mutants.py` changes lines of the package; one that is gone would change nothing."""
+    mutants = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))["mutant"]
+    for mutant in mutants:
+        text = (PACKAGE / mutant["file"]).read_text(encoding="utf-8")
+        assert text.count(mutant["old"]) == 1, mutant["name"]
 
 
 @pytest.mark.parametrize("module", SOURCES)

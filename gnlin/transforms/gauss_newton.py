@@ -153,17 +153,13 @@ def gauss_newton(
         system = models.curvature.system(damping)
         solution, solver_state = solver.solve(system, models.rhs, state.solver)
 
-        data = batch if curvature_batch is None else curvature_batch
-        # The step rule minimises the loss on the data of its linearisation.
-        search = Search(
-            problem, data, models.curvature, damping, solution.direction, models.rhs, rate
-        )
+        direction, curvature = solution.direction, models.curvature
+        search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate)
         chosen = step.choose(search, state.step)
 
-        value = models.loss.value
+        value, length = models.loss.value, tree.norm(chosen.step)
         # The trial costs a forward pass. It is on `batch`, as is the loss before the step.
         new_value = problem.value(tree.add(params, chosen.step), batch)
-        length = tree.norm(chosen.step)
         trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
         adapted, accepted, damping_stats = policy.judge(state.damping, trial)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
@@ -278,6 +274,7 @@ class _Models(NamedTuple):
 
     loss: QuadraticModel  # on the batch
     curvature: QuadraticModel  # on the batch of the curvature, the same unless another is given
+    data: Batch  # that batch
     rhs: Params  # the incoming updates, or the gradient
 
 
@@ -291,9 +288,9 @@ def _models(
     if updates is not None:
         check_like_params("updates", updates, params, "pass the gradient at `params`")
     model = quadratic_model(objective, params, batch)
-    curvature = model
+    curvature, data = model, batch
     if curvature_batch is not None:
-        curvature = quadratic_model(objective, params, curvature_batch)
+        curvature, data = quadratic_model(objective, params, curvature_batch), curvature_batch
     # One linearisation serves gradient and products. Under jit, unused parts are never computed.
     rhs = model.gradient() if updates is None else updates
-    return _Models(model, curvature, tree.cast_like(rhs, params))
+    return _Models(model, curvature, data, tree.cast_like(rhs, params))

@@ -387,17 +387,12 @@ def _displacement(
     linear: Linearisation, params: Params, fresh: jax.Array, rule: PeriodRule
 ) -> Outputs:
     """J(φ)(θ − φ); right after the anchor moved it is zero, and not computed where that pays."""
-    offset = tree.subtract(params, linear.anchor)
-    if not _skipping_pays(linear, rule):
+    offset, period = tree.subtract(params, linear.anchor), _fixed_period(rule)
+    if period is None or period > _LONGEST_SKIPPING_PERIOD:
+        return linear.jvp(offset)
+    # XLA on CPU runs a convolution inside `cond` several times slower than outside.
+    names = primitive_names(jax.make_jaxpr(linear.jvp)(offset).jaxpr)
+    if "conv_general_dilated" in names:
         return linear.jvp(offset)
     # Only the push-forward is in the branch, so all iterates stay the same to the bit.
     return jax.lax.cond(fresh, lambda _: tree.zeros_like(linear.outputs), linear.jvp, offset)
-
-
-def _skipping_pays(linear: Linearisation, rule: PeriodRule) -> bool:
-    period = _fixed_period(rule)
-    if period is None or period > _LONGEST_SKIPPING_PERIOD:
-        return False
-    # XLA on CPU runs a convolution inside `cond` several times slower than outside.
-    names = primitive_names(jax.make_jaxpr(linear.jvp)(linear.anchor).jaxpr)
-    return "conv_general_dilated" not in names
