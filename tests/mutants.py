@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 import tomllib
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SECONDS = 900  # for the tests of one mutant; an endless loop is noticed, too
+SECONDS = 900  # for the tests of one mutant, lest a loop is endless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,6 @@ class Mutant:
     tests: tuple[str, ...]  # arguments of pytest, below tests/
     equivalent: str = ""  # why no test can notice it
 
-    def applied(self, folder: pathlib.Path) -> str:
-        """The text of the file with this error in it."""
-        text = (folder / "gnlin" / self.file).read_text()
-        if (count := text.count(self.old)) != 1:
-            raise LookupError(f"the old text of {self.name!r} occurs {count} times in {self.file}")
-        return text.replace(self.old, self.new)
-
 
 def load() -> list[Mutant]:
     records = tomllib.loads((ROOT / "tests/mutants.toml").read_text())["mutant"]
@@ -50,6 +44,23 @@ def load() -> list[Mutant]:
     return mutants
 
 
+def applied(folder: pathlib.Path, mutants: list[Mutant]) -> list[str]:
+    """The text of each mutant's file, with the error in it.
+
+    Raises:
+        LookupError: the old text of a mutant does not occur once; all such mutants are named.
+    """
+    texts, stale = [], []
+    for mutant in mutants:
+        text = (folder / "gnlin" / mutant.file).read_text()
+        if (count := text.count(mutant.old)) != 1:
+            stale.append(f"{mutant.name!r}: {count} times in {mutant.file}")
+        texts.append(text.replace(mutant.old, mutant.new))
+    if stale:
+        raise LookupError("old texts do not occur once:\n" + "\n".join(stale))
+    return texts
+
+
 def copy_of_the_package(folder: pathlib.Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "mutants.toml")
     for name in ("gnlin", "tests"):
@@ -57,21 +68,23 @@ def copy_of_the_package(folder: pathlib.Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-def run(folder: pathlib.Path, tests: tuple[str, ...]) -> str:
-    """``"passed"``, ``"failed"`` or the message of a run that is neither."""
+class Outcome(NamedTuple):
+    code: int  # of pytest: 0 where all tests passed, 1 where one failed
+    output: str
+
+
+def run(folder: pathlib.Path, tests: tuple[str, ...]) -> Outcome:
+    """Run tests on the copy; too long a run counts as a failure."""
     command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
     # No bytecode: two mutants of one size in one second would be taken for the same file.
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     arguments = [*command, *(f"tests/{test}" for test in tests)]
+    how: dict[str, Any] = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
+        done = subprocess.run(arguments, timeout=SECONDS, **how)
     except subprocess.TimeoutExpired:
-        return "failed"
-    if done.returncode in (0, 1):
-        return "failed" if done.returncode else "passed"
-    return (done.stdout + done.stderr)[-2000:]
+        return Outcome(1, f"longer than {SECONDS} s")
+    return Outcome(done.returncode, done.stdout + done.stderr)
 
 
 def check_the_copy(folder: pathlib.Path, mutants: list[Mutant]) -> None:
@@ -81,9 +94,10 @@ def check_the_copy(folder: pathlib.Path, mutants: list[Mutant]) -> None:
     found = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True)
     if pathlib.Path(found.stdout.strip()).parent != folder / "gnlin":
         raise RuntimeError(f"the tests would import {found.stdout.strip() or found.stderr}")
-    tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-    if (outcome := run(folder, tests)) != "passed":
-        raise RuntimeError(f"the tests do not pass without a mutant: {outcome}")
+    tests = dict.fromkeys(test for mutant in mutants for test in mutant.tests)
+    for test in tests:
+        if (outcome := run(folder, (test,))).code:
+            raise RuntimeError(f"{test} fails without a mutant: {outcome.output[-2000:]}")
 
 
 def hunt(mutants: list[Mutant], *, baseline: bool) -> int:
@@ -92,7 +106,7 @@ def hunt(mutants: list[Mutant], *, baseline: bool) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name).resolve()
         copy_of_the_package(folder)
-        texts = [mutant.applied(folder) for mutant in mutants]  # a stale record is an error first
+        texts = applied(folder, mutants)
         if baseline:
             check_the_copy(folder, mutants)
         for mutant, text in zip(mutants, texts, strict=True):
@@ -103,9 +117,11 @@ def hunt(mutants: list[Mutant], *, baseline: bool) -> int:
                 outcome = run(folder, mutant.tests)
             finally:
                 file.write_text(original)
-            fate = {"failed": "caught", "passed": "SURVIVED"}.get(outcome, f"BROKEN\n{outcome}")
-            if outcome == "passed" and mutant.equivalent:
+            fate = {0: "SURVIVED", 1: "caught"}.get(outcome.code, "BROKEN")
+            if fate == "SURVIVED" and mutant.equivalent:
                 fate = "equivalent"
+            if fate == "BROKEN":  # pytest itself did not get as far as the tests
+                print(outcome.output[-2000:])
             caught += fate == "caught"
             survived += fate not in ("caught", "equivalent")
             seconds = time.monotonic() - begin
