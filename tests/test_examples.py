@@ -65,7 +65,29 @@ def test_readme_example_trains(capsys):
     assert losses == pytest.approx([float(loss) for loss in said], rel=0.3)
 
 
-def run_example(name: str, cwd: Path, *arguments: str) -> str:
+@pytest.fixture
+def run_example(tmp_path, monkeypatch, capsys):
+    """A function that runs an example in this process, and returns the printed text.
+
+    A process of its own would import the same libraries again, which takes longer than most.
+    """
+    wide = jax.config.jax_enable_x64
+
+    def call(name: str, *arguments: str) -> str:
+        script = str(ROOT / "examples" / name)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    yield call
+    jax.config.update("jax_enable_x64", wide)  # an example may choose double precision
+
+
+def run_command(name: str, cwd: Path, *arguments: str) -> str:
+    """What an example prints as a program of its own, as a reader starts it."""
     # Here compilation is what takes long, and the threads of LAPACK would wait for those of other
     # tests.
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "OPENBLAS_NUM_THREADS": "1"}
@@ -79,7 +101,7 @@ def run_example(name: str, cwd: Path, *arguments: str) -> str:
 
 
 def test_quickstart_trains_every_optimiser(tmp_path):
-    output = run_example("quickstart.py", tmp_path)
+    output = run_command("quickstart.py", tmp_path)
     rows = re.findall(r"^(.+?)\s{2,}([\d.]+)\s+([\d.]+)\s+([\d.]+)$", output, re.MULTILINE)
     assert len(rows) == 4
     for name, first, last, accuracy in rows:
@@ -88,8 +110,8 @@ def test_quickstart_trains_every_optimiser(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_least_squares_reaches_the_certified_digits(tmp_path):
-    output = run_example("least_squares.py", tmp_path)
+def test_least_squares_reaches_the_certified_digits(run_example):
+    output = run_example("least_squares.py")
     rows = re.findall(r"^b\d\s+(\S+)\s+(\S+)\s+([\d.]+)$", output, re.MULTILINE)
     assert len(rows) == 7
     for certified, fitted, digits in rows:
@@ -97,16 +119,16 @@ def test_least_squares_reaches_the_certified_digits(tmp_path):
         assert float(digits) > 8
 
 
-def test_another_optimiser_takes_part(tmp_path):
-    output = run_example("own_optimiser.py", tmp_path)
+def test_another_optimiser_takes_part(run_example, tmp_path):
+    output = run_example("own_optimiser.py")
     rows = re.findall(r"^(\S+)\s+\S+\s+loss (\S+)  held out ([\d.]+) %$", output, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["adam"] * 5 + ["lion"] * 5
     assert max(float(accuracy) for name, _, accuracy in rows if name == "lion") > 90
     assert (tmp_path / "gnlin-results" / "own" / "records.jsonl").exists()
 
 
-def test_submission_trains(tmp_path):
-    output = run_example("algoperf_submission.py", tmp_path)
+def test_submission_trains(run_example):
+    output = run_example("algoperf_submission.py")
     assert float(re.search(r"accuracy after 200 steps: ([\d.]+)", output)[1]) > 0.95
 
 
@@ -121,8 +143,8 @@ def rows_of(table: str) -> list[list[str]]:
     ]
 
 
-def test_reference_problems_favour_curvature(tmp_path):
-    rows = rows_of(run_example("reference_problems.py", tmp_path, "gn", "sgd", "--quick"))
+def test_reference_problems_favour_curvature(run_example):
+    rows = rows_of(run_example("reference_problems.py", "gn", "sgd", "--quick"))
     assert [row[:2] for row in rows] == [
         ["diabetes-full", target] for target in ("0.1", "0.01", "0.001")
     ]
@@ -131,8 +153,8 @@ def test_reference_problems_favour_curvature(tmp_path):
     assert descent == "–" or float(descent) > float(gauss_newton)
 
 
-def test_preconditioners_save_iterations(tmp_path):
-    rows = rows_of(run_example("preconditioners.py", tmp_path, "--quick"))
+def test_preconditioners_save_iterations(run_example):
+    rows = rows_of(run_example("preconditioners.py", "--quick"))
     (loose, loose_nystrom), (strict, strict_nystrom) = (
         [int(cell.split()[0]) for cell in row[1:]] for row in rows
     )
@@ -140,44 +162,43 @@ def test_preconditioners_save_iterations(tmp_path):
     assert strict_nystrom < strict / 2
 
 
-def test_function_space_needs_less_work(tmp_path):
-    (row,) = rows_of(run_example("function_space.py", tmp_path, "--quick"))
+def test_function_space_needs_less_work(run_example):
+    (row,) = rows_of(run_example("function_space.py", "--quick"))
     dual, few, same = float(row[3]), float(row[6]), float(row[10])
     assert dual < min(few, same)
     assert float(row[5]) < 1e-4  # its residual
 
 
-def test_kernels_are_faster_than_jacobians(tmp_path):
-    *times, memory, _, _ = rows_of(run_example("kernels.py", tmp_path, "--quick"))
+def test_kernels_are_faster_than_jacobians(run_example):
+    *times, memory, _, _ = rows_of(run_example("kernels.py", "--quick"))
     assert [row[2] for row in times] == ["full", "diagonal", "trace"]
     assert all(float(row[6]) < 1e-5 for row in times)
     assert float(memory[4]) < float(memory[3])
 
 
-def test_defaults_do_not_blow_up(tmp_path):
-    rows = rows_of(run_example("stability.py", tmp_path, "--quick"))
+def test_defaults_do_not_blow_up(run_example):
+    rows = rows_of(run_example("stability.py", "--quick"))
     assert [row[1] for row in rows] == ["32", "full"]
     for _, _, _, start, largest, last, _ in rows:
         assert float(last) <= float(largest) < float(start)
 
 
-def test_speed_is_measured(tmp_path):
-    rows = rows_of(run_example("speed.py", tmp_path, "--quick"))
+def test_speed_is_measured(run_example):
+    rows = rows_of(run_example("speed.py", "--quick"))
     assert [row[0] for row in rows] == ["gnlin, `CG`", "gnlin, defaults"]
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
 
 
-def test_spectral_norms_are_known(tmp_path):
-    norms, *costs = rows_of(run_example("spectral_norms.py", tmp_path, "--quick"))
+def test_spectral_norms_are_known(run_example):
+    norms, *costs = rows_of(run_example("spectral_norms.py", "--quick"))
     assert float(norms[3]) < 2  # per cent
     assert [row[1] for row in costs] == ["128", "256"]
     assert float(costs[1][2].rstrip("%")) < 5
 
 
-def test_features_are_mapped(tmp_path):
+def test_features_are_mapped(run_example, tmp_path):
     rows = {
-        row[0]: row
-        for row in rows_of(run_example("feature_learning.py", tmp_path, "diabetes", "--quick"))
+        row[0]: row for row in rows_of(run_example("feature_learning.py", "diabetes", "--quick"))
     }
     assert list(rows) == ["1", "4", "16", "never", "111", "000"]
     anchors = [int(rows[period][2]) for period in ("1", "4", "16", "never")]
@@ -200,8 +221,8 @@ def test_features_are_mapped(tmp_path):
         assert float(rows[name][-2]) == pytest.approx(min(losses), rel=1e-3)
 
 
-def test_width_transfer_finds_rates(tmp_path):
-    rows = rows_of(run_example("width_transfer.py", tmp_path, "--quick"))
+def test_width_transfer_finds_rates(run_example):
+    rows = rows_of(run_example("width_transfer.py", "--quick"))
     assert [row[0] for row in rows] == ["Adam", "Adam, spectral *"]
     for row in rows:
         own, of_narrowest = map(float, row[-2:])
