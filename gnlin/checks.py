@@ -85,6 +85,18 @@ def check_part(name: str, part: Any, methods: Sequence[str], kind: str, example:
         )
 
 
+def returned(call: str, value: Any, *kinds: type) -> Any:
+    """The tuple that a method of a part returned; raise unless its items are of these kinds."""
+    if type(value) is not tuple or len(value) != len(kinds):
+        raise TypeError(f"`{call}` must return a tuple of {len(kinds)}; got {type(value).__name__}")
+    for place, (item, kind) in enumerate(zip(value, kinds, strict=True)):
+        if not isinstance(item, kind):
+            raise TypeError(
+                f"`{call}` must return a {kind.__name__} as item {place}; got {type(item).__name__}"
+            )
+    return value
+
+
 def check_state(opt_state: Any, init: Callable[[Any], Any], params: Any) -> None:
     """Raise unless `opt_state` has the form that `init` gives it for these parameters.
 

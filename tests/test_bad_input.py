@@ -853,3 +853,46 @@ def test_state_with_two_anchors():
     )
     with pytest.raises(ValueError, match="`opt_state` holds 2 anchors"):
         gnlin.anchor(tx.init(PROBLEM.params))
+
+
+class Returns:
+    """A part of every kind, whose one method `method` returns `value`."""
+
+    def __init__(self, method, value):
+        setattr(self, method, lambda *arguments: value)
+
+    def init(self, params):
+        return (), {}
+
+    def damping(self, state, count):
+        return jnp.asarray(0.1, float)
+
+    solve = prepare = choose = remember = judge = after = init
+
+
+@pytest.mark.parametrize(
+    ("build", "method", "value", "message"),
+    [
+        ("solver", "init", ((),), r"`solver\.init` must return a tuple of 2; got tuple"),
+        (
+            "solver",
+            "solve",
+            ((), gnlin.Solution((), {})),
+            r"`solver\.solve` must return a Solution",
+        ),
+        ("damping", "judge", ((), {}), r"`damping\.judge` must return a tuple of 3; got tuple"),
+        ("step", "choose", 3.0, r"`step\.choose` must return a gnlin\.Step; got float"),
+        ("step", "init", {}, r"`step\.init` must return a tuple of 2; got dict"),
+    ],
+)
+def test_a_method_that_returns_something_else(build, method, value, message):
+    tx = gnlin.gauss_newton(OBJECTIVE, **{build: Returns(method, value)})
+    with pytest.raises(TypeError, match=message):
+        tx.update(None, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH)
+
+
+def test_a_preconditioner_that_returns_something_else():
+    solver = gnlin.CG(preconditioner=Returns("prepare", ((), lambda vector: vector)))
+    tx = gnlin.scale_by_gauss_newton(OBJECTIVE, 0.1, solver=solver)
+    with pytest.raises(TypeError, match=r"`preconditioner\.prepare` must return a Preparation"):
+        tx.update(None, tx.init(PROBLEM.params), PROBLEM.params, batch=BATCH)

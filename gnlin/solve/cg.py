@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_integer, shows_signature
+from gnlin.checks import check_integer, returned, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import (
     Preconditioner,
@@ -23,6 +23,7 @@ from gnlin.solve.protocols import (
     Preparation,
     Solution,
     Stats,
+    begin,
 )
 from gnlin.tree import Params
 
@@ -121,7 +122,7 @@ class CG:
         last = tree.zeros_like(params, tree.accumulation_dtype(params)) if self.warm_start else ()
         state, stats = (), {}
         if isinstance(self.preconditioner, Preconditioner):
-            state, stats = self.preconditioner.init(params)
+            state, stats = begin("preconditioner", self.preconditioner, params)
         return CGState(last, state), {**_stats(0, 0.0, False), **stats}
 
     def solve(self, system: System, rhs: Params, state: CGState) -> tuple[Solution, CGState]:
@@ -160,7 +161,8 @@ class CG:
         if self.preconditioner is None:
             return _Prepared(None, {}), state
         if isinstance(self.preconditioner, Preconditioner):
-            preparation, state = self.preconditioner.prepare(system, rhs, state)
+            result = self.preconditioner.prepare(system, rhs, state)
+            preparation, state = returned("preconditioner.prepare", result, Preparation, object)
         else:
             preparation = Preparation(self.preconditioner(system), {})
         if not callable(preparation.apply):

@@ -11,13 +11,13 @@ names and dtypes from ``init`` on.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
 
-from gnlin.checks import check_part
+from gnlin.checks import check_part, returned
 from gnlin.problem.curvature import System
 from gnlin.tree import Params
 
@@ -131,6 +131,16 @@ class Preconditioner(Protocol):
 
 # A preconditioner without state: given a system, the action v ↦ M⁻¹v.
 PreconditionerFunction = Callable[[System], Callable[[Params], Params]]
+
+
+def begin(name: str, part: Any, params: Params) -> tuple[Any, Stats]:
+    """``(state, stats)`` of a part, the argument called `name`, before its first use."""
+    return returned(f"{name}.init", part.init(params), object, Mapping)
+
+
+def solved(solver: Solver, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
+    """``(solution, next state)`` of a solver."""
+    return returned("solver.solve", solver.solve(system, rhs, state), Solution, object)
 
 
 def check_solver(name: str, solver: Any) -> None:

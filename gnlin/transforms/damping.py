@@ -6,7 +6,7 @@ A policy also decides which steps are taken. `gauss_newton` and `levenberg_marqu
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from gnlin import tree
-from gnlin.checks import check_number, check_part, check_positive, shows_signature
+from gnlin.checks import check_number, check_part, check_positive, returned, shows_signature
 from gnlin.solve.protocols import Stats
 from gnlin.tree import Params
 
@@ -284,6 +284,11 @@ class TrustRegion:
 
 
 # Checks.
+
+
+def judged(policy: Any, state: Any, trial: Trial) -> tuple[Any, jax.Array, Stats]:
+    """``(next state, whether the step is taken, stats)`` of a policy."""
+    return returned("damping.judge", policy.judge(state, trial), object, object, Mapping)
 
 
 def policy_of(damping: Any) -> Any:

@@ -21,17 +21,18 @@ from gnlin.problem.curvature import QuadraticModel, quadratic_model
 from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
 from gnlin.solve import CG, Kronecker, Solver
-from gnlin.solve.protocols import check_solver, check_solves
+from gnlin.solve.protocols import begin, check_solver, check_solves, solved
 from gnlin.transforms.damping import (
     Damping,
     DampingPolicy,
     GainRatio,
     Given,
     check_damping,
+    judged,
     policy_of,
     trial_of,
 )
-from gnlin.transforms.step_length import Search, StepRule, Subspace, check_step_rule
+from gnlin.transforms.step_length import Search, Step, StepRule, Subspace, check_step_rule
 from gnlin.tree import Batch, Params
 
 
@@ -119,9 +120,9 @@ def gauss_newton(
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        solver_state, solver_stats = solver.init(params)
-        damping_state, damping_stats = policy.init(params)
-        step_state, step_stats = step.init(params)
+        solver_state, solver_stats = begin("solver", solver, params)
+        damping_state, damping_stats = begin("damping", policy, params)
+        step_state, step_stats = begin("step", step, params)
         zero = jnp.asarray(0.0, float)
         # The same names and dtypes from here on, so `jax.lax.scan` accepts the state.
         own = {"damping": zero, "gain_ratio": zero, "loss": zero, "accepted": jnp.asarray(False)}
@@ -151,27 +152,25 @@ def gauss_newton(
 
         models = _models(problem, updates, params, batch, curvature_batch)
         system = models.curvature.system(damping)
-        solution, solver_state = solver.solve(system, models.rhs, state.solver)
+        solution, solver_state = solved(solver, system, models.rhs, state.solver)
 
         direction, curvature = solution.direction, models.curvature
         search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate)
         chosen = step.choose(search, state.step)
+        if not isinstance(chosen, Step):
+            raise TypeError(f"`step.choose` must return a gnlin.Step; got {type(chosen).__name__}")
 
         value, length = models.loss.value, tree.norm(chosen.step)
         # The trial costs a forward pass. It is on `batch`, as is the loss before the step.
         new_value = problem.value(tree.add(params, chosen.step), batch)
         trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
-        adapted, accepted, damping_stats = policy.judge(state.damping, trial)
+        adapted, accepted, damping_stats = judged(policy, state.damping, trial)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
         # Exact zeros where it is refused: a NaN times 0 would be a NaN.
         taken = tree.select(accepted, chosen.step, tree.zeros_like(chosen.step))
-        own = {
-            "damping": jnp.asarray(damping, float),
-            "gain_ratio": trial.gain_ratio.astype(float),
-            "loss": value.astype(float),
-            "accepted": accepted,
-        }
+        own = {"damping": damping, "gain_ratio": trial.gain_ratio, "loss": value}
+        own = {**tree.cast(own, float), "accepted": accepted}
         metrics = {**own, **solution.stats, **chosen.stats, **damping_stats}
         return taken, GaussNewtonState(
             count=optax.safe_increment(state.count),
@@ -240,7 +239,7 @@ def scale_by_gauss_newton(
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        solver_state, stats = solver.init(params)
+        solver_state, stats = begin("solver", solver, params)
         metrics = {"damping": jnp.asarray(0.0, float), **stats}
         return ScaleByGaussNewtonState(jnp.zeros([], jnp.int32), solver_state, metrics)
 
@@ -259,7 +258,7 @@ def scale_by_gauss_newton(
         damping = policy.damping((), state.count)
         models = _models(problem, updates, params, batch, curvature_batch)
         system = models.curvature.system(damping)
-        solution, solver_state = solver.solve(system, models.rhs, state.solver)
+        solution, solver_state = solved(solver, system, models.rhs, state.solver)
         count = optax.safe_increment(state.count)
         metrics = check_metrics({"damping": damping, **solution.stats}, state.metrics)
         solver_state = tree.if_finite(solver_state, state.solver)

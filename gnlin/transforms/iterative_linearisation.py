@@ -24,7 +24,7 @@ head.
 search of `line_search`. The rules are in `period` and `layer_periods`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_metrics, check_transformation, shows_signature
+from gnlin.checks import check_metrics, check_transformation, returned, shows_signature
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import (
     LOSS_MODELS,
@@ -45,6 +45,7 @@ from gnlin.problem.curvature import (
 from gnlin.problem.linearisation import Linearisation, linearise
 from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_objective, check_params
+from gnlin.solve.protocols import begin
 from gnlin.transforms.layer_periods import LayerPeriods, LayersServed
 from gnlin.transforms.line_search import best_along, check_line_search
 from gnlin.transforms.period import Every, PeriodRule, Served, rule_of
@@ -131,7 +132,7 @@ def linearise_gradients(
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        period_state, stats = rule.init(params)
+        period_state, stats = begin("period", rule, params)
         if not hasattr(period_state, "moves"):
             raise TypeError(
                 "`period` must have an `init` whose state is a named tuple with the field `moves`; "
@@ -342,7 +343,8 @@ def _state_after(
     rule: Any, state: LinearisedGradientsState, served: Any, value: jax.Array
 ) -> LinearisedGradientsState:
     """State after an update at which Q was `value`."""
-    period_state, stats = rule.after(state.period, served)
+    result = rule.after(state.period, served)
+    period_state, stats = returned("period.after", result, object, Mapping)
     metrics = {**state.metrics, "linearise/loss": value.astype(float), **stats}
     return LinearisedGradientsState(
         count=optax.safe_increment(state.count),

@@ -18,13 +18,14 @@ from gnlin.problem.curvature import QuadraticModel, System, quadratic_model
 from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_objective, check_params
 from gnlin.solve import CG, RadiusSolver, Solution, Solver
-from gnlin.solve.protocols import check_solver, check_solves
+from gnlin.solve.protocols import begin, check_solver, check_solves, solved
 from gnlin.transforms.damping import (
     DampingPolicy,
     GainRatio,
     RadiusPolicy,
     TrustRegion,
     check_policy,
+    judged,
     trial_of,
 )
 from gnlin.tree import Batch, Params
@@ -111,8 +112,8 @@ def levenberg_marquardt(
 
     def init_fn(params):
         check_params(params, allow_holes=True)
-        solver_state, solver_stats = solver.init(params)
-        damping_state, damping_stats = policy.init(params)
+        solver_state, solver_stats = begin("solver", solver, params)
+        damping_state, damping_stats = begin("damping", policy, params)
         zero = jnp.asarray(0.0, float)
         metrics = {
             "loss": zero,
@@ -160,7 +161,7 @@ def levenberg_marquardt(
         # The prediction leaves λ out: both decreases are those of the loss.
         change = model.change(step)
         trial = trial_of(model.value, new_value, change, step, rhs, length, solved.radius)
-        adapted, accepted, damping_stats = policy.judge(state.damping, trial)
+        adapted, accepted, damping_stats = judged(policy, state.damping, trial)
         # A loss or gradient that is not finite here is the fault of the batch and not of the step:
         # the state stays as it is.
         sound = jnp.isfinite(model.value) & tree.all_finite(rhs)
@@ -227,7 +228,8 @@ def _solve(policy, solver, model, rhs, diagonal, params, state) -> _Solved:
         solution, solver_state, damping = solver.solve_within(system, rhs, state.solver, radius)
         return _Solved(solution, solver_state, damping, radius)
     damping = policy.damping(state.damping, state.count)
-    solution, solver_state = solver.solve(model.system(damping, diagonal), rhs, state.solver)
+    system = model.system(damping, diagonal)
+    solution, solver_state = solved(solver, system, rhs, state.solver)
     return _Solved(solution, tree.if_finite(solver_state, state.solver), damping, jnp.inf)
 
 
@@ -284,7 +286,7 @@ def _acceleration(
     bend = jax.jvp(push_forward, (anchor,), (velocity,))[1]
     rhs = tree.scale(-1, model.linear.vjp(model.output_hessian(bend)))
     # With a fresh state: the one of the update belongs to the first system.
-    solution, _ = solver.solve(system, rhs, solver.init(anchor)[0])
+    solution, _ = solved(solver, system, rhs, solver.init(anchor)[0])
     length = tree.norm(velocity)
     # 2‖a‖/‖v‖, the ratio of Transtrum & Sethna, for a step v + ½a.
     size = 2 * tree.norm(solution.direction) / jnp.where(length > 0, length, 1)
