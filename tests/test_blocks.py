@@ -1,5 +1,6 @@
 """Blocks against dense NumPy solves with the block-diagonal part of G, in float64."""
 
+import functools
 import itertools
 
 import jax
@@ -16,7 +17,9 @@ CG = gnlin.CG(max_iterations=200, rtol=1e-13)
 DAMPING = 0.3
 
 
+@functools.cache
 def _problem():
+    """In float64; one, so that a program compiled for it serves all tests."""
     params = {
         "first": {"w": oracles.normal(3, 4, seed=1), "b": oracles.normal(4, seed=2)},
         "last": (oracles.normal(4, 2, seed=3), None),
@@ -53,12 +56,18 @@ def _flat(tree):
     return np.asarray(ravel_pytree(tree)[0])
 
 
-def _solve(solver, system, rhs, state):
-    def solve(rhs, state):
-        solution, state = solver.solve(system, rhs, state)
+def _solve(solver, scaling, rhs, state):
+    """Direction, statistics and state of a solve; the gradient for a `rhs` of `None`."""
+    objective, params, batch = _problem()
+
+    @jax.jit
+    def solve(params, batch, scaling, rhs, state):
+        model = gnlin.quadratic_model(objective, params, batch)
+        rhs = model.gradient() if rhs is None else rhs
+        solution, state = solver.solve(model.system(DAMPING, scaling), rhs, state)
         return solution.direction, solution.stats, state
 
-    return jax.jit(solve)(rhs, state)
+    return solve(params, batch, scaling, rhs, state)
 
 
 def _expected(matrix, diagonal, blocks, params, rhs):
@@ -73,7 +82,6 @@ def _expected(matrix, diagonal, blocks, params, rhs):
 )
 def test_block_diagonal_solve(x64, labels, blocks, inner, scaled):
     objective, params, batch = _problem()
-    model = gnlin.quadratic_model(objective, params, batch)
     rhs = jax.tree.map(lambda leaf: jnp.sin(7.0 * leaf) + 0.3, params)
     scaling = jax.tree.map(lambda leaf: 1.0 + leaf**2, params) if scaled else None
     expected = _expected(
@@ -84,9 +92,8 @@ def test_block_diagonal_solve(x64, labels, blocks, inner, scaled):
         rhs,
     )
     solver = gnlin.Blocks(inner, labels)
-    system = model.system(DAMPING, scaling)
     carry, stats = solver.init(params)
-    step, new_stats, new_carry = _solve(solver, system, rhs, carry)
+    step, new_stats, new_carry = _solve(solver, scaling, rhs, carry)
     np.testing.assert_allclose(_flat(step), expected, rtol=1e-8, atol=1e-10)
     assert jax.tree.structure((carry, stats)) == jax.tree.structure((new_carry, new_stats))
     assert new_stats[f"{type(inner).__name__.lower()}/converged"]
@@ -106,13 +113,11 @@ def test_a_solver_for_each_label_and_what_is_reported(x64):
     assert int(found["cg/iterations"]) == 5
     assert not found["cg/converged"]
     assert found["dense/converged"]
-    model = gnlin.quadratic_model(objective, params, batch)
-    system = model.system(DAMPING)
     alone = []  # one block of three solved, and its residual
     for label, solver in solvers.items():
         idle = {name: solver if name == label else _Idle() for name in solvers}
         blocks = gnlin.Blocks(idle, labels)
-        alone.append(_solve(blocks, system, model.gradient(), blocks.init(params)[0])[1])
+        alone.append(_solve(blocks, None, None, blocks.init(params)[0])[1])
     np.testing.assert_allclose(
         found["cg/residual"], max(each["cg/residual"] for each in alone[:2]), rtol=1e-6
     )

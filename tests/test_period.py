@@ -64,11 +64,16 @@ def flat(params):
 
 
 def gap_by_hand(anchor, params, batch):
+    return float(_gap(anchor, params, batch))
+
+
+@jax.jit
+def _gap(anchor, params, batch):
     vector, unravel = ravel_pytree(anchor)
     jacobian = jax.jacfwd(lambda v: model(unravel(v), batch).ravel())(vector)
     moved = jacobian @ (ravel_pytree(params)[0] - vector)
     off = model(params, batch).ravel() - model(anchor, batch).ravel() - moved
-    return float(jnp.linalg.norm(off) / jnp.linalg.norm(moved))
+    return jnp.linalg.norm(off) / jnp.linalg.norm(moved)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,13 @@ def test_the_anchor_moves_where_two_loops_say(rule, x64):
     inner = third_party(optax.adam(0.05))
     path = trained(optax.chain(gnlin.linearise_gradients(OBJECTIVE, rule), inner))
     params, state, visited = start(), inner.init(start()), []
+
+    @jax.jit
+    def step(params, state, anchor, batch):
+        _, grads = gnlin.linearised_value_and_grad(OBJECTIVE)(params, anchor, batch)
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     anchor, age, exceeded, moves = params, None, 0, 0
     for batch in batches():
         stale = (
@@ -93,11 +105,9 @@ def test_the_anchor_moves_where_two_loops_say(rule, x64):
             anchor, age, exceeded, moves = params, 0, 0, moves + 1
         else:
             age += 1
-        _, grads = gnlin.linearised_value_and_grad(OBJECTIVE)(params, anchor, batch)
         if age and age % rule.every == 0:
             exceeded = exceeded + 1 if gap_by_hand(anchor, params, batch) > rule.limit else 0
-        updates, state = inner.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, anchor, batch)
         visited.append((params, moves))
     assert 2 < moves < STEPS - 4
     for (found, opt_state), (expected, count) in zip(path, visited, strict=True):
@@ -140,11 +150,11 @@ def test_a_linear_model_is_never_linearised_again(rate, dtype):
 def test_a_network_that_overflows_away_from_its_anchor_comes_back():
     objective = gnlin.Objective.least_squares(lambda p: jnp.exp(100 * p))
     tx = gnlin.linearise_gradients(objective, RelativeGap(0.5, patience=1))
-    params = jnp.zeros(1)
-    _, state = tx.update(None, tx.init(params), params)
-    _, state = tx.update(None, state, params + 1)
+    params, update = jnp.zeros(1), jax.jit(tx.update)
+    _, state = update(None, tx.init(params), params)
+    _, state = update(None, state, params + 1)
     assert gnlin.metrics(state)["linearise/gap"] == jnp.inf
-    _, state = tx.update(None, state, params)
+    _, state = update(None, state, params)
     assert gnlin.metrics(state)["linearise/refreshes"] == 2
 
 
@@ -227,13 +237,18 @@ def test_layers_move_at_their_own_pace(periods, x64):
     path = trained(optax.chain(gnlin.linearise_gradients(OBJECTIVE, layers), third_party(inner)), 8)
     exact = {name for name, period in periods.items() if period == 1}
     params, state, anchor = start(), inner.init(start()), start()
+
+    @jax.jit
+    def step(params, state, anchor, batch):
+        value, grads = jax.value_and_grad(partly_linearised(anchor, exact, batch))(params)
+        updates, state = inner.update(grads, state, params)
+        return value, optax.apply_updates(params, updates), state
+
     for count, batch in enumerate(batches(8)):
         for name, period in periods.items():
             if period and count % period == 0:
                 anchor[name] = params[name]
-        value, grads = jax.value_and_grad(partly_linearised(anchor, exact, batch))(params)
-        updates, state = inner.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        value, params, state = step(params, state, anchor, batch)
         np.testing.assert_allclose(flat(path[count][0]), flat(params), rtol=1e-9, atol=1e-9)
         found = gnlin.metrics(path[count][1])
         assert found["linearise/loss"] == pytest.approx(float(value), rel=1e-12)
@@ -308,13 +323,14 @@ def test_predictions_are_those_of_the_model_that_is_trained(x64):
     anchor = gnlin.anchor(state)
     # After three updates the middle's anchor has a step to go, the features' one has one too.
     moved = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(9 * leaf), theta)
-    value = OBJECTIVE.loss(gnlin.predict(OBJECTIVE, state, moved, batch), batch)
-    assert value == pytest.approx(
-        float(partly_linearised(anchor, {"readout"}, batch)(moved)), rel=1e-12
-    )
+    predict = jax.jit(lambda state: gnlin.predict(OBJECTIVE, state, moved, batch))
+    value = OBJECTIVE.loss(predict(state), batch)
+    expected = jax.jit(lambda: partly_linearised(anchor, {"readout"}, batch)(moved))()
+    assert value == pytest.approx(float(expected), rel=1e-12)
     # And after four both start afresh.
-    _, state = gnlin.linearise_gradients(OBJECTIVE, layers).update(None, state, moved, batch=batch)
-    found = gnlin.predict(OBJECTIVE, state, moved, batch)
+    update = jax.jit(gnlin.linearise_gradients(OBJECTIVE, layers).update)
+    _, state = update(None, state, moved, batch=batch)
+    found = predict(state)
     np.testing.assert_allclose(found, model(moved, batch), rtol=1e-12)
 
 
@@ -329,14 +345,20 @@ def test_predictions_behind_a_mask(period, x64):
     tx = optax.masked(gnlin.linearise_gradients(OBJECTIVE, period), visible)
     params, state = start(), tx.init(start())
     batch = batches(1)[0]
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(OBJECTIVE.value)(params, batch)
+        return tx.update(grads, state, params, batch=batch, all_params=params)[1]
+
+    predict = jax.jit(lambda params, state: gnlin.predict(OBJECTIVE, state, params, batch))
     for count in range(4):
-        found = gnlin.predict(OBJECTIVE, state, params, batch)
+        found = predict(params, state)
         if count % 2 == 0:  # the anchor of all that is linearised moves at the next update
             np.testing.assert_allclose(found, model(params, batch), rtol=1e-12)
         else:
             assert np.max(np.abs(found - model(params, batch))) > 1e-6
-        grads = jax.grad(OBJECTIVE.value)(params, batch)
-        _, state = tx.update(grads, state, params, batch=batch, all_params=params)
+        state = step(params, state)
         params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(9 * leaf), params)
 
 
