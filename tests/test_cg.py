@@ -52,6 +52,28 @@ def test_each_iterate_is_the_best_of_its_krylov_space(x64, preconditioned):
         np.testing.assert_allclose(solution.stats["cg/residual"], residual, rtol=1e-8)
 
 
+def test_the_first_iterate_within_the_tolerance_is_the_last(x64):
+    """The tolerance is relative: a right-hand side of many entries is longer than its largest."""
+    matrix, b = _spd(40, 7), jnp.ones(40)
+    residuals = []
+    for k in range(12):
+        solution, _ = _solve(gnlin.CG(max_iterations=k + 1, rtol=0.0), _system(matrix), b)
+        residuals.append(float(solution.stats["cg/residual"]))
+    rtol = 1.01 * residuals[7]
+    solution, _ = _solve(gnlin.CG(max_iterations=50, rtol=rtol), _system(matrix), b)
+    assert solution.stats["cg/converged"]
+    first = next(k for k, residual in enumerate(residuals) if residual <= rtol)
+    assert solution.stats["cg/iterations"] == first + 1
+
+
+def test_a_warm_start_that_leads_uphill_is_dropped(x64):
+    matrix, b = _spd(6, 8), oracles.normal(6, seed=9)
+    cg = gnlin.CG(max_iterations=2, rtol=0.0, warm_start=1.0)
+    cold, state = _solve(cg, _system(matrix), b)
+    warm, _ = _solve(cg, _system(matrix), -b, state)
+    np.testing.assert_allclose(warm.direction, -cold.direction, rtol=1e-12)
+
+
 def _jacobi(system):
     del system
     return lambda v: v / jnp.linspace(1.0, 3.0, v.shape[0], dtype=v.dtype)

@@ -79,6 +79,12 @@ def recurrence(params, batch):
     return hidden @ params["out"] + jnp.moveaxis(sums, 0, 1)[:, :1]
 
 
+def wide_sequence(params, batch):
+    """A layer of more features than positions: inputs and cotangents are multiplied by position."""
+    hidden = jnp.tanh(batch["tokens"][:, :2] @ params["wide_in"])
+    return jnp.sum(jnp.tanh(hidden @ params["wide"]), axis=1)[:, :4]
+
+
 def stacked(params, batch):
     """Layers of equal size in a loop."""
     h, _ = jax.lax.scan(
@@ -225,6 +231,8 @@ def cases() -> dict[str, Case]:
         "mix": oracles.normal(5, 5, seed=8),
         "square": 0.5 * oracles.normal(5, 5, seed=9),
         "deep": 0.5 * oracles.normal(3, 5, 5, seed=10),
+        "wide_in": oracles.normal(3, 12, seed=15),
+        "wide": 0.5 * oracles.normal(12, 12, seed=16),
     }
     batch = {
         "x": oracles.normal(N, 3, seed=11),
@@ -235,9 +243,8 @@ def cases() -> dict[str, Case]:
     }
 
     def case(model, names, apart=True):
-        return Case(
-            model, {**{name: weights[name] for name in names.split()}, "none": None}, batch, apart
-        )
+        params = {**{name: weights[name] for name in names.split()}, "none": None}
+        return Case(model, params, batch, apart)
 
     return {
         "perceptron": case(perceptron, "in bias out"),
@@ -246,6 +253,7 @@ def cases() -> dict[str, Case]:
         "convolution": case(convolution, "kernel shift out"),
         "attention": case(attention, "table scale mix out"),
         "recurrence": case(recurrence, "square in out"),
+        "wide sequence": case(wide_sequence, "wide_in wide"),
         "stacked": case(stacked, "in deep out"),
         "assorted": case(assorted, "in out"),
         "frozen statistics": case(frozen_statistics, "in"),

@@ -199,6 +199,22 @@ def test_what_is_no_layer_has_its_gradient():
     np.testing.assert_allclose(others[1], expected["table"], rtol=1e-6)
 
 
+def test_a_leaf_that_is_repeated_is_in_no_layer():
+    """It is used once for each repetition, and each has a cotangent of its own."""
+    params = {"w": normal(8, 4)}
+
+    def model(p):
+        repeated = jnp.broadcast_to(p["w"][None], (6, 8, 4))
+        return jnp.tensordot(SEQUENCE, repeated, axes=((1, 2), (0, 1)))
+
+    outputs, jvp = jax.linearize(model, params)
+    layers, pull_back = read_layers(jvp, params)
+    assert layers == ()
+    _, others = pull_back(jnp.ones_like(outputs))
+    expected = jax.linear_transpose(jvp, params)(jnp.ones_like(outputs))[0]
+    np.testing.assert_allclose(others[0], expected["w"], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "sides"),
     [
@@ -208,6 +224,7 @@ def test_what_is_no_layer_has_its_gradient():
         ((64, 4, 16), (64, 64)),  # features to heads
         ((4, 16, 64), (64, 64)),  # and back
         ((5, 32, 64), (160, 64)),  # a convolution along one axis
+        ((2, 3, 2), (6, 2)),  # the later of two ties
         ((3, 3, 2, 4), (18, 4)),
         ((16, 1, 3, 3), (16, 9)),
         ((0, 3), (0, 3)),
