@@ -39,3 +39,36 @@ def x64():
     """Double precision for the duration of one test, whether or not it fails."""
     with enable_x64(True):
         yield
+
+
+# Files that take more than 15 seconds of a core. The others, with all docstrings, are the fast
+# subset: they touch every room.
+SLOW = {
+    "test_blocks",
+    "test_compare",
+    "test_contract",
+    "test_cost",
+    "test_dual",
+    "test_exactness",
+    "test_examples",
+    "test_kernel",
+    "test_levenberg_marquardt",
+    "test_optax_wrappers",
+    "test_peers",
+    "test_period",
+    "test_precondition",
+    "test_reference",
+    "test_report",
+    "test_sharding",
+    "test_subspace",
+    "test_tasks_hard",
+    "test_width_condition",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of slow files, and begin with them: a late one would leave a core idle."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.stem not in SLOW)
