@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from problems import third_party_model, tolerance
 
 import gnlin
-from gnlin.structure.parts import cut_of
+from gnlin.structure.parts import assemble, cut_of
 
 N, M = 6, 4
 PAIRS = "full", "diagonal", "trace"
@@ -383,6 +383,42 @@ def test_only_models_of_independent_examples_are_cut(name):
     )
     batch["ids"] = case.batch["ids"].astype(jnp.int32)
     assert cut_of(case.model, params, batch).apart is case.apart
+
+
+@jax.custom_vjp
+def pulled_back(h):
+    return h
+
+
+pulled_back.defvjp(
+    lambda h: (h, None),
+    lambda _, cotangent: (cotangent - jnp.mean(cotangent, axis=0, keepdims=True),),
+)
+
+
+def test_a_pull_back_that_the_user_wrote_is_not_trusted(x64):
+    """Examples meet in it, and the model does not show that."""
+    case = cases()["perceptron"]
+
+    def model(params, batch):
+        return pulled_back(perceptron(params, batch))
+
+    assert cut_of(case.model, case.params, case.batch).apart
+    assert not cut_of(model, case.params, case.batch).apart
+
+
+@pytest.mark.parametrize("total", range(1, 7))
+def test_blocks_are_assembled_to_the_whole(total):
+    whole = jnp.arange(2 * total).reshape(total, 2)
+    for length in range(1, total + 1):
+        for axis in (0, 1):
+
+            def block(start, length=length, axis=axis):
+                part = jax.lax.dynamic_slice_in_dim(whole, start, length)
+                return {"rows": part if axis == 0 else part.T}
+
+            found = assemble(block, total, length, axis)["rows"]
+            np.testing.assert_array_equal(found, whole if axis == 0 else whole.T)
 
 
 def test_a_leaf_that_only_looks_like_examples_is_not_cut(x64):

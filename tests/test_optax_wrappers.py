@@ -328,6 +328,18 @@ def test_minimise(build):
     )
 
 
+def test_minimise_stays_where_the_gradient_is_small_enough():
+    """The update that would follow it might lead far away."""
+    problem, solution = linear_regression()
+    batch = problem.batches[0]
+    far = third_party(optax.sgd(100.0))
+    found, info = gnlin.minimise(
+        problem.objective, solution, far, batch=batch, max_steps=5, tol=1e-3
+    )
+    assert info.converged
+    np.testing.assert_array_equal(found["w"], solution["w"])
+
+
 # Reading the state through nestings.
 
 

@@ -32,6 +32,7 @@ from references.networks import (
     logistic,
     perceptron,
     regression_batch,
+    robust,
     sequence,
     softmax,
     squared,
@@ -84,6 +85,12 @@ def misled(examples: int):
     return [Step(regression_batch(90, s), regression_batch(examples, 50 + s)) for s in range(10)]
 
 
+def far_batch():
+    """Targets in the straight part of the robust loss."""
+    batch = regression_batch(90, seed=0)
+    return {**batch, "y": 10 * batch["y"]}
+
+
 def one_batch_of_nan():
     batches = [regression_batch(90, seed) for seed in range(6)]
     batches[3]["weight"] = np.full(90, np.nan)
@@ -95,12 +102,14 @@ def clip_then_decay(gradient, theta):
 
 
 CLIPPED = optax.chain(optax.clip_by_global_norm(0.05), optax.add_decayed_weights(0.01))
-
 GAUSS_NEWTON = {
     "softmax loss": classification(),
     "logistic loss": Case(perceptron(1), logistic, [Step(two_class_batch(90, 0, distinct=4))] * 8),
     "sequence, a quarter of the applications": Case(
         sequence(2), squared, [Step(regression_batch(20, 0, positions=15))] * 8
+    ),
+    "robust loss": Case(
+        perceptron(2), robust, [Step(far_batch())] * 6, krylov_root, rejections=True
     ),
     "curvature_batch": classification(
         steps=[Step(class_batch(90, seed), class_batch(40, 50 + seed)) for seed in range(8)]
@@ -172,10 +181,10 @@ def test_gauss_newton(x64, name):
         )
         for step in case.steps
     ]
-    given = case.incoming is not None
-    tx, params = transform(case, objective), case.network.params
+    how = {"hidden": case.hidden, "given": case.incoming is not None}
     expected = record(case)
-    check(follow(tx, objective, params, steps, hidden=case.hidden, given=given), expected)
+    tx = transform(case, objective)
+    check(follow(tx, objective, case.network.params, steps, **how), expected)
     # The weights in the plane are as good as Newton's method promises.
     assert max(each.shortfall for each in expected) < 1e-3
     accepted = {each.metrics["accepted"] for each in expected}
@@ -378,7 +387,7 @@ def test_levenberg_marquardt(x64, name):
         solver = "cg" if fit.solver is CONVERGED else "dense"
         of_solver = {name: metrics.pop(name) for name in [*metrics] if name.startswith(solver)}
         assert of_solver[f"{solver}/converged"]
-        assert of_solver[f"{solver}/residual"] < 1e-12
+        assert of_solver[f"{solver}/residual"] < 1e-10
     expected = levenberg_marquardt(Dense(objective, start), batches, policy, **options)
     # The exponentials of a step that overshoots magnify the roundings of its rates.
     check(found, expected, tolerance(jnp.float64, scale=1e7))

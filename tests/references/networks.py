@@ -99,6 +99,11 @@ def regression_batch(examples: int, seed: int, positions: int | None = None):
     return {"x": x, "y": y, "weight": np.where(np.arange(examples) % 3 == 0, 3.0, 1.0)}
 
 
+def robust(outputs, batch):
+    """Straight far from the targets: there Newton's method goes too far."""
+    return jnp.mean(jnp.sqrt(1 + (outputs - batch["y"]) ** 2))
+
+
 def softmax(outputs, batch):
     chosen = jnp.take_along_axis(outputs, batch["label"][:, None], axis=1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(outputs, axis=1) - chosen)
