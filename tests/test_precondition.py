@@ -292,7 +292,7 @@ def test_sketch_equals_the_textbooks(scaled, x64):
     scaling = jax.tree.map(lambda leaf: 0.1 + leaf**2, case.params) if scaled else None
     if scaled:
         root = np.sqrt(_flat(scaling))
-    _, state = _inverse_matrix(PRECONDITIONERS["nystrom"])(case, 0.1, scaling)
+    inverse, state = _inverse_matrix(PRECONDITIONERS["nystrom"])(case, 0.1, scaling)
     curvature = _curvature(_network) / np.outer(root, root)
     key = jax.random.fold_in(jax.random.key(0), 0)
     test = np.linalg.qr(np.asarray(jax.random.normal(key, (32, rank), jnp.float64)))[0]
@@ -302,6 +302,11 @@ def test_sketch_equals_the_textbooks(scaled, x64):
     np.testing.assert_allclose(found, expected, atol=1e-10 * np.linalg.norm(curvature, 2))
     np.testing.assert_allclose(state.vectors.T @ state.vectors, np.eye(rank), atol=1e-13)
     assert np.all(np.diff(state.eigenvalues) <= 0)
+    # The formula of the record: 1 where the sketch sees nothing, and at its least eigenvalue.
+    u, values = np.asarray(state.vectors), np.asarray(state.eigenvalues)
+    sketched = (u * ((values[-1] + 0.1) / (values + 0.1))[None]) @ u.T
+    expected = (sketched + np.eye(32) - u @ u.T) / np.outer(root, root)
+    np.testing.assert_allclose(inverse, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_sketch_of_full_rank_inverts_the_system(x64):
