@@ -8,6 +8,7 @@ import math
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -561,10 +562,17 @@ def test_the_trust_region_leaves_large_networks(tiny):
 # Records.
 
 
+@pytest.fixture(scope="module")
+def three_runs(tiny, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("three")
+    run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=directory)
+    return directory
+
+
 @pytest.fixture
-def kept(tiny, tmp_path):
-    """A directory with three runs."""
-    run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=tmp_path)
+def kept(three_runs, tmp_path):
+    """A directory with three runs, a copy for each test."""
+    shutil.copytree(three_runs, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
