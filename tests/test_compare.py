@@ -495,10 +495,10 @@ def test_every_step_has_a_key_of_its_own(tiny):
     for traced in (True, False):
         build = functools.partial(noisy, traced=traced)
         contestant = Contestant("noisy", "", build, grid=(0.004,), options=adam.options)
-        (record,) = run(tiny, [contestant], seeds=1)
+        (record,) = run(tiny, [contestant], seeds=1, work=4.0)
         losses.append(dict(zip(record["curve"]["step"], record["curve"]["loss"], strict=True)))
     common = sorted(losses[0].keys() & losses[1].keys())
-    assert len(common) > 2
+    assert max(np.diff(common)) > 1  # some steps are made without a return to Python between them
     for step in common:
         np.testing.assert_allclose(losses[0][step], losses[1][step], rtol=1e-4)
 
