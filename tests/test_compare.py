@@ -576,6 +576,15 @@ def kept(three_runs, tmp_path):
     return tmp_path
 
 
+def test_a_run_that_failed_is_repeated(tiny, kept):
+    file = kept / "records.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records[-1] |= {"status": "failed", "reason": "out of memory"}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    runs = run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=kept)
+    assert {record["status"] for record in runs} == {"finished"}
+
+
 def test_runs_that_are_there_are_not_repeated(tiny, kept):
     before = (kept / "records.jsonl").read_text()
     run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], seeds=2, out=kept)
