@@ -88,7 +88,7 @@ def test_an_update_at_right_angles_to_all_before_has_its_norm():
 
 
 def test_large_updates_do_not_overflow():
-    for shape, size in (((1000, 1000), 1e36), ((64, 64), 1e38), ((8,), 1e38), ((1000, 10), 2e-38)):
+    for shape, size in (((500, 500), 1e36), ((64, 64), 1e38), ((8,), 1e38), ((1000, 10), 2e-38)):
         new, state = scaled(np.full(shape, size, np.float32))
         ratio = size * (shape[0] if len(shape) == 2 else 1.0)  # of the norm to the prescription
         assert gnlin.metrics(state)["spectral/largest"] == pytest.approx(
