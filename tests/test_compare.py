@@ -599,6 +599,16 @@ def test_runs_that_are_there_are_not_repeated(tiny, kept):
         run(tiny, [optax_contestant("sgd", optax.sgd, (0.1, 0.2))], out=kept, work=0.5)
 
 
+def test_a_run_that_failed_is_made_again(kept):
+    """It may have failed for want of memory, say; one that diverged would diverge again."""
+    records = Records(kept)
+    record = records.runs[0]
+    for status, is_found in (("finished", True), ("diverged", True), ("failed", False)):
+        records.add({**record, "status": status})
+        assert (records.find(record) is not None) is is_found
+    records.close()
+
+
 @pytest.mark.parametrize("left", [1, 5, 9, 40, -1])
 def test_a_line_that_was_cut_short_is_removed_and_its_run_repeated(tiny, kept, left):
     lines = (kept / "records.jsonl").read_text().splitlines()
