@@ -19,6 +19,7 @@ from gnlin.jaxprs.nesting import (
     Implementation,
     Scan,
     WhileLoop,
+    carries_from,
     computed_jaxprs,
     control_flow,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "all_equations",
     "apply_equation",
     "as_function",
+    "carries_from",
     "computed_jaxprs",
     "constants_and_literals",
     "control_flow",

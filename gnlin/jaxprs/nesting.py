@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gnlin.jaxprs.walking import as_jaxpr, inner_jaxprs
+from gnlin.jaxprs.walking import as_jaxpr, inner_jaxprs, is_literal, primitive_names
 
+# `jax.checkpoint` in the versions of JAX; the last is behind a flag.
+CHECKPOINTS = {"checkpoint", "remat2", "RematTraced"}
 # Primitives that do nothing but call a jaxpr ↦ the parameter that holds it. Versions of JAX differ.
 CALLS = {
-    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
+    **dict.fromkeys(("jit", "pjit", *CHECKPOINTS), "jaxpr"),
     **dict.fromkeys(
         ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"
     ),
@@ -73,6 +75,7 @@ class Scan(NamedTuple):
         reverse: whether the last row comes first.
         unroll: turns that are written out in one turn of the compiled loop.
         split: places of constants, carry and rows among the inputs.
+        computes_again: whether the body has a `jax.checkpoint`.
     """
 
     body: Any
@@ -80,6 +83,31 @@ class Scan(NamedTuple):
     reverse: bool
     unroll: int
     split: ScanSplit
+    computes_again: bool
+
+
+def carries_from(scan: Scan, dependent: Sequence[bool]) -> list[bool]:
+    """Which carried values depend on these inputs of a scan, in any turn."""
+    split, jaxpr = scan.split, scan.body.jaxpr
+    carried = [dependent[place] for place in split.carried]
+    while True:
+        flags = [
+            *(dependent[place] for place in split.constants),
+            *carried,
+            *(dependent[place] for place in split.scanned),
+        ]
+        reached = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+        for equation in jaxpr.eqns:
+            if any(not is_literal(atom) and atom in reached for atom in equation.invars):
+                reached.update(equation.outvars)
+        outputs = jaxpr.outvars[: len(carried)]
+        later = [
+            before or (not is_literal(atom) and atom in reached)
+            for before, atom in zip(carried, outputs, strict=True)
+        ]
+        if later == carried:
+            return carried
+        carried = later
 
 
 class Branches(NamedTuple):
@@ -115,7 +143,9 @@ def control_flow(equation: Any) -> WhileLoop | Scan | Branches | Call | Implemen
         )
     if name == "scan":
         how = bool(params["reverse"]), int(params["unroll"])
-        return Scan(params["jaxpr"], params["length"], *how, split_scan(equation))
+        body = params["jaxpr"]
+        again = not CHECKPOINTS.isdisjoint(primitive_names(body.jaxpr))
+        return Scan(body, params["length"], *how, split_scan(equation), again)
     if name == "cond":
         return Branches(tuple(params["branches"]))
     if name == "custom_linear_solve":  # JAX's own; the inputs of `solve` follow those of products

@@ -61,13 +61,15 @@ class Operation(NamedTuple):
 Replace = Callable[[Operation], Sequence[Any] | None]
 
 
-def run_jaxpr(closed: Any, arguments: Sequence[Any], replace: Replace) -> list[Any]:
+def run_jaxpr(
+    closed: Any, arguments: Sequence[Any], replace: Replace, path: Path = ()
+) -> list[Any]:
     """Outputs of a closed jaxpr, where `replace` may give the outputs of any operation.
 
     The inputs and outputs may be of any type that `replace` deals with. Calls of other jaxprs are
-    entered: `replace` sees the operations inside.
+    entered: `replace` sees the operations inside. Their paths begin with `path`.
     """
-    return _run(closed.jaxpr, closed.consts, arguments, replace, ())
+    return _run(closed.jaxpr, closed.consts, arguments, replace, path)
 
 
 def _run(

@@ -19,7 +19,7 @@ import numpy as np
 from gnlin import tree
 from gnlin.jaxprs import numbers_held_by
 from gnlin.structure.independence import ByExample, Summed, run_by_example
-from gnlin.structure.layers import Layer, Reading, read_layers
+from gnlin.structure.layers import DenseReading, Layer, read_dense_layers
 from gnlin.tree import Outputs, Params
 
 # Numbers held at once beside the M² of K itself: cotangents and rows, a block of rows, and the
@@ -116,7 +116,7 @@ def find_rows(
     # Nothing can be proved from one example: an axis of length 1 could be any.
     if examples < 2:
         return Found(Rows({}, {}), (), frozenset(not_empty), 0)
-    reading = read_layers(jvp, params)
+    reading = read_dense_layers(jvp, params)
     pulled = _pull_back_by_example(reading, outputs, examples, budget, keep)
 
     rows, layers, with_rows = Rows({}, {}), [], set(pulled.others)
@@ -182,7 +182,7 @@ class _OfOneOutput(NamedTuple):
 
 
 def _pull_back_by_example(
-    reading: Reading, outputs: Outputs, examples: int, budget: int, room: float
+    reading: DenseReading, outputs: Outputs, examples: int, budget: int, room: float
 ) -> _Pulled:
     """Cotangents and rows where examples are proved apart, as long as there is room for them."""
     # The equations of the pull-back are run on values that know their axis of examples. A result

@@ -16,7 +16,7 @@ from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.solve.sampling import root_sample
-from gnlin.structure.layers import Reading, read_layers
+from gnlin.structure.layers import DenseReading, read_dense_layers
 from gnlin.tree import Outputs, Params
 
 
@@ -98,7 +98,7 @@ class Jacobi:
     ) -> tuple[Preparation, JacobiState]:
         dtype = tree.accumulation_dtype(params)
         key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-        reading, like = read_layers(system.jvp, params), jax.eval_shape(system.jvp, params)
+        reading, like = read_dense_layers(system.jvp, params), jax.eval_shape(system.jvp, params)
 
         def estimate(key):
             sample = root_sample(system.output_hessian, like, key)
@@ -119,7 +119,7 @@ class Jacobi:
         return Preparation(apply, {}), JacobiState(state.count + 1, diagonal)
 
 
-def _squares(reading: Reading, sample: Outputs, dtype) -> dict[int, jax.Array]:
+def _squares(reading: DenseReading, sample: Outputs, dtype) -> dict[int, jax.Array]:
     """One sample of diag G: a leaf's position ↦ its entries, in their order."""
     cotangents, others = reading.pull_back(sample)
     # One length for all outputs, or examples cannot be told apart.

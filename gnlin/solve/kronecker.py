@@ -6,7 +6,8 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.solve.factors import Factors, Share, inverse, moments_of_gradient, moments_of_layer
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
-from gnlin.structure.layers import Layer, matrix_shape, read_layers
+from gnlin.structure.layers import Layout, Reading, layouts, read_layers
 from gnlin.tree import Params
 
 
@@ -31,13 +33,6 @@ class KroneckerState(NamedTuple):
     count: jax.Array  # of systems
     left: Params  # (n, n) or (n,) for each leaf, of the rows of its matrix
     right: Params  # the same of its columns
-
-
-class _Factors(NamedTuple):
-    """The two moments of one leaf."""
-
-    left: jax.Array
-    right: jax.Array
 
 
 @shows_signature
@@ -110,18 +105,17 @@ class Kronecker:
     def init(self, params: Params) -> tuple[KroneckerState, Stats]:
         dtype = tree.accumulation_dtype(params)
 
-        def moment(length: int) -> jax.Array:
+        def moment(stack: tuple[int, ...], length: int) -> jax.Array:
             square = length <= self.max_side
-            return jnp.zeros([length + 1] * (2 if square else 1), dtype)
+            return jnp.zeros([*stack, *[length + 1] * (2 if square else 1)], dtype)
 
-        def factors(leaf) -> _Factors:
-            if leaf.ndim < 2:
-                return _Factors(jnp.zeros([leaf.size], dtype), jnp.zeros([0], dtype))
-            return _Factors(*map(moment, matrix_shape(leaf.shape)))
+        def factors(layout: Layout) -> Factors:
+            if layout.is_vector:
+                return Factors(jnp.zeros([math.prod(layout.shape)], dtype), jnp.zeros([], dtype))
+            return Factors(*(moment(layout.stacked, length) for length in layout.sides))
 
         count = jnp.zeros([], jnp.int32)
-        state = _state_of(count, [factors(leaf) for leaf in jax.tree.leaves(params)], params)
-        return state, _stats(False)
+        return _state_of(count, [factors(each) for each in layouts(params)], params), _stats(False)
 
     def solve(
         self, system: System, rhs: Params, state: KroneckerState
@@ -136,17 +130,16 @@ class Kronecker:
         self, system: System, params: Params, state: KroneckerState
     ) -> tuple[Preparation, KroneckerState]:
         dtype = tree.accumulation_dtype(params)
-        layers, pull_back = read_layers(system.jvp, params)
-        before = _factors_of(state)
-        latest = self._moments(layers, pull_back, system, params, before, state.count)
+        reading, before = read_layers(system.jvp, params), _factors_of(state)
+        latest = self._moments(reading, system, params, before, state.count)
         # A plain mean, until the average has as much of the past as `decay` says.
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
         next_state = _state_of(state.count + 1, factors, params)
-        apply = _inverse(layers, factors, jnp.asarray(system.damping, dtype), params)
+        apply = inverse(reading.uses, factors, jnp.asarray(system.damping, dtype), params)
         return Preparation(apply, _stats(tree.all_finite(factors))), next_state
 
-    def _moments(self, layers, pull_back, system, params, before, count) -> list[_Factors]:
+    def _moments(self, reading: Reading, system, params, before, count) -> list[Factors]:
         """Moments of this system alone, in the order of the leaves."""
         dtype = tree.accumulation_dtype(params)
         like = jax.eval_shape(system.jvp, params)
@@ -159,180 +152,28 @@ class Kronecker:
         key = jax.random.fold_in(jax.random.key(self.seed), count)
         sample = root_sample(system.output_hessian, like, key)
         # One pull-back gives the cotangents of all layers, and V at all other leaves.
-        of_layers, of_others = pull_back(tree.cast_like(sample, like))
+        of_layers, of_others = reading.pull_back(tree.cast_like(sample, like))
         found = list(before)  # a bias that belongs to a layer keeps its moment, of zeros
-        for layer, cotangents in zip(layers, of_layers, strict=True):
-            inputs, cotangents = layer.inputs.astype(dtype), cotangents.astype(dtype)
-            sides = self._sides_of_layer(inputs, cotangents, count)
-            # The leaf is Wᵀ then: outputs number its rows.
-            sides = reversed(sides) if layer.transposed else sides
-            found[layer.weight] = _moments_like(before[layer.weight], *sides)
-        for index, gradient in of_others.items():
-            gradient = gradient.astype(dtype)
-            if gradient.ndim < 2:
-                # E V² = diag G.
-                found[index] = _Factors(gradient.ravel() ** 2, before[index].right)
-            else:
-                found[index] = _moments_like(before[index], *_sides_of_gradient(gradient))
+        for leaf, use in enumerate(reading.uses):
+            if use.sites:
+                share = Share(self.fraction, count, dtype)
+                found[leaf] = moments_of_layer(use, of_layers[leaf], share, before[leaf])
+            elif leaf in of_others:
+                gradient = of_others[leaf].astype(dtype)
+                found[leaf] = moments_of_gradient(gradient, use.layout, before[leaf])
         return found
 
-    def _sides_of_layer(self, inputs, cotangents, count) -> tuple[jax.Array, jax.Array]:
-        """``(X, Y)`` with XᵀX = A and YᵀY = S of a layer, from a share of its applications.
 
-        Both have one column more: ones for the bias among the inputs, zeros beside the cotangents.
-        """
-        total = len(inputs)
-        taken = min(total, max(round(self.fraction * total), 64))
-        if taken < total:
-            # Consecutive ones, which move on from step to step until all have had their turn.
-            chosen = (count * taken + jnp.arange(taken, dtype=count.dtype)) % total
-            inputs, cotangents = inputs[chosen], cotangents[chosen]
-        extended = jnp.pad(inputs, ((0, 0), (0, 1)), constant_values=1)
-        mean = extended / jnp.sqrt(jnp.asarray(taken, inputs.dtype))
-        # A is a mean over applications and S a sum, so only S has to make up for those left out.
-        rescaled = jnp.pad(cotangents, ((0, 0), (0, 1)))
-        rescaled = rescaled * jnp.sqrt(jnp.asarray(total / taken, inputs.dtype))
-        return mean, rescaled
-
-
-def _sides_of_gradient(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(Vᵀ, V) / √‖V‖`` of a pseudo-gradient, with a row and a column of zeros for a bias."""
-    # A and S then have the size of V, and A ⊗ S has the size of V², as G.
-    norm = jnp.linalg.norm(gradient)
-    matrix = gradient.reshape(matrix_shape(gradient.shape)) / jnp.sqrt(jnp.where(norm > 0, norm, 1))
-    matrix = jnp.pad(matrix, ((0, 1), (0, 1)))
-    return matrix.T, matrix
-
-
-def _moments_like(before: _Factors, left: jax.Array, right: jax.Array) -> _Factors:
-    """XᵀX on either side, or its diagonal where the moment before is a vector."""
-
-    def moment(x, like):
-        return x.T @ x if like.ndim == 2 else jnp.sum(x**2, axis=0)
-
-    return _Factors(moment(left, before.left), moment(right, before.right))
-
-
-def _factors_of(state: KroneckerState) -> list[_Factors]:
+def _factors_of(state: KroneckerState) -> list[Factors]:
     lefts, rights = jax.tree.leaves(state.left), jax.tree.leaves(state.right)
-    return [_Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
+    return [Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
 
 
-def _state_of(count: jax.Array, factors: Sequence[_Factors], params: Params) -> KroneckerState:
+def _state_of(count: jax.Array, factors: Sequence[Factors], params: Params) -> KroneckerState:
     structure = jax.tree.structure(params)
     left = jax.tree.unflatten(structure, [each.left for each in factors])
     right = jax.tree.unflatten(structure, [each.right for each in factors])
     return KroneckerState(count, left, right)
-
-
-# The inverse.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """A leaf with two axes or more and its inverse factors.
-
-    A bias of the layer is one more row (`side` 0) or column (`side` 1) of the matrix.
-    """
-
-    weight: int  # which leaf
-    bias: int | None
-    side: int
-    solve_left: Callable[[jax.Array], jax.Array]  # V ↦ (A + π√λ I)⁻¹V
-    solve_right: Callable[[jax.Array], jax.Array]  # V ↦ (S + √λ/π I)⁻¹V
-
-    def apply(self, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
-        """M⁻¹v at the weight and at the bias."""
-        leaf = leaves[self.weight]
-        matrix = leaf.reshape(matrix_shape(leaf.shape))
-        if self.bias is None:
-            return {self.weight: self._solve(matrix).reshape(leaf.shape)}
-        bias = jnp.expand_dims(leaves[self.bias].ravel(), self.side)
-        matrix = self._solve(jnp.concatenate([matrix, bias], axis=self.side))
-        matrix, bias = jnp.split(matrix, [matrix.shape[self.side] - 1], axis=self.side)
-        return {
-            self.weight: matrix.reshape(leaf.shape),
-            self.bias: bias.reshape(leaves[self.bias].shape),
-        }
-
-    def _solve(self, matrix: jax.Array) -> jax.Array:
-        # A⁻¹VS⁻¹: S is symmetric, so S⁻¹ from the left of the transpose will do.
-        return self.solve_right(self.solve_left(matrix).T).T
-
-
-def _inverse(
-    layers: Sequence[Layer], factors: Sequence[_Factors], damping: jax.Array, params: Params
-) -> Callable[[Params], Params]:
-    """The function v ↦ M⁻¹v."""
-    leaves, structure = jax.tree.flatten(params)
-    layer_of = {layer.weight: layer for layer in layers}
-    in_layers = {layer.bias for layer in layers}
-    alone = [index for index in range(len(leaves)) if index not in in_layers]
-    matrices = [
-        _matrix(index, layer_of.get(index), leaves[index].shape, factors[index], damping)
-        for index in alone
-        if leaves[index].ndim >= 2
-    ]
-
-    def apply(vector: Params) -> Params:
-        flat = [leaf.astype(damping.dtype) for leaf in jax.tree.leaves(vector)]
-        out = list(flat)
-        for matrix in matrices:
-            for index, leaf in matrix.apply(flat).items():
-                out[index] = leaf
-        for index in alone:
-            if flat[index].ndim < 2:
-                # Without curvature and damping an entry passes unchanged.
-                diagonal = factors[index].left.reshape(flat[index].shape) + damping
-                out[index] = flat[index] / jnp.where(diagonal > 0, diagonal, 1)
-        return tree.cast_like(jax.tree.unflatten(structure, out), params)
-
-    return apply
-
-
-def _matrix(
-    weight: int, layer: Layer | None, shape: Sequence[int], factors: _Factors, damping: jax.Array
-) -> _Matrix:
-    """The inverse factors of one leaf, with the damping shared between its sides."""
-    bias = None if layer is None else layer.bias
-    side = 1 if layer is not None and layer.transposed else 0
-    lengths = list(matrix_shape(shape))
-    if bias is not None:
-        lengths[side] += 1
-    # Without a bias the row and column of the constant input are left out.
-    left, right = _leading(factors.left, lengths[0]), _leading(factors.right, lengths[1])
-    means = _mean_diagonal(left), _mean_diagonal(right)
-    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
-    known = (means[0] > 0) & (means[1] > 0)
-    pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
-    root = jnp.sqrt(damping)
-    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
-    solve_left = _solve_with(left, pi * root, means[0])
-    solve_right = _solve_with(right, root / pi, means[1])
-    return _Matrix(weight, bias, side, solve_left, solve_right)
-
-
-def _leading(moment: jax.Array, length: int) -> jax.Array:
-    return moment[:length, :length] if moment.ndim == 2 else moment[:length]
-
-
-def _mean_diagonal(moment: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.diagonal(moment) if moment.ndim == 2 else moment)
-
-
-def _solve_with(
-    moment: jax.Array, share: jax.Array, mean: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
-    """V ↦ (moment + share · I)⁻¹V."""
-    # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    floor = 10 * len(moment) * float(jnp.finfo(moment.dtype).eps) * mean
-    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))
-    if moment.ndim == 1:
-        return lambda matrix: matrix / (moment + share)[:, None]
-    shifted = moment + share * jnp.eye(len(moment), dtype=moment.dtype)
-    # Once, for all the products of a solve.
-    factor = jax.scipy.linalg.cho_factor(shifted)
-    return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)
 
 
 def _stats(finite: jax.Array | bool) -> Stats:

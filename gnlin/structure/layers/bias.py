@@ -1,9 +1,11 @@
-"""Recogniser of a bias: a sum of a layer's product and a leaf."""
+"""Recogniser of a bias: a sum with a leaf in it, behind the product of a layer or elsewhere."""
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from gnlin.jaxprs import Operation
-from gnlin.structure.layers.notes import Addend, Notes, Tangent, View
+from gnlin.structure.layers.notes import Addend, Notes, Site, Tangent, View, depends
 
 
 def add(operation: Operation, notes: Notes) -> Tangent:
@@ -11,29 +13,52 @@ def add(operation: Operation, notes: Notes) -> Tangent:
     tangents = [value for value in operation.inputs if isinstance(value, Tangent)]
     views = [value for value in operation.inputs if isinstance(value, View)]
     addends = [addend for tangent in tangents for addend in tangent.addends]
-    found = _product_that_takes(views[0], addends, notes) if len(views) == 1 else None
-    if found is None:
-        notes.spoil(views)
-    else:
-        notes.add_bias(found, views[0].leaf, operation.path)
+    same_rank = all(len(view.axes) == len(operation.shape) for view in views)
+    if len(views) != 1 or not same_rank or not all(map(depends, operation.inputs)):
+        notes.spoil(views, operation.name)
+        return notes.new_tangent(addends)
+    (view,) = views
+    product = _product_that_takes(view, addends, notes)
+    notes.add_site(operation.path, _site(operation, view))
+    if product is not None:
+        notes.add_bias(product, view.leaf, operation.path)
     return notes.new_tangent(addends)
+
+
+def _site(operation: Operation, view: View) -> Site:
+    """The leaf as the product of itself with ones."""
+    return Site(
+        kind="bias",
+        leaf=view.leaf,
+        inputs=jnp.ones([], operation.output.dtype),
+        input_axes=(),
+        output=operation.output,
+        output_axes=view.axes_in(operation.shape),
+        loops=view.loops,
+    )
 
 
 def _product_that_takes(bias: View, addends: Sequence[Addend], notes: Notes) -> Addend | None:
     """The first product that `bias` is added to at every application, if there is one.
 
-    The bias has to run along the features of the outputs, in their order. Along the other axes it
-    has length 1.
+    The bias has to run along the features of the outputs, in their order, and along the axes that
+    number equal layers.
     """
-    places = [place for place, group in enumerate(bias.axes) if group]
     axes = [axis for group in bias.axes for axis in group]
-    if not places or axes != list(range(len(bias.leaf_shape))):
+    places = [place for place, group in enumerate(bias.axes) if group]
+    looped = [axis for axis in bias.loops if axis is not None]
+    if not places or [*looped, *axes] != list(range(len(bias.leaf_shape))):
         return None
     lengths = [bias.shape[place] for place in places]
     for addend in addends:
         site = notes.sites[addend.product]
-        features = [addend.order.index(axis) for axis in site.fan_out]
-        feature_lengths = [site.output.shape[axis] for axis in site.fan_out]
-        if features == places and feature_lengths == lengths and site.bias is None:
+        if site.kind not in ("dense", "convolution") or site.bias is not None:
+            continue
+        features = [place for place, group in enumerate(site.output_axes) if group]
+        features.sort(key=lambda place, axes=site.output_axes: axes[place])  # as in the leaf
+        moved = [addend.order.index(place) for place in features]
+        same_loops = [axis is None for axis in site.loops] == [axis is None for axis in bias.loops]
+        same = moved == places and [site.output.shape[place] for place in features] == lengths
+        if same and same_loops:
             return addend
     return None

@@ -4,40 +4,46 @@ import jax
 import jax.numpy as jnp
 
 from gnlin.jaxprs import Operation
-from gnlin.structure.layers.matrices import is_transposed
 from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
 
 
 def conv_general_dilated(operation: Operation, notes: Notes) -> Tangent | None:
-    """The convolution of known images with a kernel, of one group."""
+    """The convolution of known images with a kernel.
+
+    Each group of channels has inputs of its own. They are applications of one layer more: the
+    factor of the inputs is the mean over the groups, and that of the outputs a block for each.
+    """
     (known, view), params = operation.inputs, operation.params
-    one_group = params["feature_group_count"] == params["batch_group_count"] == 1
-    if not isinstance(view, View) or depends(known) or not one_group:
+    if not isinstance(view, View) or depends(known) or params["batch_group_count"] > 1:
         return None
-    numbers = params["dimension_numbers"]
+    groups, numbers = params["feature_group_count"], params["dimension_numbers"]
 
     # `rhs_spec` says where the kernel has its axes (out, in, window).
-    out, *fan_in = (axis for place in numbers.rhs_spec for axis in view.axes[place])
-    transposed = is_transposed(view.leaf_shape, sorted(fan_in), [out])
-    if len(view.axes) != len(fan_in) + 1 or transposed is None:
-        return None
-    window = [view.length(view.axes[place]) for place in numbers.rhs_spec[2:]]
+    out, fan_in, *window = (view.axes[place] for place in numbers.rhs_spec)
+    lengths = [view.shape[place] for place in numbers.rhs_spec[1:]]
     patches = jax.lax.conv_general_dilated_patches(
         jnp.transpose(known, numbers.lhs_spec),
-        window,
+        lengths[1:],
         params["window_strides"],
         params["padding"],
         params["lhs_dilation"],
         params["rhs_dilation"],
-    )  # (N, in · window, positions)
-
-    # Features last, with their axes in the order in which the leaf has them.
-    patches = jnp.moveaxis(patches, 1, -1)
-    patches = patches.reshape(-1, *(view.length([axis]) for axis in fan_in))
-    order = [1 + fan_in.index(axis) for axis in sorted(fan_in)]
-    inputs = patches.transpose(0, *order).reshape(len(patches), -1)
-
+    )  # (N, groups · in · window, positions)
     images, channels, *positions = numbers.out_spec
-    applications, features = (images, *positions), (channels,)
-    site = Site(view.leaf, inputs, transposed, operation.output, applications, features)
+    patches = patches.reshape(len(patches), groups, *lengths, *patches.shape[2:])
+    # Images and positions in the order of the product; groups are applications, too.
+    behind = 2 + len(lengths)
+    place_of = {images: 0, **{place: behind + i for i, place in enumerate(positions)}}
+    order = [*(place_of[place] for place in sorted(place_of)), *range(1, behind)]
+    output_axes = tuple(out if place == channels else () for place in range(patches.ndim - behind + 2))
+    site = Site(
+        kind="convolution",
+        leaf=view.leaf,
+        inputs=patches.transpose(order),
+        input_axes=(*[()] * (len(place_of) + 1), fan_in, *window),
+        output=operation.output,
+        output_axes=output_axes,
+        loops=view.loops,
+        groups=groups,
+    )
     return notes.add_site(operation.path, site)

@@ -23,23 +23,27 @@ To read another kind of layer, write a recogniser and enter it under its primiti
 #
 #     b   a view of leaf 0, with axes (0,) and (1,)
 #     c   a view of leaf 1, with the axis (0,)
-#     d   `dense`: a site at path (0,). Its weight is leaf 0, its inputs are a. Axis 0 numbers the
-#         applications, axis 1 is the fan-out. d is tangent 0, a sum of this product alone.
+#     d   `dense`: a site at path (0,). Its leaf is 0, its inputs are a, with axes () and (0,). The
+#         product has the axes () and (1,). So the applications are numbered by the first axis of
+#         both. d is tangent 0, a sum of this product alone.
 #     e   `views`: a view of leaf 1, with axes () and (0,)
-#     f   `bias`: e runs along the fan-out of d. So leaf 1 is the bias of the site, added at (2,).
-#         f is tangent 1, a sum of the same product.
+#     f   `bias`: a site at path (2,), of leaf 1. It runs along the fan-out of d. So leaf 1 may be
+#         the bias of the site before. f is tangent 1, a sum of the same product.
 #
-# At the end each leaf has one use, and tangent 0 has one reader: nothing sees d without its bias.
-# So both notes hold.
+# At the end each leaf has one site, and tangent 0 has one reader: nothing sees d without its bias.
+# So leaf 1 is the bias of the dense layer.
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gnlin.jaxprs import Operation, Path, run_jaxpr
+from gnlin.jaxprs import Operation, Scan, control_flow, run_jaxpr
 from gnlin.structure.layers.bias import add
 from gnlin.structure.layers.convolution import conv_general_dilated
 from gnlin.structure.layers.dense import dot_general
-from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
+from gnlin.structure.layers.embedding import gather
+from gnlin.structure.layers.gain import mul
+from gnlin.structure.layers.loops import follow_scan
+from gnlin.structure.layers.notes import Notes, Tangent, View, depends
 from gnlin.structure.layers.views import broadcast_in_dim, convert_element_type, reshape, transpose
 
 # Takes an operation that reads a `View` or a `Tangent`, and returns its output. A layer or a bias
@@ -49,6 +53,8 @@ Recogniser = Callable[[Operation, Notes], View | Tangent | None]
 RECOGNISERS: dict[str, Recogniser] = {
     "dot_general": dot_general,
     "conv_general_dilated": conv_general_dilated,
+    "gather": gather,
+    "mul": mul,
     "add": add,
     "add_any": add,
     "transpose": transpose,
@@ -60,8 +66,8 @@ RECOGNISERS: dict[str, Recogniser] = {
 }
 
 
-def find_sites(push_forward: Any, shapes: Sequence[tuple[int, ...]]) -> dict[Path, Site]:
-    """The layers in the closed jaxpr of a push-forward, by the path of their product.
+def inspect(push_forward: Any, shapes: Sequence[tuple[int, ...]]) -> Notes:
+    """The layers in the closed jaxpr of a push-forward, and the other uses of its leaves.
 
     Args:
         push_forward: a closed jaxpr, linear in the tangents of all leaves.
@@ -73,16 +79,20 @@ def find_sites(push_forward: Any, shapes: Sequence[tuple[int, ...]]) -> dict[Pat
         if not any(map(depends, operation.inputs)):
             return None  # known to the linear function: it is computed
         notes.read(operation.inputs)
+        if operation.name == "scan" and any(isinstance(v, View) for v in operation.inputs):
+            scan = control_flow(operation.equation)
+            assert isinstance(scan, Scan)
+            return follow_scan(operation, scan, notes, follow)
         recognise = RECOGNISERS.get(operation.name)
         output = None if recognise is None else recognise(operation, notes)
         if output is not None:
             return [output]
-        notes.spoil(operation.inputs)
+        notes.spoil(operation.inputs, operation.name)
         return operation.all_outputs(notes.new_tangent)
 
     tangents = [View.of_leaf(leaf, shape) for leaf, shape in enumerate(shapes)]
     outputs = run_jaxpr(push_forward, tangents, follow)
     # An output is a reader, and a leaf that is an output is in no layer.
     notes.read(outputs)
-    notes.spoil(outputs)
-    return notes.sites_that_hold()
+    notes.spoil(outputs, "output of the model")
+    return notes

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gnlin.jaxprs import Path
 
@@ -14,26 +15,31 @@ from gnlin.jaxprs import Path
 class View(NamedTuple):
     """The tangent of one leaf, rearranged.
 
-    Its axes may be in another order, neighbours among them may be merged, and there may be new ones
-    of length 1.
+    Its axes may be in another order, neighbours among them may be merged, and there may be new
+    ones, of length 1 or along which the leaf is repeated.
     """
 
     leaf: int
     leaf_shape: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]  # axes of the leaf that each axis holds; none in a new one
+    shape: tuple[int, ...]
+    # The loops around it, the outermost first: the axis of the leaf that a loop goes over, or
+    # `None` where each turn has the same view.
+    loops: tuple[int | None, ...] = ()
 
     @classmethod
     def of_leaf(cls, leaf: int, shape: tuple[int, ...]) -> "View":
         """The tangent itself."""
-        return cls(leaf, shape, tuple((axis,) for axis in range(len(shape))))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.length(group) for group in self.axes)
+        return cls(leaf, shape, tuple((axis,) for axis in range(len(shape))), shape)
 
     def length(self, axes: Sequence[int]) -> int:
         """The length of these axes of the leaf, merged."""
         return math.prod(self.leaf_shape[axis] for axis in axes)
+
+    def axes_in(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The axes of the leaf that each axis holds where the view is repeated to this shape."""
+        lengths = zip(self.axes, self.shape, shape, strict=True)
+        return tuple(group if own == length else () for group, own, length in lengths)
 
 
 class Tangent(NamedTuple):
@@ -68,46 +74,100 @@ class Bias(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A product of a known array with the tangent of a weight: a layer without its bias.
+    """An operation that is linear in one leaf, with known arrays: a layer without its bias.
 
-    The axes of the product are of two kinds. Some number the R applications of the layer (examples,
-    positions), the others the features of its outputs.
+    The axes of inputs and product are of two kinds. Some hold axes of the leaf. The others number
+    the R applications of the layer (examples, positions), in the same order in both. Behind a loop
+    both have one more axis in front.
+
+    | kind | product | inputs |
+    |---|---|---|
+    | dense, convolution | x W | x |
+    | embedding | rows of W | their numbers |
+    | gain | x ⊙ g | x, or what is repeated to it |
+    | bias | b, repeated | 1 |
     """
 
-    weight: int
-    inputs: jax.Array  # (R, fan-in)
-    transposed: bool
-    output: jax.ShapeDtypeStruct
-    applications: tuple[int, ...]
-    fan_out: tuple[int, ...]
+    kind: str
+    leaf: int
+    inputs: jax.Array
+    input_axes: tuple[tuple[int, ...], ...]  # axes of the leaf that each axis of the inputs holds
+    output: jax.ShapeDtypeStruct  # in one turn of the loops
+    output_axes: tuple[tuple[int, ...], ...]  # the same of the product
+    loops: tuple[int | None, ...] = ()  # as in the `View`
+    lengths: tuple[int, ...] = ()  # turns of these loops
+    groups: int = 1  # of a convolution
     bias: Bias | None = None
 
-    def by_application(self, cotangent: jax.Array) -> jax.Array:
-        """(R, fan-out) of a cotangent shaped like the product."""
-        ordered = cotangent.transpose(*self.applications, *self.fan_out)
-        return ordered.reshape(self.inputs.shape[0], -1)
+    @property
+    def fan_in(self) -> set[int]:
+        """Axes of the leaf that the inputs alone have."""
+        return _members(self.input_axes) - _members(self.output_axes)
+
+    @property
+    def fan_out(self) -> set[int]:
+        """Axes of the leaf that the product alone has."""
+        return _members(self.output_axes) - _members(self.input_axes)
+
+    @property
+    def products(self) -> jax.ShapeDtypeStruct:
+        """The products of all turns."""
+        return jax.ShapeDtypeStruct((*self.lengths, *self.output.shape), self.output.dtype)
+
+    def arranged_inputs(self, leaf_shape: Sequence[int], stack: int) -> jax.Array:
+        """(stack..., R, fan-in) of the inputs, where the first `stack` axes of the leaf are apart.
+
+        The length of such an axis is 1 where the inputs do not have it.
+        """
+        return self._arrange(self.inputs, self.input_axes, leaf_shape, stack)
+
+    def arranged(self, cotangents: jax.Array, leaf_shape: Sequence[int], stack: int) -> jax.Array:
+        """(stack..., R, fan-out) of cotangents that are shaped like the products."""
+        return self._arrange(cotangents, self.output_axes, leaf_shape, stack)
+
+    def _arrange(self, array, axes, leaf_shape, stack) -> jax.Array:
+        groups = [*(() if axis is None else (axis,) for axis in self.loops), *axes]
+        # One axis for each axis of the leaf, and those of applications as they are.
+        labels: list[int | None] = []
+        shape: list[int] = []
+        for length, group in zip(array.shape, groups, strict=True):
+            labels.extend(group or (None,))
+            shape.extend([leaf_shape[axis] for axis in group] or [length])
+        applications = [place for place, label in enumerate(labels) if label is None]
+        found = {label: place for place, label in enumerate(labels) if label is not None}
+        apart = [axis for axis in range(stack) if axis in found]
+        features = sorted(axis for axis in found if axis >= stack)
+        order = [*(found[a] for a in apart), *applications, *(found[a] for a in features)]
+        lengths = [leaf_shape[axis] if axis in found else 1 for axis in range(stack)]
+        last = math.prod(leaf_shape[axis] for axis in features)
+        rows = math.prod(shape[place] for place in applications)
+        return jnp.reshape(array, shape).transpose(order).reshape(*lengths, rows, last)
+
+
+def _members(groups: Sequence[Sequence[int]]) -> set[int]:
+    return {axis for group in groups for axis in group}
 
 
 class Notes:
-    """Sites, and how often each leaf and each tangent is used.
-
-    A leaf is in a layer only if that is its one use.
-    """
+    """Sites, and how each leaf and each tangent is used."""
 
     def __init__(self, leaves: int):
         self.sites: dict[Path, Site] = {}
-        self._uses = [0] * leaves  # of each leaf
+        self.strange: dict[int, str] = {}  # leaf ↦ the first use of it that is not recognised
+        self.used: set[int] = set()
+        self.lengths: list[int] = []  # turns of the loops around the present operation
+        self._bias_of: dict[int, list[Path]] = {leaf: [] for leaf in range(leaves)}
         self._readers: list[int] = []  # of each tangent: how many operations read it
 
     def add_site(self, path: Path, site: Site) -> Tangent:
-        """Note a layer, which is one use of its weight. Returns its product."""
-        self._uses[site.weight] += 1
-        self.sites[path] = site
+        """Note a layer. Returns its product."""
+        self.used.add(site.leaf)
+        self.sites[path] = site._replace(lengths=tuple(self.lengths))
         return self.new_tangent([Addend(path, tuple(range(len(site.output.shape))), ())])
 
     def add_bias(self, addend: Addend, leaf: int, path: Path) -> None:
-        """Note that the operation at `path` adds a leaf to a product: one use of that leaf."""
-        self._uses[leaf] += 1
+        """Note that the operation at `path` adds a leaf to a product."""
+        self._bias_of[leaf].append(addend.product)
         site = self.sites[addend.product]
         self.sites[addend.product] = site._replace(bias=Bias(leaf, path, addend.trail))
 
@@ -124,25 +184,25 @@ class Notes:
             if isinstance(value, Tangent):
                 self._readers[value.number] += 1
 
-    def spoil(self, values: Sequence[Any]) -> None:
+    def spoil(self, values: Sequence[Any], use: str) -> None:
         """Note that leaves are used in a way that no recogniser knows."""
         for value in values:
             if isinstance(value, View):
-                self._uses[value.leaf] += 2  # never 1 again: the leaf is in no layer
+                self.used.add(value.leaf)
+                self.strange.setdefault(value.leaf, use)
 
-    def sites_that_hold(self) -> dict[Path, Site]:
-        """The sites whose weight has no other use, each with its bias if that holds."""
-        held = {}
-        for path, site in self.sites.items():
-            if self._uses[site.weight] == 1:
-                held[path] = site if self._bias_holds(site) else site._replace(bias=None)
-        return held
+    def sites_of(self, leaf: int) -> list[Path]:
+        """The places where a leaf is used, if all are recognised."""
+        return [path for path, site in self.sites.items() if site.leaf == leaf]
 
-    def _bias_holds(self, site: Site) -> bool:
-        """Whether the bias has no other use, and nothing sees the product without it.
+    def bias_holds(self, path: Path) -> bool:
+        """Whether the bias of a site is its own, and nothing sees the product without it.
 
-        The two then have the same cotangent.
+        The two then have the same cotangent, and are the only uses of their leaves.
         """
-        if site.bias is None or self._uses[site.bias.leaf] != 1:
+        site = self.sites[path]
+        if site.bias is None or self.sites_of(site.leaf) != [path]:
+            return False
+        if self.sites_of(site.bias.leaf) != [site.bias.sum] or site.bias.leaf in self.strange:
             return False
         return all(self._readers[number] == 1 for number in site.bias.trail)

@@ -1,15 +1,52 @@
-"""The reading of a linearisation: inputs of its layers, and cotangents of their outputs."""
+"""The reading of a linearisation: the uses of its leaves, and cotangents of its layers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gnlin.jaxprs import Operation, Path, run_jaxpr
-from gnlin.structure.layers.inspector import find_sites
-from gnlin.structure.layers.notes import Site
+from gnlin.jaxprs import Operation, Path, Scan, control_flow, run_jaxpr
+from gnlin.structure.layers.inspector import inspect
+from gnlin.structure.layers.loops import cut_scan
+from gnlin.structure.layers.matrices import Layout, layouts
+from gnlin.structure.layers.notes import Notes, Site
 from gnlin.tree import Outputs, Params
+
+
+class Use(NamedTuple):
+    """How a model uses one leaf.
+
+    A leaf that is read has a site for each use, or is the bias of another leaf. `why` says of the
+    others why they are not read.
+    """
+
+    layout: Layout
+    sites: tuple[Site, ...] = ()
+    bias: int | None = None  # the leaf that is the bias of these sites
+    bias_of: int | None = None  # the leaf whose bias this is
+    why: str = ""
+
+
+class Reading(NamedTuple):
+    """The layers of a linearisation.
+
+    ``pull_back(u)`` takes a cotangent of the model's outputs to ``(cotangents, others)``. The first
+    are of the sites of each leaf, shaped like ``site.products``. The second is Jᵀu at the leaves
+    that are not read, as a dictionary from their positions.
+    """
+
+    uses: tuple[Use, ...]
+    pull_back: Callable[[Outputs], tuple[list[list[jax.Array]], dict[int, jax.Array]]]
+
+
+def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
+    """Find the layers in ``jvp``, the push-forward of a linearisation at `params`.
+
+    A leaf is read if all its uses are recognised, and fit its `Layout`: a product over all its
+    inputs, a lookup of rows, or for a vector a product or a sum entry by entry.
+    """
+    return _Program(jvp, params).reading(_uses)
 
 
 class Layer(NamedTuple):
@@ -21,8 +58,8 @@ class Layer(NamedTuple):
     transposed: bool  # whether W's trailing axes are the inputs, y = x Wᵀ
 
 
-class Reading(NamedTuple):
-    """The layers of a linearisation.
+class DenseReading(NamedTuple):
+    """The dense layers of a linearisation.
 
     ``pull_back(u)`` takes a cotangent of the model's outputs to ``(cotangents, others)``. The first
     are of the layers' outputs y, each (R, fan-out). The second is Jᵀu at the leaves that are in no
@@ -33,62 +70,186 @@ class Reading(NamedTuple):
     pull_back: Callable[[Outputs], tuple[list[jax.Array], dict[int, jax.Array]]]
 
 
-def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
-    """Find the dense layers in ``jvp``, the push-forward of a linearisation at `params`.
-
-    A leaf is in a layer only if its one use is a product over all its inputs, or a sum with such a
-    product. A leaf that is used twice (shared weights) or inside a loop is in none.
-    """
-    leaves, structure = jax.tree.flatten(params)
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-    trace = jax.make_jaxpr(jvp, return_shape=True)
-    push_forward, outputs = trace(jax.tree.unflatten(structure, shapes))
-    sites = find_sites(push_forward, [leaf.shape for leaf in shapes])
-
+def read_dense_layers(jvp: Callable[[Params], Outputs], params: Params) -> DenseReading:
+    """The same of dense layers that are applied once, outside of loops, to all of a leaf."""
+    reading = _Program(jvp, params).reading(_uses_once)
+    found = [(leaf, use) for leaf, use in enumerate(reading.uses) if use.sites]
     layers = []
-    for site in sites.values():
-        bias = None if site.bias is None else site.bias.leaf
-        layers.append(Layer(site.weight, bias, site.inputs, site.transposed))
-    in_layers = {leaf for layer in layers for leaf in (layer.weight, layer.bias)}
-    others = [leaf for leaf in range(len(leaves)) if leaf not in in_layers]
-
-    # The push-forward as a function of the layers' products and of the other leaves' tangents.
-    def cut(tangents: Mapping[int, jax.Array], products: Mapping[Path, jax.Array]) -> Outputs:
-        given = [tangents.get(leaf, _ABSENT) for leaf in range(len(leaves))]
-        flat = run_jaxpr(push_forward, given, _without_layers(sites, products))
-        return jax.tree.unflatten(jax.tree.structure(outputs), flat)
+    for leaf, use in found:
+        (site,), layout = use.sites, use.layout
+        inputs = site.arranged_inputs(layout.shape, 0)
+        transposed = bool(layout.is_transposed(site.fan_in, site.fan_out))
+        layers.append(Layer(leaf, use.bias, inputs, transposed))
 
     def pull_back(cotangent: Outputs) -> tuple[list[jax.Array], dict[int, jax.Array]]:
-        transpose = jax.linear_transpose(
-            cut,
-            {leaf: shapes[leaf] for leaf in others},
-            {path: site.output for path, site in sites.items()},
+        of_sites, others = reading.pull_back(cotangent)
+        return [
+            use.sites[0].arranged(of_sites[leaf][0], use.layout.shape, 0) for leaf, use in found
+        ], others
+
+    return DenseReading(tuple(layers), pull_back)
+
+
+class _Program:
+    """A push-forward as a jaxpr, with the notes of the inspector."""
+
+    def __init__(self, jvp: Callable[[Params], Outputs], params: Params):
+        leaves, structure = jax.tree.flatten(params)
+        self.shapes = [
+            jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves
+        ]
+        tangents = jax.tree.unflatten(structure, self.shapes)
+        self.push_forward, self.outputs = jax.make_jaxpr(jvp, return_shape=True)(tangents)
+        self.notes = inspect(self.push_forward, [leaf.shape for leaf in self.shapes])
+        self.layouts = layouts(tangents)
+
+    def reading(self, uses: "Callable[[Notes, Sequence[Layout]], list[Use]]") -> Reading:
+        """The reading in which these uses are cut out."""
+        found = uses(self.notes, self.layouts)
+        paths = [
+            [] if not use.sites else self.notes.sites_of(leaf) for leaf, use in enumerate(found)
+        ]
+        sites = {path: self.notes.sites[path] for places in paths for path in places}
+        # b moves y as x W does: the cotangent of x W serves both.
+        skipped = {
+            self.notes.sites_of(use.bias)[0] for use in found if use.sites and use.bias is not None
+        }
+        others = [leaf for leaf, use in enumerate(found) if not use.sites and use.bias_of is None]
+
+        def pull_back(cotangent: Outputs) -> tuple[list[list[jax.Array]], dict[int, jax.Array]]:
+            of_others, of_products = self._transpose(sites, skipped, others)(cotangent)
+            return [[of_products[path] for path in places] for places in paths], of_others
+
+        return Reading(tuple(found), pull_back)
+
+    def _transpose(
+        self, sites: Mapping[Path, Site], skipped: Collection[Path], others: Sequence[int]
+    ) -> Callable[[Outputs], tuple[dict[int, jax.Array], dict[Path, jax.Array]]]:
+        """The pull-back to the tangents of the other leaves, and to the products of the sites."""
+
+        # The push-forward as a function of these.
+        def cut(tangents, products) -> Outputs:
+            given = [tangents.get(leaf, _ABSENT) for leaf in range(len(self.shapes))]
+            flat = run_jaxpr(self.push_forward, given, _without_layers(products, skipped))
+            return jax.tree.unflatten(jax.tree.structure(self.outputs), flat)
+
+        arguments = (
+            {leaf: self.shapes[leaf] for leaf in others},
+            {path: site.products for path, site in sites.items()},
         )
-        of_others, of_products = transpose(cotangent)
-        of_layers = [site.by_application(of_products[path]) for path, site in sites.items()]
-        return of_layers, of_others
+        if not any(site.loops for site in sites.values()):
+            return jax.linear_transpose(cut, *arguments)
+        # A new scan cannot be transposed as it stands, in all versions of JAX. Its derivative can.
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), arguments)
+        return jax.vjp(cut, *zeros)[1]
 
-    return Reading(tuple(layers), pull_back)
 
-
-_ABSENT = object()  # the tangent of a leaf that enters only through layers that are cut out
+_ABSENT = object()  # the tangent of a leaf that enters only through sites that are cut out
 
 
 def _without_layers(
-    sites: Mapping[Path, Site], products: Mapping[Path, jax.Array]
-) -> Callable[[Operation], list[Any] | None]:
-    """Replaces the products of layers by those given, and leaves out the sums with their biases."""
-    sums = {site.bias.sum for site in sites.values() if site.bias is not None}
+    products: Mapping[Path, jax.Array], skipped: Collection[Path]
+) -> Callable[[Operation], Sequence[Any] | None]:
+    """Replaces the products of sites by those given, and leaves out the sums with their biases."""
+    around = {path[:length] for path in products for length in range(1, len(path))}
 
-    def replace(operation: Operation) -> list[Any] | None:
-        if operation.path in products:
-            return [products[operation.path]]
-        if operation.path in sums:
-            # b moves y as x W does: the cotangent of x W serves both.
-            return [next(value for value in operation.inputs if value is not _ABSENT)]
-        if any(value is _ABSENT for value in operation.inputs):
-            # A view of a leaf, on its way to the layer that it is in.
+    def replace(operation: Operation) -> Sequence[Any] | None:
+        here, present = operation.path, [v for v in operation.inputs if v is not _ABSENT]
+        if here in products:
+            # A bias is added to its product: the other addend stays.
+            added = operation.name in ("add", "add_any")
+            return [present[0] + products[here] if added else products[here]]
+        if here in skipped:
+            return [jnp.broadcast_to(present[0], operation.shape)]
+        if here in around and operation.name == "scan":
+            scan = control_flow(operation.equation)
+            assert isinstance(scan, Scan)
+            inside = {path: rows for path, rows in products.items() if path[: len(here)] == here}
+            return cut_scan(
+                operation, scan, inside, lambda rows: _without_layers(rows, skipped), _ABSENT
+            )
+        if len(present) < len(operation.inputs):
+            # A view of a leaf, on its way to the site that it is in.
             return operation.all_outputs(lambda: _ABSENT)
         return None
 
     return replace
+
+
+# Which uses are read.
+
+
+def _uses(notes: Notes, layouts: Sequence[Layout]) -> list[Use]:
+    """The use of each leaf."""
+    found = [_use(notes, leaf, layout) for leaf, layout in enumerate(layouts)]
+    return _with_biases(notes, found)
+
+
+def _uses_once(notes: Notes, layouts: Sequence[Layout]) -> list[Use]:
+    """The same, where all but plain dense layers count as not read."""
+    found = []
+    for use in (_use(notes, leaf, layout) for leaf, layout in enumerate(layouts)):
+        plain = len(use.sites) == 1 and _is_plain(use.sites[0], use.layout)
+        found.append(use if plain else Use(use.layout, why="no dense layer of its own"))
+    return _with_biases(notes, found)
+
+
+def _is_plain(site: Site, layout: Layout) -> bool:
+    if layout.stack or layout.is_vector or site.loops or site.groups > 1:
+        return False
+    return site.kind in ("dense", "convolution")
+
+
+def _use(notes: Notes, leaf: int, layout: Layout) -> Use:
+    """The use of one leaf, biases of layers aside."""
+    if leaf not in notes.used:
+        return Use(layout, why="not used")
+    if leaf in notes.strange:
+        return Use(layout, why=f"used in {notes.strange[leaf]}")
+    sites = tuple(notes.sites[path] for path in notes.sites_of(leaf))
+    for site in sites:
+        if why := _misfit(site, layout):
+            return Use(layout, why=why)
+    return Use(layout, sites)
+
+
+def _misfit(site: Site, layout: Layout) -> str:
+    """Why a site has no factors in this layout; empty where it has."""
+    inside = range(layout.stack, len(layout.shape))
+    of_loops = {axis for axis in site.loops if axis is not None}
+    if of_loops & set(inside):
+        return "stacked, beside leaves that are not"
+    if layout.is_vector:
+        return ""
+    if site.kind == "gain":
+        return "a matrix of gains"
+    if site.kind == "bias":
+        of_product = {axis for group in site.output_axes for axis in group}
+        whole = set(inside) <= of_product
+        return "" if whole else "a matrix that is repeated"
+    if site.kind == "embedding":
+        fan_out = {axis for group in site.output_axes for axis in group}
+        fan_in = set(range(len(layout.shape))) - fan_out
+        # Rows are looked up by one number.
+        fits = not layout.stack and layout.is_transposed(fan_in, fan_out) is not None
+    else:
+        fits = layout.is_transposed(site.fan_in, site.fan_out) is not None
+        fits = fits and (site.groups == 1 or not layout.stack)
+    if fits:
+        return ""
+    return f"product over axes {tuple(sorted(site.fan_in))} of {layout.shape}"
+
+
+def _with_biases(notes: Notes, found: list[Use]) -> list[Use]:
+    """The uses, with each bias joined to the sites that it is added to."""
+    for leaf, use in enumerate(list(found)):
+        if len(use.sites) != 1 or use.sites[0].bias is None or use.layout.is_vector:
+            continue
+        bias, (path,) = use.sites[0].bias.leaf, notes.sites_of(leaf)
+        layout = found[bias].layout
+        same_stack = layout.stacked == use.layout.stacked
+        contracted = any(axis < use.layout.stack for axis in use.sites[0].fan_in)
+        if notes.bias_holds(path) and same_stack and not contracted:
+            found[leaf] = use._replace(bias=bias)
+            found[bias] = Use(layout, bias_of=leaf)
+    return found

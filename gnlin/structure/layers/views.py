@@ -4,18 +4,18 @@ from gnlin.jaxprs import Operation
 from gnlin.structure.layers.notes import Notes, Tangent, View
 
 
-def convert_element_type(operation: Operation, notes: Notes) -> View | None:
-    """A leaf in another dtype: the same view, for inputs and cotangents are cast where needed."""
-    del notes
+def convert_element_type(operation: Operation, notes: Notes) -> View | Tangent:
+    """A leaf or a sum in another dtype: inputs and cotangents are cast where needed."""
     (value,) = operation.inputs
-    return value if isinstance(value, View) else None
+    return value if isinstance(value, View) else notes.new_tangent(value.addends)
 
 
 def transpose(operation: Operation, notes: Notes) -> View | Tangent:
     """A leaf or a sum with its axes in another order."""
     (value,), order = operation.inputs, operation.params["permutation"]
     if isinstance(value, View):
-        return value._replace(axes=tuple(value.axes[axis] for axis in order))
+        axes = tuple(value.axes[axis] for axis in order)
+        return value._replace(axes=axes, shape=operation.shape)
     moved = [
         addend._replace(order=tuple(addend.order[axis] for axis in order))
         for addend in value.addends
@@ -24,20 +24,19 @@ def transpose(operation: Operation, notes: Notes) -> View | Tangent:
 
 
 def broadcast_in_dim(operation: Operation, notes: Notes) -> View | None:
-    """A leaf with new axes of length 1.
-
-    A longer new axis would repeat the leaf. It would be used once for each repetition.
-    """
+    """A leaf with new axes. Along a longer one it is repeated."""
     del notes
     value = operation.inputs[0]
     if not isinstance(value, View):
         return None
     axes: list[tuple[int, ...]] = [()] * len(operation.shape)
     places = operation.params["broadcast_dimensions"]
-    for place, group in zip(places, value.axes, strict=True):
-        axes[place] = group
-    view = value._replace(axes=tuple(axes))
-    return view if view.shape == operation.shape else None
+    for place, group, length in zip(places, value.axes, value.shape, strict=True):
+        if length == operation.shape[place]:
+            axes[place] = group
+        elif group:
+            return None  # an axis of the leaf, of length 1, that is repeated
+    return value._replace(axes=tuple(axes), shape=operation.shape)
 
 
 def reshape(operation: Operation, notes: Notes) -> View | None:
@@ -49,6 +48,9 @@ def reshape(operation: Operation, notes: Notes) -> View | None:
     value = operation.inputs[0]
     if not isinstance(value, View):
         return None
+    repeated = zip(value.axes, value.shape, strict=True)
+    if any(not group and length > 1 for group, length in repeated):
+        return None
     remaining = [axis for group in value.axes for axis in group]
     axes: list[tuple[int, ...]] = []
     for length in operation.shape:
@@ -59,5 +61,5 @@ def reshape(operation: Operation, notes: Notes) -> View | None:
     if not axes:
         return None
     axes[-1] += tuple(remaining)  # only axes of length 1, or the shape below is another
-    view = value._replace(axes=tuple(axes))
-    return view if view.shape == operation.shape else None
+    view = value._replace(axes=tuple(axes), shape=operation.shape)
+    return view if tuple(map(view.length, axes)) == operation.shape else None

@@ -1,0 +1,315 @@
+"""Kronecker factors: the moments of a layer, and the inverse of their damped product.
+
+`kronecker` averages the moments over steps, and applies the inverse.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gnlin import tree
+from gnlin.structure.layers import Layout, Site, Use
+from gnlin.tree import Params
+
+
+class Factors(NamedTuple):
+    """The two moments of one leaf: (stack..., n, n), or (stack..., n) for the diagonal alone."""
+
+    left: jax.Array
+    right: jax.Array
+
+
+class Share(NamedTuple):
+    """The applications of a layer that enter its moments."""
+
+    fraction: float
+    count: jax.Array  # of systems
+    dtype: Any  # of the moments
+
+    def rows(self, total: int) -> jax.Array | None:
+        """Places of the applications; `None` for all of them."""
+        taken = min(total, max(round(self.fraction * total), 64))
+        if taken == total:
+            return None
+        # Consecutive ones, which move on from step to step until all have had their turn.
+        return (self.count * taken + jnp.arange(taken, dtype=self.count.dtype)) % total
+
+
+# The moments.
+
+
+def moments_of_layer(
+    use: Use, cotangents: Sequence[jax.Array], share: Share, like: Factors
+) -> Factors:
+    r"""The moments of a leaf from its sites, shaped like others.
+
+    With one site they are A and S of `Kronecker`. With more, as for a table that embeds tokens and
+    is the last layer too, G is near :math:`\sum_i L_i \otimes R_i`. One product has to stand for
+    the sum. With :math:`w_i = \operatorname{tr} L_i \operatorname{tr} R_i` it is
+
+    .. math:: L = w^{-1/2} \sum_i w_i \frac{L_i}{\operatorname{tr} L_i}, \qquad
+              R = w^{-1/2} \sum_i w_i \frac{R_i}{\operatorname{tr} R_i}, \qquad
+              w = \sum_i w_i.
+
+    It has the trace of the sum, and is the sum where all terms are multiples of one. Applications
+    in time and in loops count like those of examples (the setting "expand").
+
+    Reference: Eschenhagen et al., Kronecker-factored approximate curvature for modern neural
+    network architectures, 2023, section 3.
+    """
+    cotangents = [each.astype(share.dtype) for each in cotangents]
+    pairs = list(zip(use.sites, cotangents, strict=True))
+    if use.layout.is_vector:
+        squares = [_squares(site, cotangent, use.layout) for site, cotangent in pairs]
+        return Factors(functools.reduce(jnp.add, squares).astype(share.dtype), like.right)
+    parts = [
+        _moments_of_site(site, cotangent, use.layout, share, like) for site, cotangent in pairs
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    traces = [[_trace(side, use.layout) for side in part] for part in parts]
+    weights = [left * right for left, right in traces]
+    total = functools.reduce(jnp.add, weights)
+    root = jnp.sqrt(jnp.where(total > 0, total, 1))
+
+    def combined(side: int) -> jax.Array:
+        terms = []
+        for part, trace, weight in zip(parts, traces, weights, strict=True):
+            scale = weight / jnp.where(trace[side] > 0, trace[side], 1) / root
+            rank = part[side].ndim - scale.ndim
+            terms.append(scale.reshape(*scale.shape, *[1] * rank) * part[side])
+        return functools.reduce(jnp.add, terms)
+
+    return Factors(combined(0), combined(1))
+
+
+def moments_of_gradient(gradient: jax.Array, layout: Layout, like: Factors) -> Factors:
+    """VVᵀ / ‖V‖ and VᵀV / ‖V‖ of a pseudo-gradient, or V² where it is a vector."""
+    if layout.is_vector:
+        return Factors(gradient.ravel() ** 2, like.right)  # E V² = diag G
+    matrix = gradient.reshape(layout.matrices)
+    # A and S then have the size of V, and A ⊗ S has the size of V², as G.
+    norm = jnp.linalg.norm(matrix, axis=(-2, -1), keepdims=True)
+    matrix = matrix / jnp.sqrt(jnp.where(norm > 0, norm, 1))
+    matrix = _pad(_pad(matrix, -1, 0), -2, 0)  # for a bias
+    left = _moment(jnp.swapaxes(matrix, -2, -1), like.left, layout)
+    return Factors(left, _moment(matrix, like.right, layout))
+
+
+def _moments_of_site(
+    site: Site, cotangents: jax.Array, layout: Layout, share: Share, like: Factors
+) -> Factors:
+    """A and S of one site, on the sides of the leaf that they belong to."""
+    outputs = site.arranged(cotangents, layout.shape, layout.stack)
+    if site.kind == "bias":
+        # The rows of the leaf are chosen by one-hot vectors, each as often as the others.
+        rows, columns = layout.sides
+        counts = jnp.append(jnp.full([rows], 1 / rows, share.dtype), 0)
+        outputs = outputs.reshape(*outputs.shape[:-2], -1, columns)
+        left = _from_diagonal(counts, like.left, layout)
+        return Factors(left, _moment(_pad(outputs, -1, 0), like.right, layout))
+    if site.kind == "embedding":
+        transposed = 0 in {axis for group in site.output_axes for axis in group}
+        sides = (like.right, like.left) if transposed else like
+        tokens = site.inputs.ravel()
+        counts = jnp.zeros([sides[0].shape[-1]], share.dtype)
+        counts = counts.at[tokens].add(1 / tokens.size, mode="drop")
+        first = _from_diagonal(counts, sides[0], layout)
+        last = _moment(_pad(outputs, -1, 0), sides[1], layout)
+    else:
+        transposed = bool(layout.is_transposed(site.fan_in, site.fan_out))
+        sides = (like.right, like.left) if transposed else like
+        inputs = site.arranged_inputs(layout.shape, layout.stack).astype(share.dtype)
+        first, last = _sides_of_layer(inputs, outputs, site.groups, share, sides, layout)
+    return Factors(last, first) if transposed else Factors(first, last)
+
+
+def _sides_of_layer(
+    inputs: jax.Array,
+    outputs: jax.Array,
+    groups: int,
+    share: Share,
+    like: Sequence[jax.Array],
+    layout: Layout,
+) -> tuple[jax.Array, jax.Array]:
+    """A and S from a share of the applications, with inputs and outputs (stack..., R, n).
+
+    A has one row and one column more for the bias, whose input is 1. In S they are zero.
+    """
+    total = inputs.shape[-2]
+    chosen = share.rows(total) if groups == 1 else None
+    if chosen is not None:
+        # A is a mean over applications and S a sum, so only S has to make up for those left out.
+        scale = jnp.sqrt(jnp.asarray(total / len(chosen), inputs.dtype))
+        inputs, outputs = inputs[..., chosen, :], outputs[..., chosen, :] * scale
+    mean = _pad(inputs, -1, 1) / jnp.sqrt(jnp.asarray(inputs.shape[-2], inputs.dtype))
+    last = _moment(_pad(outputs, -1, 0), like[1], layout)
+    if groups > 1 and _is_full(last, layout):
+        # Outputs of different groups have no inputs in common.
+        group = jnp.arange(len(last)) * groups // (len(last) - 1)
+        last = jnp.where(group[:, None] == group[None], last, 0)
+    return _moment(mean, like[0], layout), last
+
+
+def _squares(site: Site, cotangents: jax.Array, layout: Layout) -> jax.Array:
+    """Σ x² s² over the applications: the diagonal of G at a vector, or at a stack of them."""
+    dtype, shape = cotangents.dtype, (*layout.stacked, math.prod(layout.member))
+    if site.kind == "gain":
+        cotangents = cotangents * site.inputs.astype(dtype)
+    squares = jnp.square(site.arranged(cotangents, layout.shape, layout.stack))
+    if site.kind == "embedding":
+        tokens = site.inputs.ravel()
+        of_tokens = jnp.sum(squares.reshape(tokens.size, -1), axis=1)
+        return jnp.zeros(shape, dtype).at[tokens].add(of_tokens, mode="drop")
+    if site.kind in ("dense", "convolution"):
+        inputs = site.arranged_inputs(layout.shape, layout.stack).astype(dtype)
+        squares = squares * jnp.square(inputs)
+    return jnp.broadcast_to(jnp.sum(squares, axis=-2), shape).ravel()
+
+
+def _pad(matrix: jax.Array, axis: int, value: float) -> jax.Array:
+    """One more row or column of this value."""
+    width = [(0, 0)] * matrix.ndim
+    width[axis] = (0, 1)
+    return jnp.pad(matrix, width, constant_values=value)
+
+
+def _is_full(moment: jax.Array, layout: Layout) -> bool:
+    """Whether it has matrices, and not their diagonals alone."""
+    return moment.ndim == layout.stack + 2
+
+
+def _moment(x: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
+    """XᵀX for each X (R, n) of a stack, or its diagonal where the moment before is one."""
+    full = _is_full(like, layout)
+    found = jnp.swapaxes(x, -2, -1) @ x if full else jnp.sum(x**2, axis=-2)
+    return jnp.broadcast_to(found, like.shape)
+
+
+def _from_diagonal(diagonal: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
+    return jnp.broadcast_to(jnp.diag(diagonal) if _is_full(like, layout) else diagonal, like.shape)
+
+
+def _diagonal(moment: jax.Array, layout: Layout) -> jax.Array:
+    """(stack..., n)"""
+    full = _is_full(moment, layout)
+    return jnp.diagonal(moment, axis1=-2, axis2=-1) if full else moment
+
+
+def _trace(moment: jax.Array, layout: Layout) -> jax.Array:
+    """Of each member of a stack."""
+    return jnp.sum(_diagonal(moment, layout), axis=-1)
+
+
+# The inverse.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """A leaf with matrices and its inverse factors.
+
+    A bias of the layer is one more row (`side` 0) or column (`side` 1) of the matrix.
+    """
+
+    weight: int  # which leaf
+    bias: int | None
+    side: int
+    layout: Layout
+    solve_left: Callable[[jax.Array], jax.Array]  # V ↦ (A + π√λ I)⁻¹V
+    solve_right: Callable[[jax.Array], jax.Array]  # V ↦ (S + √λ/π I)⁻¹V
+
+    def apply(self, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """M⁻¹v at the weight and at the bias."""
+        leaf = leaves[self.weight]
+        matrix = leaf.reshape(self.layout.matrices)
+        if self.bias is None:
+            return {self.weight: self._solve(matrix).reshape(leaf.shape)}
+        axis = self.side - 2
+        bias = leaves[self.bias].reshape(*self.layout.stacked, -1)
+        bias = jnp.expand_dims(bias, axis)
+        matrix = self._solve(jnp.concatenate([matrix, bias], axis=axis))
+        matrix, bias = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
+        return {
+            self.weight: matrix.reshape(leaf.shape),
+            self.bias: bias.reshape(leaves[self.bias].shape),
+        }
+
+    def _solve(self, matrix: jax.Array) -> jax.Array:
+        # A⁻¹VS⁻¹: S is symmetric, so S⁻¹ from the left of the transpose will do.
+        left = jnp.swapaxes(self.solve_left(matrix), -2, -1)
+        return jnp.swapaxes(self.solve_right(left), -2, -1)
+
+
+def inverse(
+    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array, params: Params
+) -> Callable[[Params], Params]:
+    """The function v ↦ M⁻¹v."""
+    structure = jax.tree.structure(params)
+    alone = [leaf for leaf, use in enumerate(uses) if use.bias_of is None]
+    matrices = [
+        _matrix(leaf, uses[leaf], factors[leaf], damping)
+        for leaf in alone
+        if not uses[leaf].layout.is_vector
+    ]
+
+    def apply(vector: Params) -> Params:
+        flat = [leaf.astype(damping.dtype) for leaf in jax.tree.leaves(vector)]
+        out = list(flat)
+        for matrix in matrices:
+            for leaf, solved in matrix.apply(flat).items():
+                out[leaf] = solved
+        for leaf in alone:
+            if uses[leaf].layout.is_vector:
+                # Without curvature and damping an entry passes unchanged.
+                diagonal = factors[leaf].left.reshape(flat[leaf].shape) + damping
+                out[leaf] = flat[leaf] / jnp.where(diagonal > 0, diagonal, 1)
+        return tree.cast_like(jax.tree.unflatten(structure, out), params)
+
+    return apply
+
+
+def _matrix(leaf: int, use: Use, factors: Factors, damping: jax.Array) -> _Matrix:
+    """The inverse factors of one leaf, with the damping shared between its sides."""
+    layout, lengths, side = use.layout, list(use.layout.sides), 0
+    if use.bias is not None:
+        (site,) = use.sites
+        side = 1 if layout.is_transposed(site.fan_in, site.fan_out) else 0
+        lengths[side] += 1
+    # Without a bias the row and column of the constant input are left out.
+    left, right = (
+        _leading(moment, length, layout) for moment, length in zip(factors, lengths, strict=True)
+    )
+    means = [jnp.mean(_diagonal(moment, layout), axis=-1) for moment in (left, right)]
+    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
+    known = (means[0] > 0) & (means[1] > 0)
+    pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
+    root = jnp.sqrt(damping)
+    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
+    solve_left = _solve_with(left, pi * root, means[0], layout)
+    solve_right = _solve_with(right, root / pi, means[1], layout)
+    return _Matrix(leaf, use.bias, side, layout, solve_left, solve_right)
+
+
+def _leading(moment: jax.Array, length: int, layout: Layout) -> jax.Array:
+    return moment[..., :length, :length] if _is_full(moment, layout) else moment[..., :length]
+
+
+def _solve_with(
+    moment: jax.Array, share: jax.Array, mean: jax.Array, layout: Layout
+) -> Callable[[jax.Array], jax.Array]:
+    """V ↦ (moment + share · I)⁻¹V, for each member of a stack."""
+    size = moment.shape[-1]
+    # Cholesky's factorisation of a matrix that is singular to working precision would fail.
+    floor = 10 * size * float(jnp.finfo(moment.dtype).eps) * mean
+    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))[..., None]
+    if not _is_full(moment, layout):
+        return lambda matrix: matrix / (moment + share)[..., None]
+    shifted = moment + share[..., None] * jnp.eye(size, dtype=moment.dtype)
+    # Once, for all the products of a solve.
+    factor = jax.scipy.linalg.cho_factor(shifted)
+    return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)

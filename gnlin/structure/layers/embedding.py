@@ -1,0 +1,33 @@
+"""Recogniser of an embedding: rows of a table, by their numbers."""
+
+from gnlin.jaxprs import Operation
+from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
+
+
+def gather(operation: Operation, notes: Notes) -> Tangent | None:
+    """Rows of a table, the products of one-hot vectors with it.
+
+    The inputs of the site are the places of the ones.
+    """
+    (view, numbers), params = operation.inputs, operation.params
+    dimensions, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if not isinstance(view, View) or depends(numbers) or len(dimensions.start_index_map) != 1:
+        return None
+    (taken,) = dimensions.start_index_map
+    whole = [length for place, length in enumerate(view.shape) if place != taken]
+    others = [size for place, size in enumerate(sizes) if place != taken]
+    if dimensions.collapsed_slice_dims != (taken,) or others != whole or view.loops:
+        return None
+    output_axes: list[tuple[int, ...]] = [()] * len(operation.shape)
+    kept = [group for place, group in enumerate(view.axes) if place != taken]
+    for place, group in zip(dimensions.offset_dims, kept, strict=True):
+        output_axes[place] = group
+    site = Site(
+        kind="embedding",
+        leaf=view.leaf,
+        inputs=numbers[..., 0],
+        input_axes=((),) * (numbers.ndim - 1),
+        output=operation.output,
+        output_axes=tuple(output_axes),
+    )
+    return notes.add_site(operation.path, site)

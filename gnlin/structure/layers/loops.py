@@ -1,0 +1,123 @@
+"""Layers inside loops: the inspector goes into the body of a scan once.
+
+Known arrays of the body are computed for all turns, in a scan of their own that gathers the inputs
+of the layers. Then the body is run with the products of the layers as given rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gnlin.jaxprs import Operation, Path, Scan, as_function, carries_from, run_jaxpr
+from gnlin.structure.layers.notes import Notes, View, depends
+
+Follow = Callable[[Operation], Sequence[Any] | None]
+
+
+def follow_scan(operation: Operation, scan: Scan, notes: Notes, follow: Follow) -> list[Any]:
+    """Outputs of a scan in which `follow` sees the operations of the body, once for all turns."""
+    constants, carry, rows = _parts(operation.inputs, scan)
+    notes.spoil([value for value in carry if isinstance(value, View)], "carry of a loop")
+    dependent = carries_from(scan, [depends(value) for value in operation.inputs])
+    constants = [_in_each_turn(value, notes) for value in constants]
+    symbols = [_row(value, notes) if depends(value) else None for value in rows]
+    known = [value for value in rows if not depends(value)]
+    first = [value for value, moves in zip(carry, dependent, strict=True) if not moves]
+    shape_of_outputs: list[bool] = []
+    before = set(notes.sites)
+
+    def body(carried, row):
+        carried_on, row_on = iter(carried), iter(row)
+        turn = [notes.new_tangent() if moves else next(carried_on) for moves in dependent]
+        here = [next(row_on) if symbol is None else symbol for symbol in symbols]
+        outputs = run_jaxpr(scan.body, [*constants, *turn, *here], follow, operation.path)
+        notes.read(outputs)
+        notes.spoil(outputs, "output of a loop")
+        shape_of_outputs.extend(map(depends, outputs))
+        new = [path for path in notes.sites if path not in before]
+        on = [value for value in outputs[: len(carry)] if not depends(value)]
+        stacked = [value for value in outputs[len(carry) :] if not depends(value)]
+        return on, (stacked, {path: notes.sites[path].inputs for path in new})
+
+    notes.lengths.append(scan.length)
+    # Traced once: each trace would note the layers again.
+    traced, shape = jax.make_jaxpr(body, return_shape=True)(
+        first, [jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for value in known]
+    )
+    notes.lengths.pop()
+    structure = jax.tree.structure(shape)
+
+    def turn(carried, row):
+        flat = as_function(traced)(*carried, *row)
+        return jax.tree.unflatten(structure, flat)
+
+    last, (stacked, inputs) = jax.lax.scan(turn, first, known, scan.length, scan.reverse)
+    for path, values in inputs.items():
+        notes.sites[path] = notes.sites[path]._replace(inputs=values)
+    found = iter([*last, *stacked])
+    return [notes.new_tangent() if moves else next(found) for moves in shape_of_outputs]
+
+
+def cut_scan(
+    operation: Operation,
+    scan: Scan,
+    products: Mapping[Path, jax.Array],
+    replace: Callable[[Mapping[Path, jax.Array]], Follow],
+    absent: object,
+) -> list[Any]:
+    """Outputs of a scan in which the products of layers are given, one row for each turn.
+
+    Args:
+        operation: the scan.
+        scan: the same, read.
+        products: of the layers inside, by their paths.
+        replace: what to run instead of the operations of the body, given a row of `products`.
+        absent: stands for inputs that the body does not need.
+    """
+    constants, carry, rows = _parts(operation.inputs, scan)
+    present = [value for value in rows if value is not absent]
+
+    def turn(carried, row):
+        row, given = row
+        row = iter(row)
+        here = [absent if value is absent else next(row) for value in rows]
+        run = replace(given)
+        outputs = run_jaxpr(scan.body, [*constants, *carried, *here], run, operation.path)
+        carried_on = [
+            value.astype(start.dtype) for value, start in zip(outputs, carried, strict=False)
+        ]
+        return carried_on, outputs[len(carry) :]
+
+    # What the model computes again, in the pull-back, is computed again here.
+    turn = jax.checkpoint(turn, prevent_cse=False) if scan.computes_again else turn
+    last, stacked = jax.lax.scan(
+        turn, carry, (present, dict(products)), scan.length, scan.reverse, scan.unroll
+    )
+    return [*last, *stacked]
+
+
+def _parts(inputs: Sequence[Any], scan: Scan) -> tuple[list[Any], list[Any], list[Any]]:
+    split = scan.split
+    parts = (split.constants, split.carried, split.scanned)
+    constants, carry, rows = ([inputs[place] for place in part] for part in parts)
+    return constants, carry, rows
+
+
+def _in_each_turn(value: Any, notes: Notes) -> Any:
+    """A constant of the loop, inside it."""
+    if isinstance(value, View):
+        return value._replace(loops=(*value.loops, None))
+    return notes.new_tangent() if depends(value) else value
+
+
+def _row(value: Any, notes: Notes) -> Any:
+    """A row of a tangent that the loop goes over."""
+    if not isinstance(value, View):
+        return notes.new_tangent()
+    if len(value.axes[0]) > 1:
+        notes.spoil([value], "rows of merged axes")
+        return notes.new_tangent()
+    axis = value.axes[0][0] if value.axes[0] else None
+    loops = (*value.loops, axis)
+    return value._replace(axes=value.axes[1:], shape=value.shape[1:], loops=loops)
