@@ -8,8 +8,8 @@ import oracles
 import pytest
 from problems import third_party_model
 
-from gnlin.structure.layers import matrix_shape, read_layers
-from gnlin.structure.layers.inspector import find_sites
+from gnlin.structure.layers import matrix_shape, read_dense_layers
+from gnlin.structure.layers.inspector import inspect
 from gnlin.structure.layers.notes import Bias
 
 
@@ -146,7 +146,7 @@ def test_inputs_and_cotangents_make_the_gradient(function, params, pairs):
     params = params() if callable(params) else params
     outputs, jvp = jax.linearize(function, params)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
-    reading = read_layers(jvp, params)
+    reading = read_dense_layers(jvp, params)
     cotangent = (
         jnp.cos(jnp.arange(outputs.size, dtype=jnp.float32))
         .reshape(outputs.shape)
@@ -191,7 +191,7 @@ def test_what_is_no_layer_has_its_gradient():
     params = {"scale": normal(3), "table": normal(6, 3)}
     tokens = jnp.asarray([1, 5, 1])
     outputs, jvp = jax.linearize(lambda p: p["table"][tokens] * row(p["scale"]), params)
-    layers, pull_back = read_layers(jvp, params)
+    layers, pull_back = read_dense_layers(jvp, params)
     expected = jax.linear_transpose(jvp, params)(jnp.ones_like(outputs))[0]
     assert layers == ()
     _, others = pull_back(jnp.ones_like(outputs))
@@ -208,7 +208,7 @@ def test_a_leaf_that_is_repeated_is_in_no_layer():
         return jnp.tensordot(SEQUENCE, repeated, axes=((1, 2), (0, 1)))
 
     outputs, jvp = jax.linearize(model, params)
-    layers, pull_back = read_layers(jvp, params)
+    layers, pull_back = read_dense_layers(jvp, params)
     assert layers == ()
     _, others = pull_back(jnp.ones_like(outputs))
     expected = jax.linear_transpose(jvp, params)(jnp.ones_like(outputs))[0]
@@ -239,15 +239,17 @@ def test_notes_of_a_dense_layer():
     params = [normal(3, 4), normal(4)]
     _, jvp = jax.linearize(lambda p: X @ p[0] + row(p[1]), params)
     push_forward = jax.make_jaxpr(jvp)(params)
-    sites = find_sites(push_forward, [leaf.shape for leaf in params])
+    notes = inspect(push_forward, [leaf.shape for leaf in params])
     assert [equation.primitive.name for equation in push_forward.eqns] == [
         "dot_general",
         "broadcast_in_dim",
         "add",
     ]
-    assert list(sites) == [(0,)]
-    site = sites[(0,)]
-    assert (site.weight, site.transposed, site.output.shape) == (0, False, (5, 4))
-    assert (site.applications, site.fan_out) == ((0,), (1,))
-    assert site.bias == Bias(leaf=1, sum=(2,), trail=(0,))
-    np.testing.assert_array_equal(site.inputs, X)
+    assert list(notes.sites) == [(0,), (2,)]
+    dense, bias = notes.sites.values()
+    assert (dense.kind, dense.leaf, dense.output.shape) == ("dense", 0, (5, 4))
+    assert (dense.input_axes, dense.output_axes) == (((), (0,)), ((), (1,)))
+    assert (bias.kind, bias.leaf, bias.output_axes) == ("bias", 1, ((), (0,)))
+    assert dense.bias == Bias(leaf=1, sum=(2,), trail=(0,))
+    assert notes.bias_holds((0,))
+    np.testing.assert_array_equal(dense.inputs, X)

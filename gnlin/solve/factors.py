@@ -3,16 +3,16 @@
 `kronecker` averages the moments over steps, and applies the inverse.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gnlin import tree
+from gnlin.solve.inverses import inverses
 from gnlin.structure.layers import Layout, Site, Use
 from gnlin.tree import Params
 
@@ -209,80 +209,90 @@ def _trace(moment: jax.Array, layout: Layout) -> jax.Array:
 # The inverse.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """A leaf with matrices and its inverse factors.
+class InverseFactors(NamedTuple):
+    """(A + π√λ I)⁻¹ and (S + √λ/π I)⁻¹ of one leaf, shaped as its moments without spare rows.
 
-    A bias of the layer is one more row (`side` 0) or column (`side` 1) of the matrix.
+    At a vector `left` is 1 / (diag G + λ), and `right` is 0.
     """
 
-    weight: int  # which leaf
-    bias: int | None
-    side: int
-    layout: Layout
-    solve_left: Callable[[jax.Array], jax.Array]  # V ↦ (A + π√λ I)⁻¹V
-    solve_right: Callable[[jax.Array], jax.Array]  # V ↦ (S + √λ/π I)⁻¹V
-
-    def apply(self, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
-        """M⁻¹v at the weight and at the bias."""
-        leaf = leaves[self.weight]
-        matrix = leaf.reshape(self.layout.matrices)
-        if self.bias is None:
-            return {self.weight: self._solve(matrix).reshape(leaf.shape)}
-        axis = self.side - 2
-        bias = leaves[self.bias].reshape(*self.layout.stacked, -1)
-        bias = jnp.expand_dims(bias, axis)
-        matrix = self._solve(jnp.concatenate([matrix, bias], axis=axis))
-        matrix, bias = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
-        return {
-            self.weight: matrix.reshape(leaf.shape),
-            self.bias: bias.reshape(leaves[self.bias].shape),
-        }
-
-    def _solve(self, matrix: jax.Array) -> jax.Array:
-        # A⁻¹VS⁻¹: S is symmetric, so S⁻¹ from the left of the transpose will do.
-        left = jnp.swapaxes(self.solve_left(matrix), -2, -1)
-        return jnp.swapaxes(self.solve_right(left), -2, -1)
+    left: jax.Array
+    right: jax.Array
 
 
-def inverse(
-    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array, params: Params
-) -> Callable[[Params], Params]:
-    """The function v ↦ M⁻¹v."""
-    structure = jax.tree.structure(params)
-    alone = [leaf for leaf, use in enumerate(uses) if use.bias_of is None]
-    matrices = [
-        _matrix(leaf, uses[leaf], factors[leaf], damping)
-        for leaf in alone
-        if not uses[leaf].layout.is_vector
+def inverse_factors(
+    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array
+) -> list[InverseFactors]:
+    """The inverse factors of all leaves. At a bias of a layer they are not used."""
+    # Matrices wait until all are known: those of one size are inverted together.
+    waiting: list[jax.Array] = []
+    found = [_shifted(use, pair, damping) for use, pair in zip(uses, factors, strict=True)]
+    for use, pair in zip(uses, found, strict=True):
+        waiting.extend(side for side in pair if _is_full(side, use.layout))
+    done = iter(inverses(waiting))
+    return [
+        InverseFactors(
+            *(
+                next(done) if _is_full(side, use.layout) else _reciprocal(side)
+                for side in pair
+            )
+        )
+        for use, pair in zip(uses, found, strict=True)
     ]
 
-    def apply(vector: Params) -> Params:
-        flat = [leaf.astype(damping.dtype) for leaf in jax.tree.leaves(vector)]
-        out = list(flat)
-        for matrix in matrices:
-            for leaf, solved in matrix.apply(flat).items():
-                out[leaf] = solved
-        for leaf in alone:
-            if uses[leaf].layout.is_vector:
-                # Without curvature and damping an entry passes unchanged.
-                diagonal = factors[leaf].left.reshape(flat[leaf].shape) + damping
-                out[leaf] = flat[leaf] / jnp.where(diagonal > 0, diagonal, 1)
-        return tree.cast_like(jax.tree.unflatten(structure, out), params)
 
-    return apply
+def apply_inverse(
+    uses: Sequence[Use], inverse: Sequence[InverseFactors], vector: Params, dtype: Any
+) -> Params:
+    """M⁻¹v, where a bias of a layer is one more row or column of its weight."""
+    flat = [leaf.astype(dtype) for leaf in jax.tree.leaves(vector)]
+    out = list(flat)
+    for leaf, use in enumerate(uses):
+        shape, layout = flat[leaf].shape, use.layout
+        if use.bias_of is not None:
+            continue
+        if layout.is_vector:
+            out[leaf] = flat[leaf] * inverse[leaf].left.reshape(shape)
+            continue
+        matrix = flat[leaf].reshape(layout.matrices)
+        if use.bias is None:
+            out[leaf] = _between(matrix, inverse[leaf], layout).reshape(shape)
+            continue
+        axis = _side_of_inputs(use) - 2
+        bias = jnp.expand_dims(flat[use.bias].reshape(*layout.stacked, -1), axis)
+        matrix = _between(jnp.concatenate([matrix, bias], axis=axis), inverse[leaf], layout)
+        matrix, bias = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
+        out[leaf], out[use.bias] = matrix.reshape(shape), bias.reshape(flat[use.bias].shape)
+    return tree.cast_like(jax.tree.unflatten(jax.tree.structure(vector), out), vector)
 
 
-def _matrix(leaf: int, use: Use, factors: Factors, damping: jax.Array) -> _Matrix:
-    """The inverse factors of one leaf, with the damping shared between its sides."""
-    layout, lengths, side = use.layout, list(use.layout.sides), 0
+def _between(matrix: jax.Array, inverse: InverseFactors, layout: Layout) -> jax.Array:
+    """A⁻¹VS⁻¹, for each member of a stack."""
+    left, right = inverse
+    matrix = left @ matrix if _is_full(left, layout) else left[..., :, None] * matrix
+    return matrix @ right if _is_full(right, layout) else matrix * right[..., None, :]
+
+
+def _side_of_inputs(use: Use) -> int:
+    """The side of a leaf that the fan-in of its site is on: 0 for rows, 1 for columns."""
+    (site,) = use.sites
+    return 1 if use.layout.is_transposed(site.fan_in, site.fan_out) else 0
+
+
+def _shifted(use: Use, factors: Factors, damping: jax.Array) -> Factors:
+    """A + π√λ I and S + √λ/π I, the damping shared between both; diag G + λ at a vector."""
+    layout = use.layout
+    if layout.is_vector:
+        # Without curvature and damping an entry passes unchanged.
+        total = factors.left.reshape(layout.shape) + damping
+        return Factors(jnp.where(total > 0, total, 1), factors.right)
+    lengths = list(layout.sides)
     if use.bias is not None:
-        (site,) = use.sites
-        side = 1 if layout.is_transposed(site.fan_in, site.fan_out) else 0
-        lengths[side] += 1
+        lengths[_side_of_inputs(use)] += 1
+    diagonals = _diagonal_sides(use)
     # Without a bias the row and column of the constant input are left out.
     left, right = (
-        _leading(moment, length, layout) for moment, length in zip(factors, lengths, strict=True)
+        _leading(moment, length, layout, diagonal)
+        for moment, length, diagonal in zip(factors, lengths, diagonals, strict=True)
     )
     means = [jnp.mean(_diagonal(moment, layout), axis=-1) for moment in (left, right)]
     # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
@@ -290,26 +300,42 @@ def _matrix(leaf: int, use: Use, factors: Factors, damping: jax.Array) -> _Matri
     pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
     root = jnp.sqrt(damping)
     # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
-    solve_left = _solve_with(left, pi * root, means[0], layout)
-    solve_right = _solve_with(right, root / pi, means[1], layout)
-    return _Matrix(leaf, use.bias, side, layout, solve_left, solve_right)
+    return Factors(
+        _add_to_diagonal(left, pi * root, means[0], layout),
+        _add_to_diagonal(right, root / pi, means[1], layout),
+    )
 
 
-def _leading(moment: jax.Array, length: int, layout: Layout) -> jax.Array:
-    return moment[..., :length, :length] if _is_full(moment, layout) else moment[..., :length]
+def _diagonal_sides(use: Use) -> tuple[bool, bool]:
+    """Which sides of a leaf have a diagonal moment, whatever its shape: rows that are looked up."""
+    sides = [False, False]
+    kinds = {site.kind for site in use.sites}
+    if len(use.sites) == 1 and kinds == {"bias"}:
+        sides[0] = True
+    if kinds == {"embedding"}:
+        transposed = {0 in {a for g in site.output_axes for a in g} for site in use.sites}
+        if len(transposed) == 1:
+            sides[int(transposed.pop())] = True
+    return sides[0], sides[1]
 
 
-def _solve_with(
+def _leading(moment: jax.Array, length: int, layout: Layout, diagonal: bool) -> jax.Array:
+    if diagonal or not _is_full(moment, layout):
+        return _diagonal(moment, layout)[..., :length]
+    return moment[..., :length, :length]
+
+
+def _add_to_diagonal(
     moment: jax.Array, share: jax.Array, mean: jax.Array, layout: Layout
-) -> Callable[[jax.Array], jax.Array]:
-    """V ↦ (moment + share · I)⁻¹V, for each member of a stack."""
+) -> jax.Array:
     size = moment.shape[-1]
     # Cholesky's factorisation of a matrix that is singular to working precision would fail.
     floor = 10 * size * float(jnp.finfo(moment.dtype).eps) * mean
     share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))[..., None]
     if not _is_full(moment, layout):
-        return lambda matrix: matrix / (moment + share)[..., None]
-    shifted = moment + share[..., None] * jnp.eye(size, dtype=moment.dtype)
-    # Once, for all the products of a solve.
-    factor = jax.scipy.linalg.cho_factor(shifted)
-    return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)
+        return moment + share
+    return moment + share[..., None] * jnp.eye(size, dtype=moment.dtype)
+
+
+def _reciprocal(numbers: jax.Array) -> jax.Array:
+    return 1 / jnp.where(numbers == 0, 1, numbers)

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
-from gnlin.solve.factors import Factors, Share, inverse, moments_of_gradient, moments_of_layer
+from gnlin.solve.factors import (
+    Factors,
+    Share,
+    apply_inverse,
+    inverse_factors,
+    moments_of_gradient,
+    moments_of_layer,
+)
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
 from gnlin.structure.layers import Layout, Reading, layouts, read_layers
@@ -136,7 +143,12 @@ class Kronecker:
         keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
         next_state = _state_of(state.count + 1, factors, params)
-        apply = inverse(reading.uses, factors, jnp.asarray(system.damping, dtype), params)
+        damping = jnp.asarray(system.damping, dtype)
+        inverse = inverse_factors(reading.uses, factors, damping)
+
+        def apply(vector: Params) -> Params:
+            return apply_inverse(reading.uses, inverse, vector, dtype)
+
         return Preparation(apply, _stats(tree.all_finite(factors))), next_state
 
     def _moments(self, reading: Reading, system, params, before, count) -> list[Factors]:

@@ -1,0 +1,84 @@
+"""Inverses of many small symmetric matrices at once, in products of matrices.
+
+`factors` makes the inverses of Kronecker factors here. They are of few sizes. Those of one size
+are one batch, which is compiled once.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Diagonal blocks of at most this size are inverted row by row.
+_SMALLEST = 8
+
+
+def inverses(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    """A⁻¹ of positive definite matrices (..., n, n), in their order.
+
+    With A = LLᵀ it is :math:`L^{-\\top} L^{-1}`. The time of small triangular solves is not that of
+    their FLOPs. On a CPU each may wait for the threads of the BLAS, and on a GPU each row waits for
+    the one before. Products of matrices do neither.
+
+    Reference: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, chapter 14.
+    """
+    found: dict[int, jax.Array] = {}
+    for size in {matrix.shape[-1] for matrix in matrices}:
+        places = [place for place, matrix in enumerate(matrices) if matrix.shape[-1] == size]
+        stacks = [matrices[place].reshape(-1, size, size) for place in places]
+        lower = inverse_of_triangular(jnp.linalg.cholesky(jnp.concatenate(stacks)))
+        together = jnp.swapaxes(lower, -2, -1) @ lower
+        ends = [len(stack) for stack in stacks]
+        start = 0
+        for place, length in zip(places, ends, strict=True):
+            found[place] = together[start : start + length].reshape(matrices[place].shape)
+            start += length
+    return [found[place] for place in range(len(matrices))]
+
+
+def inverse_of_triangular(lower: jax.Array) -> jax.Array:
+    r"""L⁻¹ of lower triangular matrices (B, n, n).
+
+    Diagonal blocks are inverted first, and then doubled:
+
+    .. math:: \begin{pmatrix} P & \\ Q & R \end{pmatrix}^{-1} =
+              \begin{pmatrix} P^{-1} & \\ -R^{-1} Q P^{-1} & R^{-1} \end{pmatrix}.
+    """
+    count, size = lower.shape[0], lower.shape[-1]
+    block, doublings = size, 0
+    while block > _SMALLEST:
+        block, doublings = -(-block // 2), doublings + 1
+    # Up to a size that doubles from there: the identity in the corner changes nothing before it.
+    padded = block * 2**doublings
+    extra = jnp.arange(padded) >= size
+    lower = jnp.pad(lower, [(0, 0), *[(0, padded - size)] * 2]) + jnp.diag(extra.astype(lower.dtype))
+
+    inverse = _row_by_row(_diagonal_blocks(lower, block))
+    while block < padded:
+        pairs = inverse.reshape(count, -1, 2, block, block)
+        first, last = pairs[:, :, 0], pairs[:, :, 1]
+        below = _diagonal_blocks(lower, 2 * block)[:, :, block:, :block]
+        corner = -last @ below @ first
+        inverse = jnp.block([[first, jnp.zeros_like(first)], [corner, last]])
+        block *= 2
+    return inverse[:, 0, :size, :size]
+
+
+def _diagonal_blocks(matrix: jax.Array, block: int) -> jax.Array:
+    """(B, n / block, block, block) of matrices (B, n, n)."""
+    count, number = len(matrix), matrix.shape[-1] // block
+    cells = matrix.reshape(count, number, block, number, block)
+    return jnp.moveaxis(jnp.diagonal(cells, axis1=1, axis2=3), -1, 1)
+
+
+def _row_by_row(lower: jax.Array) -> jax.Array:
+    """L⁻¹ by forward substitution, for all matrices (..., n, n) at once."""
+    size = lower.shape[-1]
+    rows: list[jax.Array] = []
+    for row in range(size):
+        unit = jnp.zeros([size], lower.dtype).at[row].set(1)
+        before = lower[..., row, :row]
+        known = jnp.stack(rows, axis=-2) if rows else jnp.zeros([*lower.shape[:-2], 0, size])
+        rest = unit - (before[..., None, :] @ known)[..., 0, :]
+        rows.append(rest / lower[..., row, row, None])
+    return jnp.stack(rows, axis=-2)
