@@ -28,6 +28,7 @@ from gnlin.solve import (
     Preparation,
     Solution,
     Solver,
+    layers,
 )
 from gnlin.transforms.damping import DampingPolicy, GainRatio, Trial, TrustRegion
 from gnlin.transforms.drift import measure_kernel_drift
@@ -75,6 +76,7 @@ __all__ = [
     "gauss_newton",
     "ggn_vector_product",
     "iterative_linearisation",
+    "layers",
     "levenberg_marquardt",
     "linearise",
     "linearise_gradients",

@@ -3,6 +3,9 @@
 * `protocols`: a solver, a preconditioner, and the records that they return. Start here.
 * `cg`: conjugate gradients, for systems of any size.
 * `kronecker`: factors for each layer, a solver by itself and a preconditioner.
+* `factors`: moments of one layer, and the inverse of their damped product.
+* `inverses`: inverses of many small matrices at once.
+* `layer_table`: the layers of a model, as `kronecker` sees them.
 * `jacobi`, `nystrom`: preconditioners.
 * `dense`, `dual`: direct solves, in the space of the parameters and in that of the outputs.
 * `blocks`: a system for each group of parameters.
@@ -15,6 +18,7 @@ from gnlin.solve.dense import Dense
 from gnlin.solve.dual import Dual
 from gnlin.solve.jacobi import Jacobi
 from gnlin.solve.kronecker import Kronecker
+from gnlin.solve.layer_table import LayerRow, LayerTable, layers
 from gnlin.solve.nystrom import Nystrom
 from gnlin.solve.protocols import Preconditioner, Preparation, RadiusSolver, Solution, Solver
 
@@ -25,10 +29,13 @@ __all__ = [
     "Dual",
     "Jacobi",
     "Kronecker",
+    "LayerRow",
+    "LayerTable",
     "Nystrom",
     "Preconditioner",
     "Preparation",
     "RadiusSolver",
     "Solution",
     "Solver",
+    "layers",
 ]

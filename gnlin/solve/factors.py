@@ -62,8 +62,10 @@ def moments_of_layer(
     Reference: Eschenhagen et al., Kronecker-factored approximate curvature for modern neural
     network architectures, 2023, section 3.
     """
-    cotangents = [each.astype(share.dtype) for each in cotangents]
-    pairs = list(zip(use.sites, cotangents, strict=True))
+    pairs = [
+        (site, _scaled(site, cotangent.astype(share.dtype)))
+        for site, cotangent in zip(use.sites, cotangents, strict=True)
+    ]
     if use.layout.is_vector:
         squares = [_squares(site, cotangent, use.layout) for site, cotangent in pairs]
         return Factors(functools.reduce(jnp.add, squares).astype(share.dtype), like.right)
@@ -101,7 +103,37 @@ def moments_of_gradient(gradient: jax.Array, layout: Layout, like: Factors) -> F
     return Factors(left, _moment(matrix, like.right, layout))
 
 
+def _scaled(site: Site, cotangents: jax.Array) -> jax.Array:
+    """Cotangents of the leaf itself, where the product is the leaf times known numbers."""
+    if site.kind == "embedding":
+        return cotangents if site.factor is None else cotangents * site.factor
+    if site.kind not in ("gain", "bias"):
+        return cotangents
+    rank = cotangents.ndim - site.inputs.ndim  # a bias has one number for each turn of its loops
+    known = site.inputs.reshape(*site.inputs.shape, *[1] * rank)
+    return cotangents * known.astype(cotangents.dtype)
+
+
 def _moments_of_site(
+    site: Site, cotangents: jax.Array, layout: Layout, share: Share, like: Factors
+) -> Factors:
+    """A and S of one site, at the members of the stack that it takes."""
+    if not site.taken:
+        return _moments_of_members(site, cotangents, layout, share, like)
+    # The moments of one member, and zeros elsewhere.
+    place = dict(site.taken)
+    index = tuple(place.get(axis, slice(None)) for axis in range(layout.stack))
+    one = Factors(*(side[tuple(slice(0, 1) if a in place else slice(None) for a in range(layout.stack))] for side in like))
+    found = _moments_of_members(site, cotangents, layout, share, one)
+    return Factors(
+        *(
+            jnp.zeros_like(side).at[index].set(new.reshape(side[index].shape))
+            for side, new in zip(like, found, strict=True)
+        )
+    )
+
+
+def _moments_of_members(
     site: Site, cotangents: jax.Array, layout: Layout, share: Share, like: Factors
 ) -> Factors:
     """A and S of one site, on the sides of the leaf that they belong to."""
@@ -159,8 +191,6 @@ def _sides_of_layer(
 def _squares(site: Site, cotangents: jax.Array, layout: Layout) -> jax.Array:
     """Σ x² s² over the applications: the diagonal of G at a vector, or at a stack of them."""
     dtype, shape = cotangents.dtype, (*layout.stacked, math.prod(layout.member))
-    if site.kind == "gain":
-        cotangents = cotangents * site.inputs.astype(dtype)
     squares = jnp.square(site.arranged(cotangents, layout.shape, layout.stack))
     if site.kind == "embedding":
         tokens = site.inputs.ravel()
@@ -169,7 +199,13 @@ def _squares(site: Site, cotangents: jax.Array, layout: Layout) -> jax.Array:
     if site.kind in ("dense", "convolution"):
         inputs = site.arranged_inputs(layout.shape, layout.stack).astype(dtype)
         squares = squares * jnp.square(inputs)
-    return jnp.broadcast_to(jnp.sum(squares, axis=-2), shape).ravel()
+    found = jnp.sum(squares, axis=-2)
+    if site.taken:
+        place = dict(site.taken)
+        index = tuple(place.get(axis, slice(None)) for axis in range(layout.stack))
+        empty = jnp.zeros(shape, dtype)
+        return empty.at[index].set(found.reshape(empty[index].shape)).ravel()
+    return jnp.broadcast_to(found, shape).ravel()
 
 
 def _pad(matrix: jax.Array, axis: int, value: float) -> jax.Array:
@@ -334,7 +370,8 @@ def _add_to_diagonal(
     share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))[..., None]
     if not _is_full(moment, layout):
         return moment + share
-    return moment + share[..., None] * jnp.eye(size, dtype=moment.dtype)
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=moment.dtype), moment.shape)
+    return moment + share[..., None] * identity
 
 
 def _reciprocal(numbers: jax.Array) -> jax.Array:

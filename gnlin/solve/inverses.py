@@ -51,7 +51,8 @@ def inverse_of_triangular(lower: jax.Array) -> jax.Array:
     # Up to a size that doubles from there: the identity in the corner changes nothing before it.
     padded = block * 2**doublings
     extra = jnp.arange(padded) >= size
-    lower = jnp.pad(lower, [(0, 0), *[(0, padded - size)] * 2]) + jnp.diag(extra.astype(lower.dtype))
+    corner = jnp.diag(extra.astype(lower.dtype))
+    lower = jnp.pad(lower, [(0, 0), *[(0, padded - size)] * 2]) + corner[None]
 
     inverse = _row_by_row(_diagonal_blocks(lower, block))
     while block < padded:
@@ -76,9 +77,8 @@ def _row_by_row(lower: jax.Array) -> jax.Array:
     size = lower.shape[-1]
     rows: list[jax.Array] = []
     for row in range(size):
-        unit = jnp.zeros([size], lower.dtype).at[row].set(1)
-        before = lower[..., row, :row]
-        known = jnp.stack(rows, axis=-2) if rows else jnp.zeros([*lower.shape[:-2], 0, size])
-        rest = unit - (before[..., None, :] @ known)[..., 0, :]
+        rest = jnp.zeros([*lower.shape[:-2], size], lower.dtype).at[..., row].set(1)
+        for column in range(row):
+            rest = rest - lower[..., row, column, None] * rows[column]
         rows.append(rest / lower[..., row, row, None])
     return jnp.stack(rows, axis=-2)

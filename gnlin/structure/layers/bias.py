@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from gnlin.jaxprs import Operation
+from gnlin.structure.layers.dense import scaled
 from gnlin.structure.layers.notes import Addend, Notes, Site, Tangent, View, depends
 
 
@@ -25,16 +26,27 @@ def add(operation: Operation, notes: Notes) -> Tangent:
     return notes.new_tangent(addends)
 
 
+def subtract(operation: Operation, notes: Notes) -> Tangent:
+    """A difference: the squares of a leaf that is subtracted are those of one that is added."""
+    signed = [
+        value._replace(factor=scaled(-1.0, value.factor)) if isinstance(value, View) else value
+        for value in operation.inputs
+    ]
+    tangent = add(operation._replace(inputs=signed), notes)
+    return notes.new_tangent() if tangent.addends else tangent
+
+
 def _site(operation: Operation, view: View) -> Site:
     """The leaf as the product of itself with ones."""
     return Site(
         kind="bias",
         leaf=view.leaf,
-        inputs=jnp.ones([], operation.output.dtype),
+        inputs=scaled(jnp.ones([], operation.output.dtype), view.factor),
         input_axes=(),
         output=operation.output,
         output_axes=view.axes_in(operation.shape),
         loops=view.loops,
+        taken=view.taken,
     )
 
 
@@ -47,7 +59,7 @@ def _product_that_takes(bias: View, addends: Sequence[Addend], notes: Notes) -> 
     axes = [axis for group in bias.axes for axis in group]
     places = [place for place, group in enumerate(bias.axes) if group]
     looped = [axis for axis in bias.loops if axis is not None]
-    if not places or [*looped, *axes] != list(range(len(bias.leaf_shape))):
+    if bias.factor is not None or not places or [*looped, *axes] != list(range(len(bias.leaf_shape))):
         return None
     lengths = [bias.shape[place] for place in places]
     for addend in addends:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin.jaxprs import Operation
+from gnlin.structure.layers.dense import scaled
 from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
 
 
@@ -39,11 +40,12 @@ def conv_general_dilated(operation: Operation, notes: Notes) -> Tangent | None:
     site = Site(
         kind="convolution",
         leaf=view.leaf,
-        inputs=patches.transpose(order),
+        inputs=scaled(patches.transpose(order), view.factor),
         input_axes=(*[()] * (len(place_of) + 1), fan_in, *window),
         output=operation.output,
         output_axes=output_axes,
         loops=view.loops,
         groups=groups,
+        taken=view.taken,
     )
     return notes.add_site(operation.path, site)

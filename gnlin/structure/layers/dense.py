@@ -1,5 +1,7 @@
 """Recogniser of a dense layer: the product of a known array with the tangent of a weight."""
 
+from typing import Any
+
 from gnlin.jaxprs import Operation
 from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
 
@@ -39,10 +41,16 @@ def dot_general(operation: Operation, notes: Notes) -> Tangent | None:
     site = Site(
         kind="dense",
         leaf=view.leaf,
-        inputs=known.transpose(order),
+        inputs=scaled(known.transpose(order), view.factor),
         input_axes=tuple(input_axes[place] for place in order),
         output=operation.output,
         output_axes=(*shared, *kept),
         loops=view.loops,
+        taken=view.taken,
     )
     return notes.add_site(operation.path, site)
+
+
+def scaled(known: Any, factor: Any) -> Any:
+    """The inputs of a weight that is a multiple of its leaf."""
+    return known if factor is None else known * factor

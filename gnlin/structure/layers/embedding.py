@@ -29,5 +29,7 @@ def gather(operation: Operation, notes: Notes) -> Tangent | None:
         input_axes=((),) * (numbers.ndim - 1),
         output=operation.output,
         output_axes=tuple(output_axes),
+        taken=view.taken,
+        factor=view.factor,
     )
     return notes.add_site(operation.path, site)

@@ -3,16 +3,22 @@
 import jax.numpy as jnp
 
 from gnlin.jaxprs import Operation
+from gnlin.structure.layers.dense import scaled
 from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
 
 
-def mul(operation: Operation, notes: Notes) -> Tangent | None:
-    """x ⊙ g, where g is repeated over the applications of a normalisation."""
+def mul(operation: Operation, notes: Notes) -> View | Tangent | None:
+    """x ⊙ g, where g is repeated over the applications of a normalisation.
+
+    A leaf times one known number is a view of the leaf.
+    """
     views = [value for value in operation.inputs if isinstance(value, View)]
     known = [value for value in operation.inputs if not depends(value)]
     if len(views) != 1 or len(known) != 1:
         return None
     (view,), (factor,) = views, known
+    if jnp.ndim(factor) == 0:
+        return view._replace(factor=scaled(factor, view.factor))
     if len(view.axes) != len(operation.shape):
         return None
     axes = view.axes_in(operation.shape)
@@ -21,10 +27,11 @@ def mul(operation: Operation, notes: Notes) -> Tangent | None:
     site = Site(
         kind="gain",
         leaf=view.leaf,
-        inputs=jnp.expand_dims(factor, range(rank)),
+        inputs=scaled(jnp.expand_dims(factor, range(rank)), view.factor),
         input_axes=axes,
         output=operation.output,
         output_axes=axes,
         loops=view.loops,
+        taken=view.taken,
     )
     return notes.add_site(operation.path, site)

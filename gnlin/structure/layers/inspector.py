@@ -36,15 +36,22 @@ To read another kind of layer, write a recogniser and enter it under its primiti
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gnlin.jaxprs import Operation, Scan, control_flow, run_jaxpr
-from gnlin.structure.layers.bias import add
+from gnlin.jaxprs import Branches, Operation, Scan, control_flow, run_jaxpr
+from gnlin.structure.layers.bias import add, subtract
 from gnlin.structure.layers.convolution import conv_general_dilated
 from gnlin.structure.layers.dense import dot_general
 from gnlin.structure.layers.embedding import gather
 from gnlin.structure.layers.gain import mul
-from gnlin.structure.layers.loops import follow_scan
+from gnlin.structure.layers.loops import follow_branches, follow_scan
 from gnlin.structure.layers.notes import Notes, Tangent, View, depends
-from gnlin.structure.layers.views import broadcast_in_dim, convert_element_type, reshape, transpose
+from gnlin.structure.layers.views import (
+    broadcast_in_dim,
+    convert_element_type,
+    negate,
+    reshape,
+    take,
+    transpose,
+)
 
 # Takes an operation that reads a `View` or a `Tangent`, and returns its output. A layer or a bias
 # goes into the notes. `None` says that the operation is not recognised; then nothing is noted.
@@ -57,6 +64,9 @@ RECOGNISERS: dict[str, Recogniser] = {
     "mul": mul,
     "add": add,
     "add_any": add,
+    "sub": subtract,
+    "neg": negate,
+    "slice": take,
     "transpose": transpose,
     "convert_element_type": convert_element_type,
     "broadcast_in_dim": broadcast_in_dim,
@@ -79,10 +89,12 @@ def inspect(push_forward: Any, shapes: Sequence[tuple[int, ...]]) -> Notes:
         if not any(map(depends, operation.inputs)):
             return None  # known to the linear function: it is computed
         notes.read(operation.inputs)
-        if operation.name == "scan" and any(isinstance(v, View) for v in operation.inputs):
-            scan = control_flow(operation.equation)
-            assert isinstance(scan, Scan)
-            return follow_scan(operation, scan, notes, follow)
+        if any(isinstance(value, View) for value in operation.inputs):
+            match control_flow(operation.equation):
+                case Scan() as scan:
+                    return follow_scan(operation, scan, notes, follow)
+                case Branches() as choice:
+                    return follow_branches(operation, choice, notes, follow)
         recognise = RECOGNISERS.get(operation.name)
         output = None if recognise is None else recognise(operation, notes)
         if output is not None:

@@ -1,15 +1,17 @@
-"""Layers inside loops: the inspector goes into the body of a scan once.
+"""Layers inside loops and branches: the inspector goes into each body once.
 
 Known arrays of the body are computed for all turns, in a scan of their own that gathers the inputs
-of the layers. Then the body is run with the products of the layers as given rows.
+of the layers. Then the body is run with the products of the layers as given rows. Branches are
+treated alike. The inputs and cotangents of a branch that is not taken are zeros.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from gnlin.jaxprs import Operation, Path, Scan, as_function, carries_from, run_jaxpr
+from gnlin.jaxprs import Branches, Operation, Path, Scan, as_function, carries_from, run_jaxpr
 from gnlin.structure.layers.notes import Notes, View, depends
 
 Follow = Callable[[Operation], Sequence[Any] | None]
@@ -53,6 +55,7 @@ def follow_scan(operation: Operation, scan: Scan, notes: Notes, follow: Follow) 
         return jax.tree.unflatten(structure, flat)
 
     last, (stacked, inputs) = jax.lax.scan(turn, first, known, scan.length, scan.reverse)
+    notes.is_rebuilt |= bool(inputs)
     for path, values in inputs.items():
         notes.sites[path] = notes.sites[path]._replace(inputs=values)
     found = iter([*last, *stacked])
@@ -95,6 +98,88 @@ def cut_scan(
         turn, carry, (present, dict(products)), scan.length, scan.reverse, scan.unroll
     )
     return [*last, *stacked]
+
+
+def follow_branches(
+    operation: Operation, choice: Branches, notes: Notes, follow: Follow
+) -> list[Any]:
+    """Outputs of a choice in which `follow` sees the operations of all branches."""
+    number, *operands = operation.inputs
+    if depends(number):
+        raise AssertionError("the branch of a linear function is known")
+    known = [value for value in operands if not depends(value)]
+    moving: list[list[bool]] = []
+    traced: list[tuple[Any, Any]] = []
+    before = set(notes.sites)
+    for branch, jaxpr in enumerate(choice.branches):
+        outside = set(notes.sites)
+
+        def body(given, branch=branch, jaxpr=jaxpr, outside=outside):
+            rest = iter(given)
+            here = [_inside(value, notes) if depends(value) else next(rest) for value in operands]
+            outputs = run_jaxpr(jaxpr, here, follow, (*operation.path, branch))
+            notes.read(outputs)
+            notes.spoil(outputs, "output of a branch")
+            moving.append(list(map(depends, outputs)))
+            new = {path: site.inputs for path, site in notes.sites.items() if path not in outside}
+            return [None if depends(value) else value for value in outputs], new
+
+        # Traced once: each trace would note the layers again.
+        traced.append(jax.make_jaxpr(body, return_shape=True)(known))
+    moves = [any(flags) for flags in zip(*moving, strict=True)]
+    zeros = {
+        path: jnp.zeros(like.shape, like.dtype)
+        for _, (_, new) in traced
+        for path, like in new.items()
+        if path not in before
+    }
+
+    def computed(jaxpr, shape):
+        def branch(given):
+            flat = as_function(jaxpr)(*given)
+            outputs, new = jax.tree.unflatten(jax.tree.structure(shape), flat)
+            kept = [out for out, moved in zip(outputs, moves, strict=True) if not moved]
+            return kept, {**zeros, **new}
+
+        return branch
+
+    outputs, inputs = jax.lax.switch(number, [computed(*each) for each in traced], known)
+    notes.is_rebuilt |= bool(inputs)
+    for path, values in inputs.items():
+        notes.sites[path] = notes.sites[path]._replace(inputs=values)
+    found = iter(outputs)
+    return [notes.new_tangent() if moved else next(found) for moved in moves]
+
+
+def cut_branches(
+    operation: Operation,
+    choice: Branches,
+    products: Mapping[Path, jax.Array],
+    replace: Callable[[Mapping[Path, jax.Array]], Follow],
+    absent: object,
+) -> list[Any]:
+    """Outputs of a choice in which the products of layers are given, as in `cut_scan`."""
+    number, *operands = operation.inputs
+    present = [value for value in operands if value is not absent]
+
+    def computed(branch, jaxpr):
+        here = (*operation.path, branch)
+
+        def run(present, products):
+            rest = iter(present)
+            given = [absent if value is absent else next(rest) for value in operands]
+            inside = {path: p for path, p in products.items() if path[: len(here)] == here}
+            return run_jaxpr(jaxpr, given, replace(inside), here)
+
+        return run
+
+    branches = [computed(branch, jaxpr) for branch, jaxpr in enumerate(choice.branches)]
+    return jax.lax.switch(number, branches, present, dict(products))
+
+
+def _inside(value: Any, notes: Notes) -> Any:
+    """A tangent or a view, inside a branch."""
+    return value if isinstance(value, View) else notes.new_tangent()
 
 
 def _parts(inputs: Sequence[Any], scan: Scan) -> tuple[list[Any], list[Any], list[Any]]:

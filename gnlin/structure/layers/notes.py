@@ -26,6 +26,8 @@ class View(NamedTuple):
     # The loops around it, the outermost first: the axis of the leaf that a loop goes over, or
     # `None` where each turn has the same view.
     loops: tuple[int | None, ...] = ()
+    taken: tuple[tuple[int, int], ...] = ()  # axes of which one entry is taken, and which one
+    factor: Any = None  # a known number that it is multiplied by
 
     @classmethod
     def of_leaf(cls, leaf: int, shape: tuple[int, ...]) -> "View":
@@ -85,7 +87,7 @@ class Site(NamedTuple):
     | dense, convolution | x W | x |
     | embedding | rows of W | their numbers |
     | gain | x ⊙ g | x, or what is repeated to it |
-    | bias | b, repeated | 1 |
+    | bias | b, repeated | 1, or the factor of b |
     """
 
     kind: str
@@ -96,6 +98,8 @@ class Site(NamedTuple):
     output_axes: tuple[tuple[int, ...], ...]  # the same of the product
     loops: tuple[int | None, ...] = ()  # as in the `View`
     lengths: tuple[int, ...] = ()  # turns of these loops
+    taken: tuple[tuple[int, int], ...] = ()  # as in the `View`
+    factor: Any = None  # of an embedding, as in the `View`; the inputs of others have it
     groups: int = 1  # of a convolution
     bias: Bias | None = None
 
@@ -156,6 +160,7 @@ class Notes:
         self.strange: dict[int, str] = {}  # leaf ↦ the first use of it that is not recognised
         self.used: set[int] = set()
         self.lengths: list[int] = []  # turns of the loops around the present operation
+        self.is_rebuilt = False  # whether a loop or a choice has layers inside
         self._bias_of: dict[int, list[Path]] = {leaf: [] for leaf in range(leaves)}
         self._readers: list[int] = []  # of each tangent: how many operations read it
 

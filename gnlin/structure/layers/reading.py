@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gnlin.jaxprs import Operation, Path, Scan, control_flow, run_jaxpr
+from gnlin.jaxprs import Branches, Operation, Path, Scan, control_flow, run_jaxpr
 from gnlin.structure.layers.inspector import inspect
-from gnlin.structure.layers.loops import cut_scan
+from gnlin.structure.layers.loops import cut_branches, cut_scan
 from gnlin.structure.layers.matrices import Layout, layouts
 from gnlin.structure.layers.notes import Notes, Site
 from gnlin.tree import Outputs, Params
@@ -137,7 +137,7 @@ class _Program:
             {leaf: self.shapes[leaf] for leaf in others},
             {path: site.products for path, site in sites.items()},
         )
-        if not any(site.loops for site in sites.values()):
+        if not self.notes.is_rebuilt:
             return jax.linear_transpose(cut, *arguments)
         # A new scan cannot be transposed as it stands, in all versions of JAX. Its derivative can.
         zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), arguments)
@@ -153,21 +153,26 @@ def _without_layers(
     """Replaces the products of sites by those given, and leaves out the sums with their biases."""
     around = {path[:length] for path in products for length in range(1, len(path))}
 
+    def again(products: Mapping[Path, jax.Array]) -> Callable[[Operation], Sequence[Any] | None]:
+        return _without_layers(products, skipped)
+
     def replace(operation: Operation) -> Sequence[Any] | None:
         here, present = operation.path, [v for v in operation.inputs if v is not _ABSENT]
         if here in products:
             # A bias is added to its product: the other addend stays.
-            added = operation.name in ("add", "add_any")
+            if operation.name == "sub" and operation.inputs[0] is _ABSENT:
+                return [products[here] - present[0]]
+            added = operation.name in ("add", "add_any", "sub")
             return [present[0] + products[here] if added else products[here]]
         if here in skipped:
             return [jnp.broadcast_to(present[0], operation.shape)]
-        if here in around and operation.name == "scan":
-            scan = control_flow(operation.equation)
-            assert isinstance(scan, Scan)
+        if here in around:
             inside = {path: rows for path, rows in products.items() if path[: len(here)] == here}
-            return cut_scan(
-                operation, scan, inside, lambda rows: _without_layers(rows, skipped), _ABSENT
-            )
+            match control_flow(operation.equation):
+                case Scan() as scan:
+                    return cut_scan(operation, scan, inside, again, _ABSENT)
+                case Branches() as choice:
+                    return cut_branches(operation, choice, inside, again, _ABSENT)
         if len(present) < len(operation.inputs):
             # A view of a leaf, on its way to the site that it is in.
             return operation.all_outputs(lambda: _ABSENT)
@@ -217,8 +222,8 @@ def _misfit(site: Site, layout: Layout) -> str:
     """Why a site has no factors in this layout; empty where it has."""
     inside = range(layout.stack, len(layout.shape))
     of_loops = {axis for axis in site.loops if axis is not None}
-    if of_loops & set(inside):
-        return "stacked, beside leaves that are not"
+    if (of_loops | {axis for axis, _ in site.taken}) & set(inside):
+        return "a stack, beside leaves that are none"
     if layout.is_vector:
         return ""
     if site.kind == "gain":

@@ -1,6 +1,7 @@
-"""Recognisers of a leaf that is rearranged, and of a sum that is transposed."""
+"""Recognisers of a leaf that is rearranged or taken from, and of a sum that is transposed."""
 
 from gnlin.jaxprs import Operation
+from gnlin.structure.layers.dense import scaled
 from gnlin.structure.layers.notes import Notes, Tangent, View
 
 
@@ -63,3 +64,33 @@ def reshape(operation: Operation, notes: Notes) -> View | None:
     axes[-1] += tuple(remaining)  # only axes of length 1, or the shape below is another
     view = value._replace(axes=tuple(axes), shape=operation.shape)
     return view if tuple(map(view.length, axes)) == operation.shape else None
+
+
+def negate(operation: Operation, notes: Notes) -> View | Tangent:
+    """The negative of a leaf."""
+    (value,) = operation.inputs
+    if isinstance(value, View):
+        return value._replace(factor=scaled(-1.0, value.factor))
+    return notes.new_tangent()
+
+
+def take(operation: Operation, notes: Notes) -> View | None:
+    """One entry along axes of a leaf, as of a stack of layers that is written out in Python.
+
+    `None` where more are left out.
+    """
+    del notes
+    (value,), params = operation.inputs, operation.params
+    if not isinstance(value, View):
+        return None
+    axes, taken = [], list(value.taken)
+    for group, length, start, kept in zip(
+        value.axes, value.shape, params["start_indices"], operation.shape, strict=True
+    ):
+        if kept < length and (kept > 1 or len(group) > 1):
+            return None
+        if kept < length and group:
+            taken.append((group[0], int(start)))
+            group = ()
+        axes.append(group)
+    return value._replace(axes=tuple(axes), shape=operation.shape, taken=tuple(taken))
