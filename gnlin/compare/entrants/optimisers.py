@@ -164,7 +164,8 @@ def prox_linear(task: Task, options: Options) -> Method:
     tx = gnlin.prox_linear(
         _inner(task, options), task.objective, options["steps"], loss_model=options["loss_model"]
     )
-    if options["line_search"]:  # halves the step until the true loss falls; at most ten times
+    if options["line_search"]:
+        # It halves a step until the loss of its batch falls enough, at most ten times.
         search = optax.scale_by_backtracking_linesearch(
             max_backtracking_steps=10, decrease_factor=0.5, increase_factor=math.inf
         )
