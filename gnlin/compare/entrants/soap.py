@@ -29,13 +29,13 @@ class SoapState(NamedTuple):
         count: number of updates.
         mean: first moments M, of the shapes of the parameters.
         square: second moments V, in the eigenbases.
-        factors: one for each leaf; `None` for vectors and numbers.
+        factors: a tuple with `Factors` for each leaf; `None` for vectors and numbers.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     mean: optax.Updates
     square: optax.Updates
-    factors: tuple[Factors | None, ...]
+    factors: Any
 
 
 def soap(
