@@ -9,7 +9,7 @@ import optax
 import pytest
 from problems import third_party
 
-from gnlin.compare.entrants.soap import scale_by_soap, soap
+from gnlin.compare.entrants.eigenbasis import scale_by_soap, soap
 
 B1, B2, EPS, EVERY = 0.9, 0.8, 1e-8, 3
 

@@ -13,8 +13,8 @@ import optax.contrib
 import gnlin
 from gnlin import tree
 from gnlin.compare.entrants.contestant import Options
+from gnlin.compare.entrants.eigenbasis import soap as soap_transform
 from gnlin.compare.entrants.method import Method, from_optax, predict_with_network
-from gnlin.compare.entrants.soap import soap as soap_transform
 from gnlin.compare.tasks.task import Task
 
 # Up to so many parameters `solver=auto` factorises. Beyond so many a step costs too many gradients.
