@@ -1,8 +1,8 @@
 """Count the steps to a fixed training loss as the batch grows: who makes use of a large batch?
 
-    python examples/batch_sizes.py                          # chars, 16 to all examples: many hours
+    python examples/batch_sizes.py                          # chars, 16 to all examples: long
     python examples/batch_sizes.py soap gn@3 --batches 64 256 --seeds 1
-    python examples/batch_sizes.py --quick                  # two contestants, a minute
+    python examples/batch_sizes.py --quick                  # digits, two batches: two minutes
 
 It draws the figure of Abreu et al., The Potential of Second-Order Optimization for LLMs, arXiv
 2510.09378, in small: steps against the number of examples in a batch. Contestants are those of
@@ -30,7 +30,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import matplotlib
 import numpy as np
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from gnlin.compare import Task
 from gnlin.compare.entrants.entry import Entry, entries_of
@@ -157,6 +157,9 @@ def draw(points: list[Point], title: str, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="examples in a batch", ylabel="steps")
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.spines["right"].set_visible(False)
         every = [max(value, 1.0) for each in known for value in each.steps if np.isfinite(value)]
         axes.set_xlim(batches[0] / 1.3, batches[-1] * 1.3)

@@ -1,8 +1,9 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors, as an Optax transform.
 
-PyPI has no SOAP for Optax, so this follows the paper: Vyas et al., SOAP: Improving and Stabilizing
-Shampoo using Adam, arXiv 2409.11321, algorithms 3 and 4. What the pseudo-code leaves open (start,
-bias correction, order of eigenvectors) is as in the authors' code,
+No package of it for Optax was found on PyPI. This follows algorithms 3 and 4 of the paper. What the
+pseudo-code leaves open (start, bias correction, order of eigenvectors) is as in the authors' code.
+
+References: Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321;
 https://github.com/nikhilvyas/SOAP.
 """
 
