@@ -20,7 +20,8 @@ from gnlin.compare.tasks import TASKS
 
 BATCHES = ("32", "128", "full")
 PROBE = 4096
-ON_DISK = ("mnist", "cifar10")  # wait for data that is not shipped
+# The data of the first two are not shipped; the network and data of the last are those of chars.
+LEFT_OUT = ("mnist", "cifar10", "chars-large-batch")
 
 
 def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[float], float]:
@@ -51,7 +52,7 @@ def losses(task, batch_size: int | None, seed: int, steps: int) -> tuple[list[fl
 
 
 def main() -> None:
-    shipped = [name for name in TASKS if name not in ON_DISK]
+    shipped = [name for name in TASKS if name not in LEFT_OUT]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

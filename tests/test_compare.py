@@ -270,6 +270,18 @@ def test_every_contestant_trains_within_its_budget(tiny, name):
     assert trained.run(number, seed=1)["curve"]["loss"] != curve["loss"]
 
 
+def test_a_run_of_a_task_that_stops_ends_where_it_first_finds_the_target(tiny):
+    long = program(dataclasses.replace(tiny, work=200.0), "adam").run(0.016, seed=0)
+    target = sorted(long["curve"]["loss"])[len(long["curve"]["loss"]) // 2]
+    stopping = dataclasses.replace(tiny, work=200.0, target=target, stops=True)
+    short = program(stopping, "adam").run(0.016, seed=0)
+    losses = short["curve"]["loss"]
+    assert losses[-1] <= target < min(losses[:-1])
+    assert losses == long["curve"]["loss"][: len(losses)]
+    assert short["status"] == "finished"
+    assert short["steps"] < long["steps"]
+
+
 def test_the_model_being_trained_is_the_linearised_one(tiny):
     rate = 0.016
     adam = optax.adam(rate)

@@ -153,6 +153,23 @@ def test_reference_problems_favour_curvature(run_example):
     assert descent == "–" or float(descent) > float(gauss_newton)
 
 
+def test_steps_are_counted_against_the_batch(run_example, tmp_path):
+    output = run_example("batch_sizes.py", "adam", "gn@3", "--quick")
+    assert output.count("# digits-batch-") == 2 * 2 * 5  # trials
+    rows = rows_of(output)
+    assert [row[:2] for row in rows] == [
+        [name, batch] for batch in ("32", "256") for name in ("adam", "gn")
+    ]
+    steps = {tuple(row[:2]): float(row[3]) for row in rows}
+    assert steps["gn", "256"] < steps["gn", "32"]
+    assert steps["gn", "256"] < steps["adam", "256"]
+    folder = tmp_path / "gnlin-results" / "batch-sizes"
+    assert (folder / "steps.svg").read_text("utf-8").startswith("<?xml")
+    again = run_example("batch_sizes.py", "adam", "gn@3", "--quick")
+    assert "# digits" not in again  # nothing is made twice
+    assert rows_of(again) == rows == rows_of((folder / "steps.md").read_text("utf-8"))
+
+
 def test_preconditioners_save_iterations(run_example):
     rows = rows_of(run_example("preconditioners.py", "--quick"))
     (loose, loose_nystrom), (strict, strict_nystrom) = (

@@ -19,9 +19,23 @@ from gnlin.compare.runs.study import facts
 from gnlin.compare.tasks.parity import sparse_parity
 from gnlin.compare.tasks.poisson import init, laplacian, network, poisson_pinn, residuals
 from gnlin.compare.tasks.task import DataError
-from gnlin.compare.tasks.text import CHARACTERS, MODULES, chars, documentation, windows
+from gnlin.compare.tasks.text import (
+    CHARACTERS,
+    MODULES,
+    chars,
+    chars_deep,
+    chars_large_batch,
+    documentation,
+    windows,
+)
 
-LOADERS = {"sparse-parity": sparse_parity, "poisson-pinn": poisson_pinn, "chars": chars}
+LOADERS = {
+    "sparse-parity": sparse_parity,
+    "poisson-pinn": poisson_pinn,
+    "chars": chars,
+    "chars-large-batch": chars_large_batch,
+    "chars-deep": chars_deep,
+}
 
 
 @functools.cache
@@ -206,6 +220,57 @@ def test_a_later_character_changes_no_earlier_prediction():
     np.testing.assert_array_equal(others[:, :20], logits[:, :20])
     for after in (20, 30):
         assert (np.abs(others[:, after] - logits[:, after]).max(axis=-1) > 0).all()
+
+
+def unrolled(params, x):
+    """The logits of characters x (N, T), block after block and head after head, in NumPy."""
+
+    def normalised(vectors, gain):
+        centred = vectors - vectors.mean(-1, keepdims=True)
+        return gain * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    hidden = params["embedding"][x] + params["positions"][: x.shape[1]]
+    width, length = hidden.shape[-1], x.shape[1]
+    for number in range(len(params["blocks"]["project"])):
+        block = {name: leaf[number] for name, leaf in params["blocks"].items()}
+        mixed = normalised(hidden, block["norm_attention"]) @ block["query_key_value"]
+        query, key, value = np.split(mixed, 3, axis=-1)
+        heads = []
+        for head in range(width // 16):
+            own = slice(16 * head, 16 * head + 16)
+            scores = np.exp(query[..., own] @ key[..., own].swapaxes(1, 2) / 4)
+            scores *= np.tril(np.ones((length, length)))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ value[..., own])
+        hidden = hidden + np.concatenate(heads, axis=-1) @ block["project"]
+        inner = normalised(hidden, block["norm_dense"]) @ block["in"] + block["bias"]
+        bent = np.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))
+        hidden = hidden + 0.5 * inner * (1 + bent) @ block["out"]
+    return normalised(hidden, params["norm"]) @ params["output"]
+
+
+@pytest.mark.parametrize(("name", "size"), [("chars", 32_128), ("chars-deep", 212_480)])
+def test_the_loop_over_blocks_is_the_network_defined(name, size):
+    task = loaded(name)
+    params = task.init(jax.random.key(0))
+    assert gnlin.tree.size(params) == size
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(  # gains and biases that matter
+        lambda leaf: leaf + np.float32(0.1) * generator.normal(size=leaf.shape).astype(np.float32),
+        params,
+    )
+    batch = first(task.held_out, 3)
+    logits = jax.jit(task.objective.model)(params, batch)
+    np.testing.assert_allclose(logits, unrolled(params, batch["x"]), rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_start_apart_and_with_weights_of_their_fan_in():
+    blocks = loaded("chars-deep").init(jax.random.key(0))["blocks"]
+    for name, fan_in in (("query_key_value", 64), ("project", 64), ("in", 64), ("out", 256)):
+        for number in range(4):
+            weights = np.asarray(blocks[name][number])
+            assert weights.std() == pytest.approx(1 / math.sqrt(fan_in), rel=0.05)
+            assert np.abs(weights - blocks[name][number - 1]).max() > 1 / math.sqrt(fan_in)
 
 
 def test_windows_are_the_text_and_every_ninth_is_held_out():

@@ -1,5 +1,7 @@
 """The optimisers of Optax and of this package, as methods of the comparison."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +13,16 @@ import optax.contrib
 import gnlin
 from gnlin import tree
 from gnlin.compare.entrants.contestant import Options
+from gnlin.compare.entrants.eigenbasis import soap as soap_transform
 from gnlin.compare.entrants.method import Method, from_optax, predict_with_network
 from gnlin.compare.tasks.task import Task
 
 # Up to so many parameters `solver=auto` factorises. Beyond so many a step costs too many gradients.
 _DENSE_AT_MOST, _FACTORISED_AT_MOST = 1000, 2000
+
+_MUON_HAS_DIMENSIONS = (
+    "muon_weight_dimension_numbers" in inspect.signature(optax.contrib.muon).parameters
+)
 
 
 # First order, from Optax.
@@ -38,7 +45,54 @@ def adamw(task: Task, options: Options) -> Method:
 
 
 def muon(task: Task, options: Options) -> Method:
-    return from_optax(task.objective, optax.contrib.muon(options["learning_rate"]))
+    """With its defaults in Optax; by default the ends of a transformer are left to Adam.
+
+    Its authors leave them to Adam (https://kellerjordan.github.io/posts/muon).
+    """
+    tx = _muon(task, options["learning_rate"], ends=options["ends"] == "muon")
+    return from_optax(task.objective, tx)
+
+
+def muon_unfit(task: Task) -> str | None:
+    """Stacks of matrices need Muon's option for dimensions, which the oldest Optax has not."""
+    stacked = any(leaf.ndim == 3 for leaf in jax.tree.leaves(task.params_shapes()))
+    if _MUON_HAS_DIMENSIONS or not (stacked or task.ends):
+        return None
+    return (
+        f"Muon of Optax {optax.__version__} knows neither stacks of matrices nor which leaves are "
+        "hidden: pip install --upgrade optax"
+    )
+
+
+def _muon(task: Task, rate: Any, *, ends: bool = False) -> optax.GradientTransformation:
+    """Muon for matrices and stacks of them, one matrix at a time; Adam for all else.
+
+    Args:
+        task: names the ends of a transformer.
+        rate: of both.
+        ends: whether the ends have Muon, too.
+    """
+    if reason := muon_unfit(task):
+        raise ValueError(reason)
+    if not _MUON_HAS_DIMENSIONS:
+        return optax.contrib.muon(rate)
+
+    def dimensions(path, leaf):
+        is_end = bool(path) and getattr(path[0], "key", None) in task.ends
+        if leaf.ndim not in (2, 3) or (is_end and not ends):
+            return None
+        return optax.contrib.MuonDimensionNumbers(-2, -1)
+
+    return optax.contrib.muon(
+        rate,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            dimensions, params
+        ),
+    )
+
+
+def soap(task: Task, options: Options) -> Method:
+    return from_optax(task.objective, soap_transform(options["learning_rate"]))
 
 
 def lbfgs(task: Task, options: Options) -> Method:
@@ -72,13 +126,18 @@ _INNER: Mapping[str, Callable[[Options], optax.GradientTransformation]] = {
         options["learning_rate"], momentum=options["momentum"] or None
     ),
     "adamw": lambda options: optax.adamw(options["learning_rate"]),
-    "muon": lambda options: optax.contrib.muon(options["learning_rate"]),
 }
+
+
+def _inner(task: Task, options: Options) -> optax.GradientTransformation:
+    if options["inner"] == "muon":
+        return _muon(task, options["learning_rate"])
+    return _INNER[options["inner"]](options)
 
 
 def iterative_linearisation(task: Task, options: Options) -> Method:
     tx = gnlin.iterative_linearisation(
-        _INNER[options["inner"]](options),
+        _inner(task, options),
         task.objective,
         options["period"],
         loss_model=options["loss_model"],
@@ -97,15 +156,20 @@ def linearised_while_it_holds(task: Task, options: Options) -> Method:
     )
     return from_optax(
         task.objective,
-        gnlin.iterative_linearisation(_INNER[options["inner"]](options), task.objective, rule),
+        gnlin.iterative_linearisation(_inner(task, options), task.objective, rule),
     )
 
 
 def prox_linear(task: Task, options: Options) -> Method:
-    inner = _INNER[options["inner"]](options)
     tx = gnlin.prox_linear(
-        inner, task.objective, options["steps"], loss_model=options["loss_model"]
+        _inner(task, options), task.objective, options["steps"], loss_model=options["loss_model"]
     )
+    if options["line_search"]:
+        # It halves a step until the loss of its batch falls enough, at most ten times.
+        search = optax.scale_by_backtracking_linesearch(
+            max_backtracking_steps=10, decrease_factor=0.5, increase_factor=math.inf
+        )
+        tx = optax.chain(tx, search)
     return from_optax(task.objective, tx)
 
 

@@ -120,7 +120,8 @@ class Program:
         linearised one while an anchor is kept. ``network_loss`` and ``network_quality`` are those
         of the network itself.
 
-        A run ends, ``diverged``, at a loss that is not finite. A run that moves its anchor ends
+        A run ends, ``diverged``, at a loss that is not finite. Where the task `stops`, a run also
+        ends at the first evaluation that finds the target reached. A run that moves its anchor ends
         with its last whole cycle, since a loss right after the anchor has moved says little.
         """
         if self.start_cost >= self.work:
@@ -145,7 +146,8 @@ class Program:
             seconds = time.perf_counter() - began
             spent = self._after(spent, count, float(more) / self._unit, seconds)
             self._evaluate(trained, spent, curve)
-            if not math.isfinite(curve["loss"][-1]):
+            loss = curve["loss"][-1]
+            if not math.isfinite(loss) or (self.task.stops and loss <= self.task.target):
                 break
         return self._outcome(spent, trained, curve, self.compile_seconds + compile_seconds)
 

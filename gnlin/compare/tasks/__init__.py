@@ -13,7 +13,7 @@ from gnlin.compare.tasks.parity import sparse_parity
 from gnlin.compare.tasks.poisson import poisson_pinn
 from gnlin.compare.tasks.regression import diabetes
 from gnlin.compare.tasks.task import Task
-from gnlin.compare.tasks.text import chars
+from gnlin.compare.tasks.text import chars, chars_deep, chars_large_batch
 
 TASKS: dict[str, Callable[[], Task]] = {
     "digits": digits,
@@ -23,6 +23,8 @@ TASKS: dict[str, Callable[[], Task]] = {
     "sparse-parity": sparse_parity,
     "poisson-pinn": poisson_pinn,
     "chars": chars,
+    "chars-large-batch": chars_large_batch,
+    "chars-deep": chars_deep,
     "mnist": mnist,
     "cifar10": cifar10,
 }

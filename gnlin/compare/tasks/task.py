@@ -49,6 +49,9 @@ class Task:
         residuals: ``residuals(params, batch)`` with objective = ½ Σ r², where the task is least
             squares.
         double: whether it is computed in float64.
+        ends: names of the parameters that embed the inputs or make the outputs of a transformer.
+            Methods for hidden matrices leave them to another method.
+        stops: whether a run ends once its training loss is at or below the target.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Task:
     target: float
     residuals: Callable[[Params, Batch], Any] | None = None
     double: bool = False
+    ends: tuple[str, ...] = ()
+    stops: bool = False
 
     def __post_init__(self):
         if self.batch_size is not None and not 1 <= self.batch_size <= self.train_size:
