@@ -5,6 +5,7 @@
 * `kronecker`: factors for each layer, a solver by itself and a preconditioner.
 * `factors`: moments of one layer, and the inverse of their damped product.
 * `inverses`: inverses of many small matrices at once.
+* `eigenbasis`: Adam in the eigenbasis of these factors.
 * `layer_table`: the layers of a model, as `kronecker` sees them.
 * `jacobi`, `nystrom`: preconditioners.
 * `dense`, `dual`: direct solves, in the space of the parameters and in that of the outputs.
@@ -16,6 +17,7 @@ from gnlin.solve.blocks import Blocks
 from gnlin.solve.cg import CG
 from gnlin.solve.dense import Dense
 from gnlin.solve.dual import Dual
+from gnlin.solve.eigenbasis import Eigenbasis
 from gnlin.solve.jacobi import Jacobi
 from gnlin.solve.kronecker import Kronecker
 from gnlin.solve.layer_table import LayerRow, LayerTable, layers
@@ -27,6 +29,7 @@ __all__ = [
     "Blocks",
     "Dense",
     "Dual",
+    "Eigenbasis",
     "Jacobi",
     "Kronecker",
     "LayerRow",
