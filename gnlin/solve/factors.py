@@ -238,8 +238,8 @@ def _diagonal(moment: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _trace(moment: jax.Array, layout: Layout) -> jax.Array:
-    """Of each member of a stack."""
-    return jnp.sum(_diagonal(moment, layout), axis=-1)
+    """Of each member of a stack, without the spare row."""
+    return jnp.sum(_diagonal(moment, layout)[..., :-1], axis=-1)
 
 
 # The inverse.

@@ -4,9 +4,11 @@ The network is written layer by layer. A layer y = xW + b that is applied R time
 
     A = 1/R Σ x̄ᵀx̄,   S = Σ sᵀs,   x̄ = (x, 1),   s = (∂z/∂y)ᵀ H^½ ε,   εᵢ = ±1,
 
-and a leaf in no layer, with V = Jᵀ H^½ ε,
+and a matrix of more than one layer has the sums of A and of S, each divided by its trace, with the
+weights w = tr A tr S, over the root of the sum of the weights. A vector with the gradients v of its
+R applications has the diagonal Σ v². A leaf in no layer has, with V = Jᵀ H^½ ε,
 
-    A = VVᵀ/‖V‖,   S = VᵀV/‖V‖   (a matrix),      V²   (a vector, which has a diagonal alone).
+    A = VVᵀ/‖V‖,   S = VᵀV/‖V‖   (a matrix),      V²   (a vector).
 """
 
 from collections.abc import Callable
@@ -28,9 +30,16 @@ class Layer(NamedTuple):
     transposed: bool = False  # whether the weight is stored as Wᵀ
 
 
+class Vector(NamedTuple):
+    """A gain, or a bias that is in no layer."""
+
+    leaf: str
+    gradients: np.ndarray  # (R, n)
+
+
 Leaves = dict[str, np.ndarray]
-# (all parameters, batch, flat cotangent of the outputs) ↦ the layers.
-Layers = Callable[[Leaves, Any, np.ndarray], list[Layer]]
+# (all parameters, batch, flat cotangent of the outputs) ↦ layers and vectors.
+Layers = Callable[[Leaves, Any, np.ndarray], list[Layer | Vector]]
 
 
 class Kronecker:
@@ -53,11 +62,11 @@ class Kronecker:
     ) -> Leaves:
         """M⁻¹b, b having the leaves that are trained."""
         noise = self.root(point.loss.hessian, signs(self.seed, self.count, len(point.outputs)))
-        layers = self._trained_layers(params, batch, noise, rhs)
+        layers, vectors = self._trained(params, batch, noise, rhs)
         pseudo_gradient = split(point.jacobian.T @ noise, rhs)
         # A plain mean over the steps so far, until the last would weigh less than 1 − decay.
         keep = min(1 - 1 / (self.count + 1), self.decay)
-        for name, new in self._moments(layers, pseudo_gradient).items():
+        for name, new in self._moments(layers, vectors, pseudo_gradient).items():
             old = self.factors.get(name, new)
             self.factors[name] = tuple(
                 keep * before + (1 - keep) * now for before, now in zip(old, new, strict=True)
@@ -65,18 +74,24 @@ class Kronecker:
         self.count += 1
         return self._solve(layers, damping, rhs)
 
-    def _trained_layers(self, params, batch, noise, rhs) -> list[Layer]:
-        """Those with a weight that is trained; a bias that is fixed is no row of its weight."""
-        found = self.layers(params, batch, noise)
-        return [
-            layer._replace(bias=layer.bias if layer.bias in rhs else None)
-            for layer in found
-            if layer.weight in rhs
-        ]
+    def _trained(self, params, batch, noise, rhs) -> tuple[list[Layer], list[Vector]]:
+        """Layers with a weight that is trained, and vectors.
 
-    def _moments(self, layers, pseudo_gradient) -> dict[str, tuple]:
+        A bias that is fixed is no row of its weight, and one with a fixed weight stands alone.
+        """
+        layers, vectors = [], []
+        for part in self.layers(params, batch, noise):
+            if isinstance(part, Vector):
+                vectors += [part] if part.leaf in rhs else []
+            elif part.weight in rhs:
+                layers.append(part._replace(bias=part.bias if part.bias in rhs else None))
+            elif part.bias in rhs:
+                vectors.append(Vector(part.bias, part.cotangents))
+        return layers, vectors
+
+    def _moments(self, layers, vectors, pseudo_gradient) -> dict[str, tuple]:
         """Those of this step alone."""
-        moments = {}
+        terms: dict[str, list[tuple]] = {}
         for layer in layers:
             applications = len(layer.inputs)
             chosen = applications_taken(applications, self.fraction, self.count)
@@ -85,9 +100,14 @@ class Kronecker:
                 x = np.concatenate([x, np.ones([len(x), 1])], axis=1)
             # A is a mean. S is a sum over all R, of which only the chosen ones are seen.
             share = len(chosen) / applications
-            moments[layer.weight] = (x.T @ x / len(chosen), s.T @ s / share)
+            term = (x.T @ x / len(chosen), s.T @ s / share)
+            terms.setdefault(layer.weight, []).append(term)
+        moments = {name: combined(found) for name, found in terms.items()}
+        moments.update((each.leaf, (np.sum(each.gradients**2, axis=0),)) for each in vectors)
         in_layers = {name for layer in layers for name in (layer.weight, layer.bias)}
         for name, v in pseudo_gradient.items():
+            if name in moments:
+                continue
             if name not in in_layers and v.ndim == 1:
                 moments[name] = (v**2,)
             elif name not in in_layers:
@@ -112,6 +132,18 @@ class Kronecker:
             else:
                 solved[name] = damped_solve(*factors, damping, rhs[name])
         return solved
+
+
+def combined(terms: list[tuple]) -> tuple:
+    """One product for the sum of several."""
+    if len(terms) == 1:
+        return terms[0]
+    weights = [np.trace(a) * np.trace(s) for a, s in terms]
+    pairs = list(zip(weights, terms, strict=True))
+    root = np.sqrt(sum(weights))
+    return tuple(
+        sum(w * term[side] / np.trace(term[side]) for w, term in pairs) / root for side in (0, 1)
+    )
 
 
 def damped_solve(a: np.ndarray, s: np.ndarray, damping: float, matrix: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from references.kronecker import Layer, Layers
+from references.kronecker import Layer, Layers, Vector
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ def perceptron(outputs: int) -> Network:
         of_sums = of_scaled * params["scale"] * (1 - hidden**2)
         return [
             Layer("in", "in_bias", x, of_sums),
+            Vector("scale", hidden * of_scaled),
             Layer("out", "out_bias", hidden * params["scale"], of_outputs),
         ]
 
@@ -72,10 +73,13 @@ def sequence(outputs: int) -> Network:
         second = np.tanh(np.mean(first @ params["mix"], axis=1) @ params["mix"])
         of_outputs = cotangent.reshape(len(x), -1)
         of_sums = of_outputs @ params["out"] * (1 - second**2)
-        of_means = of_sums @ params["mix"].T @ params["mix"].T / x.shape[1]
-        of_first = of_means[:, None, :] * (1 - first**2)
-        # The matrix that is used twice belongs to no layer.
+        of_means = of_sums @ params["mix"].T / x.shape[1]
+        of_products = np.broadcast_to(of_means[:, None, :], first.shape)
+        of_first = of_products @ params["mix"].T * (1 - first**2)
+        means = np.mean(first @ params["mix"], axis=1)
         return [
+            Layer("mix", None, first.reshape(-1, 4), of_products.reshape(-1, 4)),
+            Layer("mix", None, means, of_sums),
             Layer("in", "in_bias", x.reshape(-1, 3), of_first.reshape(-1, 4)),
             Layer("out", None, second, of_outputs, transposed=True),
         ]
