@@ -21,6 +21,10 @@ from gnlin.structure.layers import Layer, matrix_shape, read_layers
 from gnlin.tree import Params
 
 
+# So many first systems have factors of their own: parameters and averages change fast.
+_FRESH = 3
+
+
 class KroneckerState(NamedTuple):
     """Second moments on the two sides of each leaf, seen as a matrix; trees like the parameters.
 
@@ -28,13 +32,23 @@ class KroneckerState(NamedTuple):
     a bias multiplies. A side longer than `max_side` has the diagonal alone, and so has a vector.
     """
 
-    count: jax.Array  # of systems
+    count: jax.Array  # of systems whose factors entered the average
     left: Params  # (n, n) or (n,) for each leaf, of the rows of its matrix
     right: Params  # the same of its columns
+    kept: "_Kept | tuple"  # the factorisation, where it serves several systems
+
+
+class _Kept(NamedTuple):
+    """The factorisation that the next systems use again."""
+
+    left: Params  # Cholesky factors of the damped moments, in the shapes of the moments
+    right: Params
+    uses: jax.Array  # how many more systems it is for
+    damping: jax.Array  # λ in it
 
 
 class _Factors(NamedTuple):
-    """The two moments of one leaf."""
+    """The two moments of one leaf, or their factorisations."""
 
     left: jax.Array
     right: jax.Array
@@ -74,13 +88,18 @@ class Kronecker:
     M⁻¹b, whose length a step rule has to find (`Subspace`, the default of `gauss_newton`). A
     scaling D of the system is ignored.
 
+    With ``refresh=T`` factors are taken and factorised at every T-th system, and the factorisation
+    is kept between. The first systems all have their own. A λ that has grown by half or more is
+    honoured at once, by a factorisation out of turn. The state is then about twice as large.
+
     Statistics: ``kronecker/finite``; where it is false the direction is zero.
 
     Args:
-        decay: of the average over steps. The average begins as a plain mean.
+        decay: of the average over systems. The average begins as a plain mean.
         fraction: share of the applications of a layer that enter its moments; never fewer than 64.
         max_side: longest side with a matrix of moments; a longer one has the diagonal alone.
         seed: of the samples ε.
+        refresh: T, systems for each factorisation.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -99,6 +118,7 @@ class Kronecker:
     fraction: float = 0.25
     max_side: int = 4096
     seed: int = 0
+    refresh: int = 1
     direction_only: ClassVar[bool] = True  # M⁻¹b approximates no solution: its length is arbitrary
 
     def __post_init__(self):
@@ -106,6 +126,7 @@ class Kronecker:
         check_fraction("fraction", self.fraction, zero=False)
         for name in ("max_side", "seed"):
             check_integer(name, getattr(self, name), least=0)
+        check_integer("refresh", self.refresh)
 
     def init(self, params: Params) -> tuple[KroneckerState, Stats]:
         dtype = tree.accumulation_dtype(params)
@@ -120,8 +141,9 @@ class Kronecker:
             return _Factors(*map(moment, matrix_shape(leaf.shape)))
 
         count = jnp.zeros([], jnp.int32)
-        state = _state_of(count, [factors(leaf) for leaf in jax.tree.leaves(params)], params)
-        return state, _stats(False)
+        zeros = [factors(leaf) for leaf in jax.tree.leaves(params)]
+        kept = _kept_of(zeros, count, jnp.zeros([], dtype), params) if self.refresh > 1 else ()
+        return _state_of(count, zeros, params, kept), _stats(False)
 
     def solve(
         self, system: System, rhs: Params, state: KroneckerState
@@ -135,16 +157,45 @@ class Kronecker:
     def prepare(
         self, system: System, params: Params, state: KroneckerState
     ) -> tuple[Preparation, KroneckerState]:
-        dtype = tree.accumulation_dtype(params)
+        damping = jnp.asarray(system.damping, tree.accumulation_dtype(params))
         layers, pull_back = read_layers(system.jvp, params)
+
+        def refreshed() -> tuple[list[_Factors], KroneckerState]:
+            return self._refreshed(layers, pull_back, system, damping, params, state)
+
+        def reused() -> tuple[list[_Factors], KroneckerState]:
+            kept = state.kept._replace(uses=state.kept.uses - 1)
+            return _factors_of(state.kept), state._replace(kept=kept)
+
+        if self.refresh == 1:
+            roots, next_state = refreshed()
+        else:
+            # The share of λ in a factorisation may be too large for a while, and not too small.
+            due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
+            roots, next_state = jax.lax.cond(due, refreshed, reused)
+        finite = tree.all_finite((next_state.left, next_state.right))
+        return Preparation(_inverse(layers, roots, params), _stats(finite)), next_state
+
+    def _refreshed(
+        self, layers, pull_back, system, damping, params, state
+    ) -> tuple[list[_Factors], KroneckerState]:
+        """The factorisation of the average with the moments of this system, and the next state."""
         before = _factors_of(state)
         latest = self._moments(layers, pull_back, system, params, before, state.count)
+        count = state.count + 1
         # A plain mean, until the average has as much of the past as `decay` says.
-        keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
+        keep = jnp.minimum(1 - 1 / count.astype(damping.dtype), self.decay**self.refresh)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
-        next_state = _state_of(state.count + 1, factors, params)
-        apply = _inverse(layers, factors, jnp.asarray(system.damping, dtype), params)
-        return Preparation(apply, _stats(tree.all_finite(factors))), next_state
+        roots = _roots(layers, factors, damping, params)
+        kept = state.kept
+        if self.refresh > 1:
+            # A factorisation that failed serves no other system, and leaves nothing behind.
+            sound = tree.all_finite(roots)
+            uses = jnp.where(sound & (count > _FRESH), self.refresh - 1, 0).astype(jnp.int32)
+            kept = _kept_of(
+                tree.select(sound, roots, tree.zeros_like(roots)), uses, damping, params
+            )
+        return roots, _state_of(count, factors, params, kept)
 
     def _moments(self, layers, pull_back, system, params, before, count) -> list[_Factors]:
         """Moments of this system alone, in the order of the leaves."""
@@ -213,16 +264,26 @@ def _moments_like(before: _Factors, left: jax.Array, right: jax.Array) -> _Facto
     return _Factors(moment(left, before.left), moment(right, before.right))
 
 
-def _factors_of(state: KroneckerState) -> list[_Factors]:
+def _factors_of(state: "KroneckerState | _Kept") -> list[_Factors]:
     lefts, rights = jax.tree.leaves(state.left), jax.tree.leaves(state.right)
     return [_Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
 
 
-def _state_of(count: jax.Array, factors: Sequence[_Factors], params: Params) -> KroneckerState:
+def _state_of(
+    count: jax.Array, factors: Sequence[_Factors], params: Params, kept: "_Kept | tuple"
+) -> KroneckerState:
+    return KroneckerState(count, *_sides(factors, params), kept)
+
+
+def _kept_of(roots: Sequence[_Factors], uses, damping, params: Params) -> _Kept:
+    return _Kept(*_sides(roots, params), uses, damping)
+
+
+def _sides(factors: Sequence[_Factors], params: Params) -> tuple[Params, Params]:
+    """``(left, right)``, trees like the parameters."""
     structure = jax.tree.structure(params)
     left = jax.tree.unflatten(structure, [each.left for each in factors])
-    right = jax.tree.unflatten(structure, [each.right for each in factors])
-    return KroneckerState(count, left, right)
+    return left, jax.tree.unflatten(structure, [each.right for each in factors])
 
 
 # The inverse.
@@ -260,45 +321,31 @@ class _Matrix:
         return self.solve_right(self.solve_left(matrix).T).T
 
 
-def _inverse(
+def _roots(
     layers: Sequence[Layer], factors: Sequence[_Factors], damping: jax.Array, params: Params
-) -> Callable[[Params], Params]:
-    """The function v ↦ M⁻¹v."""
-    leaves, structure = jax.tree.flatten(params)
-    layer_of = {layer.weight: layer for layer in layers}
+) -> list[_Factors]:
+    """The factorisations of all leaves, in the shapes of their moments."""
+    leaves, layer_of = jax.tree.leaves(params), {layer.weight: layer for layer in layers}
     in_layers = {layer.bias for layer in layers}
-    alone = [index for index in range(len(leaves)) if index not in in_layers]
-    matrices = [
-        _matrix(index, layer_of.get(index), leaves[index].shape, factors[index], damping)
-        for index in alone
-        if leaves[index].ndim >= 2
-    ]
-
-    def apply(vector: Params) -> Params:
-        flat = [leaf.astype(damping.dtype) for leaf in jax.tree.leaves(vector)]
-        out = list(flat)
-        for matrix in matrices:
-            for index, leaf in matrix.apply(flat).items():
-                out[index] = leaf
-        for index in alone:
-            if flat[index].ndim < 2:
-                # Without curvature and damping an entry passes unchanged.
-                diagonal = factors[index].left.reshape(flat[index].shape) + damping
-                out[index] = flat[index] / jnp.where(diagonal > 0, diagonal, 1)
-        return tree.cast_like(jax.tree.unflatten(structure, out), params)
-
-    return apply
+    roots = list(factors)
+    for index, leaf in enumerate(leaves):
+        if index in in_layers:
+            continue
+        if leaf.ndim < 2:
+            # Without curvature and damping an entry passes unchanged.
+            diagonal = factors[index].left + damping
+            roots[index] = factors[index]._replace(left=jnp.where(diagonal > 0, diagonal, 1))
+        else:
+            roots[index] = _roots_of_matrix(
+                _lengths(layer_of.get(index), leaf.shape), factors[index], damping
+            )
+    return roots
 
 
-def _matrix(
-    weight: int, layer: Layer | None, shape: Sequence[int], factors: _Factors, damping: jax.Array
-) -> _Matrix:
-    """The inverse factors of one leaf, with the damping shared between its sides."""
-    bias = None if layer is None else layer.bias
-    side = 1 if layer is not None and layer.transposed else 0
-    lengths = list(matrix_shape(shape))
-    if bias is not None:
-        lengths[side] += 1
+def _roots_of_matrix(
+    lengths: Sequence[int], factors: _Factors, damping: jax.Array
+) -> _Factors:
+    """The factorisations of one leaf, with the damping shared between its sides."""
     # Without a bias the row and column of the constant input are left out.
     left, right = _leading(factors.left, lengths[0]), _leading(factors.right, lengths[1])
     means = _mean_diagonal(left), _mean_diagonal(right)
@@ -307,9 +354,70 @@ def _matrix(
     pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
     root = jnp.sqrt(damping)
     # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
-    solve_left = _solve_with(left, pi * root, means[0])
-    solve_right = _solve_with(right, root / pi, means[1])
-    return _Matrix(weight, bias, side, solve_left, solve_right)
+    roots = _root(left, pi * root, means[0]), _root(right, root / pi, means[1])
+    return _Factors(*(_padded(each, like) for each, like in zip(roots, factors, strict=True)))
+
+
+def _root(moment: jax.Array, share: jax.Array, mean: jax.Array) -> jax.Array:
+    """Cholesky's factor of ``moment + share · I``; the sum itself where it is a diagonal."""
+    # Cholesky's factorisation of a matrix that is singular to working precision would fail.
+    floor = 10 * len(moment) * float(jnp.finfo(moment.dtype).eps) * mean
+    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))
+    if moment.ndim == 1:
+        return moment + share
+    shifted = moment + share * jnp.eye(len(moment), dtype=moment.dtype)
+    return jax.scipy.linalg.cho_factor(shifted)[0]
+
+
+def _padded(root: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.pad(root, [(0, len(like) - len(root))] * root.ndim)
+
+
+def _lengths(layer: Layer | None, shape: Sequence[int]) -> list[int]:
+    """Rows and columns of the matrix of a leaf, with its bias."""
+    lengths = list(matrix_shape(shape))
+    if layer is not None and layer.bias is not None:
+        lengths[1 if layer.transposed else 0] += 1
+    return lengths
+
+
+def _inverse(
+    layers: Sequence[Layer], roots: Sequence[_Factors], params: Params
+) -> Callable[[Params], Params]:
+    """The function v ↦ M⁻¹v."""
+    leaves, structure = jax.tree.flatten(params)
+    layer_of = {layer.weight: layer for layer in layers}
+    in_layers = {layer.bias for layer in layers}
+    alone = [index for index in range(len(leaves)) if index not in in_layers]
+    matrices = [
+        _matrix(index, layer_of.get(index), leaves[index].shape, roots[index])
+        for index in alone
+        if leaves[index].ndim >= 2
+    ]
+    dtype = tree.accumulation_dtype(params)
+
+    def apply(vector: Params) -> Params:
+        flat = [leaf.astype(dtype) for leaf in jax.tree.leaves(vector)]
+        out = list(flat)
+        for matrix in matrices:
+            for index, leaf in matrix.apply(flat).items():
+                out[index] = leaf
+        for index in alone:
+            if flat[index].ndim < 2:
+                out[index] = flat[index] / roots[index].left.reshape(flat[index].shape)
+        return tree.cast_like(jax.tree.unflatten(structure, out), params)
+
+    return apply
+
+
+def _matrix(weight: int, layer: Layer | None, shape: Sequence[int], roots: _Factors) -> _Matrix:
+    """The inverse factors of one leaf."""
+    side = 1 if layer is not None and layer.transposed else 0
+    solves = (
+        _solve_with(_leading(root, length))
+        for root, length in zip(roots, _lengths(layer, shape), strict=True)
+    )
+    return _Matrix(weight, None if layer is None else layer.bias, side, *solves)
 
 
 def _leading(moment: jax.Array, length: int) -> jax.Array:
@@ -320,19 +428,11 @@ def _mean_diagonal(moment: jax.Array) -> jax.Array:
     return jnp.mean(jnp.diagonal(moment) if moment.ndim == 2 else moment)
 
 
-def _solve_with(
-    moment: jax.Array, share: jax.Array, mean: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
-    """V ↦ (moment + share · I)⁻¹V."""
-    # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    floor = 10 * len(moment) * float(jnp.finfo(moment.dtype).eps) * mean
-    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))
-    if moment.ndim == 1:
-        return lambda matrix: matrix / (moment + share)[:, None]
-    shifted = moment + share * jnp.eye(len(moment), dtype=moment.dtype)
-    # Once, for all the products of a solve.
-    factor = jax.scipy.linalg.cho_factor(shifted)
-    return lambda matrix: jax.scipy.linalg.cho_solve(factor, matrix)
+def _solve_with(root: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """V ↦ (moment + share · I)⁻¹V, from its factorisation."""
+    if root.ndim == 1:
+        return lambda matrix: matrix / root[:, None]
+    return lambda matrix: jax.scipy.linalg.cho_solve((root, False), matrix)
 
 
 def _stats(finite: jax.Array | bool) -> Stats:
