@@ -6,7 +6,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.solve.factorisation import Factors, inverse, roots_of
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
-from gnlin.structure.layers import Layer, matrix_shape, read_layers
+from gnlin.structure.layers import matrix_shape, read_layers
 from gnlin.tree import Params
-
 
 # So many first systems have factors of their own: parameters and averages change fast.
 _FRESH = 3
@@ -45,13 +45,6 @@ class _Kept(NamedTuple):
     right: Params
     uses: jax.Array  # how many more systems it is for
     damping: jax.Array  # λ in it
-
-
-class _Factors(NamedTuple):
-    """The two moments of one leaf, or their factorisations."""
-
-    left: jax.Array
-    right: jax.Array
 
 
 @shows_signature
@@ -135,10 +128,10 @@ class Kronecker:
             square = length <= self.max_side
             return jnp.zeros([length + 1] * (2 if square else 1), dtype)
 
-        def factors(leaf) -> _Factors:
+        def factors(leaf) -> Factors:
             if leaf.ndim < 2:
-                return _Factors(jnp.zeros([leaf.size], dtype), jnp.zeros([0], dtype))
-            return _Factors(*map(moment, matrix_shape(leaf.shape)))
+                return Factors(jnp.zeros([leaf.size], dtype), jnp.zeros([0], dtype))
+            return Factors(*map(moment, matrix_shape(leaf.shape)))
 
         count = jnp.zeros([], jnp.int32)
         zeros = [factors(leaf) for leaf in jax.tree.leaves(params)]
@@ -160,10 +153,10 @@ class Kronecker:
         damping = jnp.asarray(system.damping, tree.accumulation_dtype(params))
         layers, pull_back = read_layers(system.jvp, params)
 
-        def refreshed() -> tuple[list[_Factors], KroneckerState]:
+        def refreshed() -> tuple[list[Factors], KroneckerState]:
             return self._refreshed(layers, pull_back, system, damping, params, state)
 
-        def reused() -> tuple[list[_Factors], KroneckerState]:
+        def reused() -> tuple[list[Factors], KroneckerState]:
             kept = state.kept._replace(uses=state.kept.uses - 1)
             return _factors_of(state.kept), state._replace(kept=kept)
 
@@ -174,11 +167,11 @@ class Kronecker:
             due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
             roots, next_state = jax.lax.cond(due, refreshed, reused)
         finite = tree.all_finite((next_state.left, next_state.right))
-        return Preparation(_inverse(layers, roots, params), _stats(finite)), next_state
+        return Preparation(inverse(layers, roots, params), _stats(finite)), next_state
 
     def _refreshed(
         self, layers, pull_back, system, damping, params, state
-    ) -> tuple[list[_Factors], KroneckerState]:
+    ) -> tuple[list[Factors], KroneckerState]:
         """The factorisation of the average with the moments of this system, and the next state."""
         before = _factors_of(state)
         latest = self._moments(layers, pull_back, system, params, before, state.count)
@@ -186,7 +179,7 @@ class Kronecker:
         # A plain mean, until the average has as much of the past as `decay` says.
         keep = jnp.minimum(1 - 1 / count.astype(damping.dtype), self.decay**self.refresh)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
-        roots = _roots(layers, factors, damping, params)
+        roots = roots_of(layers, factors, damping, params)
         kept = state.kept
         if self.refresh > 1:
             # A factorisation that failed serves no other system, and leaves nothing behind.
@@ -197,7 +190,7 @@ class Kronecker:
             )
         return roots, _state_of(count, factors, params, kept)
 
-    def _moments(self, layers, pull_back, system, params, before, count) -> list[_Factors]:
+    def _moments(self, layers, pull_back, system, params, before, count) -> list[Factors]:
         """Moments of this system alone, in the order of the leaves."""
         dtype = tree.accumulation_dtype(params)
         like = jax.eval_shape(system.jvp, params)
@@ -222,7 +215,7 @@ class Kronecker:
             gradient = gradient.astype(dtype)
             if gradient.ndim < 2:
                 # E V² = diag G.
-                found[index] = _Factors(gradient.ravel() ** 2, before[index].right)
+                found[index] = Factors(gradient.ravel() ** 2, before[index].right)
             else:
                 found[index] = _moments_like(before[index], *_sides_of_gradient(gradient))
         return found
@@ -255,184 +248,35 @@ def _sides_of_gradient(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     return matrix.T, matrix
 
 
-def _moments_like(before: _Factors, left: jax.Array, right: jax.Array) -> _Factors:
+def _moments_like(before: Factors, left: jax.Array, right: jax.Array) -> Factors:
     """XᵀX on either side, or its diagonal where the moment before is a vector."""
 
     def moment(x, like):
         return x.T @ x if like.ndim == 2 else jnp.sum(x**2, axis=0)
 
-    return _Factors(moment(left, before.left), moment(right, before.right))
+    return Factors(moment(left, before.left), moment(right, before.right))
 
 
-def _factors_of(state: "KroneckerState | _Kept") -> list[_Factors]:
+def _factors_of(state: "KroneckerState | _Kept") -> list[Factors]:
     lefts, rights = jax.tree.leaves(state.left), jax.tree.leaves(state.right)
-    return [_Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
+    return [Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
 
 
 def _state_of(
-    count: jax.Array, factors: Sequence[_Factors], params: Params, kept: "_Kept | tuple"
+    count: jax.Array, factors: Sequence[Factors], params: Params, kept: "_Kept | tuple"
 ) -> KroneckerState:
     return KroneckerState(count, *_sides(factors, params), kept)
 
 
-def _kept_of(roots: Sequence[_Factors], uses, damping, params: Params) -> _Kept:
+def _kept_of(roots: Sequence[Factors], uses, damping, params: Params) -> _Kept:
     return _Kept(*_sides(roots, params), uses, damping)
 
 
-def _sides(factors: Sequence[_Factors], params: Params) -> tuple[Params, Params]:
+def _sides(factors: Sequence[Factors], params: Params) -> tuple[Params, Params]:
     """``(left, right)``, trees like the parameters."""
     structure = jax.tree.structure(params)
     left = jax.tree.unflatten(structure, [each.left for each in factors])
     return left, jax.tree.unflatten(structure, [each.right for each in factors])
-
-
-# The inverse.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """A leaf with two axes or more and its inverse factors.
-
-    A bias of the layer is one more row (`side` 0) or column (`side` 1) of the matrix.
-    """
-
-    weight: int  # which leaf
-    bias: int | None
-    side: int
-    solve_left: Callable[[jax.Array], jax.Array]  # V ↦ (A + π√λ I)⁻¹V
-    solve_right: Callable[[jax.Array], jax.Array]  # V ↦ (S + √λ/π I)⁻¹V
-
-    def apply(self, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
-        """M⁻¹v at the weight and at the bias."""
-        leaf = leaves[self.weight]
-        matrix = leaf.reshape(matrix_shape(leaf.shape))
-        if self.bias is None:
-            return {self.weight: self._solve(matrix).reshape(leaf.shape)}
-        bias = jnp.expand_dims(leaves[self.bias].ravel(), self.side)
-        matrix = self._solve(jnp.concatenate([matrix, bias], axis=self.side))
-        matrix, bias = jnp.split(matrix, [matrix.shape[self.side] - 1], axis=self.side)
-        return {
-            self.weight: matrix.reshape(leaf.shape),
-            self.bias: bias.reshape(leaves[self.bias].shape),
-        }
-
-    def _solve(self, matrix: jax.Array) -> jax.Array:
-        # A⁻¹VS⁻¹: S is symmetric, so S⁻¹ from the left of the transpose will do.
-        return self.solve_right(self.solve_left(matrix).T).T
-
-
-def _roots(
-    layers: Sequence[Layer], factors: Sequence[_Factors], damping: jax.Array, params: Params
-) -> list[_Factors]:
-    """The factorisations of all leaves, in the shapes of their moments."""
-    leaves, layer_of = jax.tree.leaves(params), {layer.weight: layer for layer in layers}
-    in_layers = {layer.bias for layer in layers}
-    roots = list(factors)
-    for index, leaf in enumerate(leaves):
-        if index in in_layers:
-            continue
-        if leaf.ndim < 2:
-            # Without curvature and damping an entry passes unchanged.
-            diagonal = factors[index].left + damping
-            roots[index] = factors[index]._replace(left=jnp.where(diagonal > 0, diagonal, 1))
-        else:
-            roots[index] = _roots_of_matrix(
-                _lengths(layer_of.get(index), leaf.shape), factors[index], damping
-            )
-    return roots
-
-
-def _roots_of_matrix(
-    lengths: Sequence[int], factors: _Factors, damping: jax.Array
-) -> _Factors:
-    """The factorisations of one leaf, with the damping shared between its sides."""
-    # Without a bias the row and column of the constant input are left out.
-    left, right = _leading(factors.left, lengths[0]), _leading(factors.right, lengths[1])
-    means = _mean_diagonal(left), _mean_diagonal(right)
-    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
-    known = (means[0] > 0) & (means[1] > 0)
-    pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
-    root = jnp.sqrt(damping)
-    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
-    roots = _root(left, pi * root, means[0]), _root(right, root / pi, means[1])
-    return _Factors(*(_padded(each, like) for each, like in zip(roots, factors, strict=True)))
-
-
-def _root(moment: jax.Array, share: jax.Array, mean: jax.Array) -> jax.Array:
-    """Cholesky's factor of ``moment + share · I``; the sum itself where it is a diagonal."""
-    # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    floor = 10 * len(moment) * float(jnp.finfo(moment.dtype).eps) * mean
-    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))
-    if moment.ndim == 1:
-        return moment + share
-    shifted = moment + share * jnp.eye(len(moment), dtype=moment.dtype)
-    return jax.scipy.linalg.cho_factor(shifted)[0]
-
-
-def _padded(root: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.pad(root, [(0, len(like) - len(root))] * root.ndim)
-
-
-def _lengths(layer: Layer | None, shape: Sequence[int]) -> list[int]:
-    """Rows and columns of the matrix of a leaf, with its bias."""
-    lengths = list(matrix_shape(shape))
-    if layer is not None and layer.bias is not None:
-        lengths[1 if layer.transposed else 0] += 1
-    return lengths
-
-
-def _inverse(
-    layers: Sequence[Layer], roots: Sequence[_Factors], params: Params
-) -> Callable[[Params], Params]:
-    """The function v ↦ M⁻¹v."""
-    leaves, structure = jax.tree.flatten(params)
-    layer_of = {layer.weight: layer for layer in layers}
-    in_layers = {layer.bias for layer in layers}
-    alone = [index for index in range(len(leaves)) if index not in in_layers]
-    matrices = [
-        _matrix(index, layer_of.get(index), leaves[index].shape, roots[index])
-        for index in alone
-        if leaves[index].ndim >= 2
-    ]
-    dtype = tree.accumulation_dtype(params)
-
-    def apply(vector: Params) -> Params:
-        flat = [leaf.astype(dtype) for leaf in jax.tree.leaves(vector)]
-        out = list(flat)
-        for matrix in matrices:
-            for index, leaf in matrix.apply(flat).items():
-                out[index] = leaf
-        for index in alone:
-            if flat[index].ndim < 2:
-                out[index] = flat[index] / roots[index].left.reshape(flat[index].shape)
-        return tree.cast_like(jax.tree.unflatten(structure, out), params)
-
-    return apply
-
-
-def _matrix(weight: int, layer: Layer | None, shape: Sequence[int], roots: _Factors) -> _Matrix:
-    """The inverse factors of one leaf."""
-    side = 1 if layer is not None and layer.transposed else 0
-    solves = (
-        _solve_with(_leading(root, length))
-        for root, length in zip(roots, _lengths(layer, shape), strict=True)
-    )
-    return _Matrix(weight, None if layer is None else layer.bias, side, *solves)
-
-
-def _leading(moment: jax.Array, length: int) -> jax.Array:
-    return moment[:length, :length] if moment.ndim == 2 else moment[:length]
-
-
-def _mean_diagonal(moment: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.diagonal(moment) if moment.ndim == 2 else moment)
-
-
-def _solve_with(root: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """V ↦ (moment + share · I)⁻¹V, from its factorisation."""
-    if root.ndim == 1:
-        return lambda matrix: matrix / root[:, None]
-    return lambda matrix: jax.scipy.linalg.cho_solve((root, False), matrix)
 
 
 def _stats(finite: jax.Array | bool) -> Stats:
