@@ -34,9 +34,9 @@ from gnlin.transforms.damping import (
 )
 from gnlin.transforms.memory import begin_memory
 from gnlin.transforms.momentum import Momentum
-from gnlin.transforms.step_length import Search, Step, StepRule, check_step_rule
+from gnlin.transforms.step_length import Search, StepRule, check_step_rule, returned_step
 from gnlin.transforms.unit import damping_unit
-from gnlin.transforms.verdict import past_of, remembered, try_step
+from gnlin.transforms.verdict import past_of, settle, try_step
 from gnlin.tree import Batch, Params
 
 
@@ -183,51 +183,34 @@ def gauss_newton(
         before = state.damping if past is None else past.damping
         damping, unit = policy.damping(before, state.count), ()
         if relative:
-            gradient = models.rhs if updates is None else models.loss.gradient()
-            factor, unit = damping_unit(state.unit, models.curvature, gradient, params)
+            factor, unit = _unit(models, updates is None, params, state.unit)
             damping = damping * factor
 
-        rhs, gradient = models.rhs, models.rhs
-        if lead is not None:
-            rhs, gradient = lead(models.rhs, last)
+        rhs, gradient = lead(models.rhs, last) if lead else (models.rhs, models.rhs)
         solution, solver_state = solved(solver, models.curvature.system(damping), rhs, state.solver)
         direction, curvature = solution.direction, models.curvature
         search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate, last)
-        chosen = step.choose(search, state.step)
-        if not isinstance(chosen, Step):
-            raise TypeError(f"`step.choose` must return a gnlin.Step; got {type(chosen).__name__}")
+        chosen = returned_step(step.choose(search, state.step))
 
         outcome = try_step(policy, before, models, chosen, past, check, problem, params, batch)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
         adapted = tree.select(telling & outcome.tried, outcome.damping, before)
-        # Exact zeros where it is refused: a NaN times 0 would be a NaN.
-        taken = tree.select(outcome.accepted, chosen.step, tree.zeros_like(chosen.step))
-        accepted, memory = outcome.accepted, ()
-        gain_ratio = jnp.where(outcome.tried, outcome.gain_ratio, state.metrics["gain_ratio"])
-        if past is not None:
-            # After a refusal momentum begins anew.
-            gradient = tree.select(accepted, gradient, models.rhs)
-            memory = remembered(past, outcome, taken, params, gradient, value, chosen.change)
-            memory = tree.select(telling | past.back, memory, state.memory)
-            taken = tree.select(past.back, tree.subtract(state.memory.params, params), taken)
-            accepted &= ~past.back
-            gain_ratio = jnp.where(past.judged, past.gain_ratio, gain_ratio)
-        own = {"damping": damping, "gain_ratio": gain_ratio, "loss": value}
-        own = {**tree.cast(own, float), "accepted": accepted}
+        ends = settle(past, outcome, chosen, params, gradient, models, telling, state.metrics)
+        own = tree.cast({"damping": damping, "gain_ratio": ends.gain_ratio, "loss": value}, float)
         metrics = {**own, **solution.stats, **chosen.stats, **outcome.stats}
-        step_state = state.step if chosen.state is None else chosen.state
         # A loss that is not finite leaves no trace, nor does a place that is left again.
+        step_state = state.step if chosen.state is None else chosen.state
         stays = jnp.isfinite(value) if past is None else jnp.isfinite(value) & ~past.back
-        return taken, GaussNewtonState(
+        return ends.step, GaussNewtonState(
             count=optax.safe_increment(state.count),
             solver=tree.select(stays & tree.all_finite(solver_state), solver_state, state.solver),
             damping=adapted,
             # A refused step leaves zeros behind, so momentum begins anew.
-            step=step.remember(tree.select(stays, step_state, state.step), taken),
-            memory=memory,
+            step=step.remember(tree.select(stays, step_state, state.step), ends.step),
+            memory=ends.memory,
             unit=unit,
-            metrics=check_metrics(metrics, state.metrics),
+            metrics=check_metrics({**metrics, "accepted": ends.accepted}, state.metrics),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -342,3 +325,11 @@ def _models(
     # One linearisation serves gradient and products. Under jit, unused parts are never computed.
     rhs = model.gradient() if updates is None else updates
     return _Models(model, curvature, data, tree.cast_like(rhs, params))
+
+
+def _unit(
+    models: _Models, has_gradient: bool, params: Params, unit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``(unit of λ now, unit to be kept)``; other updates than the gradient say nothing on it."""
+    gradient = models.rhs if has_gradient else models.loss.gradient()
+    return damping_unit(unit, models.curvature, gradient, params)

@@ -97,6 +97,8 @@ def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array,
     )
     slack = 0.1 * memory.length + 4 * eps * tree.norm(memory.params)
     ours = last.again & memory.open & (jnp.abs(length - memory.length) <= slack)
+    # A step that was lost in rounding says nothing. One of zeros was that of a failed solve.
+    ours &= (length > 0) | (memory.length == 0)
     # In the dtype of the loss, whose resolution counts.
     before = memory.value.astype(value.dtype)
     ratio = gain_ratio(before, value, memory.change, last.step, memory.gradient)

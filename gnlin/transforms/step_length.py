@@ -114,6 +114,12 @@ def check_step_rule(step: Any) -> None:
     check_part("step", step, ("init", "choose", "remember"), "a step rule", "gnlin.Subspace()")
 
 
+def returned_step(step: Any) -> Step:
+    if not isinstance(step, Step):
+        raise TypeError(f"`step.choose` must return a gnlin.Step; got {type(step).__name__}")
+    return step
+
+
 @shows_signature
 @dataclasses.dataclass(frozen=True)
 class Subspace:

@@ -4,6 +4,7 @@
 What the next update has to know is `remembered`.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from gnlin import tree
 from gnlin.transforms.damping import judged
 from gnlin.transforms.gain import resolution, trial_of
 from gnlin.transforms.memory import Last, Memory, digest, late_trial, recall, trend_after
+from gnlin.transforms.step_length import Step
 from gnlin.tree import Batch, Params
 
 # So many first steps are all tried.
@@ -89,32 +91,64 @@ def try_step(policy, before, models, chosen, past, check, problem, params, batch
     return Outcome(due, accepted, adapted, trial.gain_ratio, stats)
 
 
-def remembered(
-    past: Past, outcome: Outcome, step: Params, params: Params, gradient: Params, value, change
-) -> Memory:
-    """What this update leaves to the next one.
+class Settled(NamedTuple):
+    """The update, once both steps are judged."""
+
+    step: Params
+    accepted: jax.Array
+    gain_ratio: jax.Array
+    memory: Any
+
+
+def settle(
+    past: Past | None,
+    outcome: Outcome,
+    chosen: Step,
+    params: Params,
+    gradient: Params,
+    models: Any,
+    telling: jax.Array,
+    metrics: Mapping[str, jax.Array],
+) -> Settled:
+    """The update with both verdicts, and what it leaves to the next one.
 
     Args:
         past: the verdict on the last step.
         outcome: of the step of this update.
-        step: that step; zeros where it is refused.
+        chosen: that step.
         params: the parameters now.
         gradient: what the step rule wants to be remembered.
-        value: loss now.
-        change: predicted for the step.
+        models: those of the update.
+        telling: whether this update says anything to the next one.
+        metrics: of the last update.
     """
-    memory, dtype = past.memory, past.memory.value.dtype
+    # Exact zeros where it is refused: a NaN times 0 would be a NaN.
+    taken = tree.select(outcome.accepted, chosen.step, tree.zeros_like(chosen.step))
+    gain_ratio = jnp.where(outcome.tried, outcome.gain_ratio, metrics["gain_ratio"])
+    if past is None:
+        return Settled(taken, outcome.accepted, gain_ratio, ())
+    memory, value = past.memory, models.loss.value
+    dtype = memory.value.dtype
     after = Memory(
         params=params,
-        gradient=gradient,
+        # After a refusal momentum begins anew.
+        gradient=tree.select(outcome.accepted, gradient, models.rhs),
         plain=past.last.again | ~outcome.accepted | (memory.count == 0),
         value=value.astype(dtype),
-        change=change.astype(dtype),
-        length=tree.norm(step).astype(dtype),
+        change=chosen.change.astype(dtype),
+        length=tree.norm(taken).astype(dtype),
         open=~outcome.tried & outcome.accepted,
         batch=past.batch,
         trend=trend_after(memory, value),
         since=jnp.where(outcome.tried | past.judged, 0, memory.since + 1),
         count=optax.safe_increment(memory.count),
     )
-    return tree.select(past.back, memory._replace(open=jnp.asarray(False)), after)
+    after = tree.select(telling, after, memory)
+    # The place that is left again is no place to go on from.
+    after = tree.select(past.back, memory._replace(open=jnp.asarray(False)), after)
+    return Settled(
+        step=tree.select(past.back, tree.subtract(memory.params, params), taken),
+        accepted=outcome.accepted & ~past.back,
+        gain_ratio=jnp.where(past.judged, past.gain_ratio, gain_ratio),
+        memory=after,
+    )
