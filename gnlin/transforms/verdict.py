@@ -144,8 +144,10 @@ def settle(
         count=optax.safe_increment(memory.count),
     )
     after = tree.select(telling, after, memory)
-    # The place that is left again is no place to go on from.
-    after = tree.select(past.back, memory._replace(open=jnp.asarray(False)), after)
+    # The place that is left again is no place to go on from. Nor does a direction continue the step
+    # that led there and back: what rounding left of it is noise.
+    none = jnp.asarray(False)
+    after = tree.select(past.back, memory._replace(open=none, plain=none), after)
     return Settled(
         step=tree.select(past.back, tree.subtract(memory.params, params), taken),
         accepted=outcome.accepted & ~past.back,
