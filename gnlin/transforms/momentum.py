@@ -21,10 +21,6 @@ from gnlin.tree import Params
 _FRESH = 3
 
 
-# A larger β speaks of a step that did not go as the model said.
-_LARGEST = 2.0
-
-
 class MomentumState(NamedTuple):
     length: jax.Array  # α
     bound: jax.Array  # longest step until the length is looked up again
@@ -41,7 +37,7 @@ class Momentum:
     gradient by it,
 
     .. math:: \delta = \alpha\,\big(-M^{-1}u + \beta p\big), \qquad
-              \beta = \frac{y^\top M^{-1} u}{y^\top p} \text{ within } [0, 2].
+              \beta = \max\Big(0, \frac{y^\top M^{-1} u}{y^\top p}\Big).
 
     On any other batch Nesterov's momentum enters the right-hand side of the solver. With its
     coefficient μ,
@@ -132,7 +128,7 @@ class Momentum:
 
 
 def _conjugate(search: Search) -> jax.Array:
-    """β of Hestenes and Stiefel, within 0 and 2; 0 where the curvature along p is not positive."""
+    """β of Hestenes and Stiefel, at least 0; 0 where the curvature along p is not positive."""
     last = search.last
     # In units of their largest entries, so that products of small numbers do not vanish.
     change = tree.subtract(search.rhs, last.gradient)
@@ -141,7 +137,7 @@ def _conjugate(search: Search) -> jax.Array:
     along = tree.inner(change, last.step)
     against = tree.inner(change, search.direction)
     beta = jnp.where(along > 0, against / jnp.where(along > 0, along, 1), 0)
-    return jnp.where(jnp.isfinite(beta), jnp.clip(beta, 0, _LARGEST), 0)
+    return jnp.where(jnp.isfinite(beta), jnp.maximum(beta, 0), 0)
 
 
 def _stats(length: jax.Array, beta: jax.Array) -> Stats:
