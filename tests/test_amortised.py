@@ -347,3 +347,14 @@ def test_bad_options(build, message):
     objective = gnlin.Objective.least_squares(lambda p: p)
     with pytest.raises((ValueError, TypeError), match=message):
         build(objective)
+
+
+def test_the_default_is_what_the_figures_are_of():
+    options = gnlin.gauss_newton.__kwdefaults__
+    assert options == {
+        "learning_rate": 1.0,
+        "damping": gnlin.GainRatio(1.0, minimum=0.1, relative=True, minimum_again=1e-3),
+        "solver": gnlin.Kronecker(refresh=5),
+        "step": gnlin.Momentum(0.8, every=2),
+        "check": 5,
+    }
