@@ -197,7 +197,7 @@ def test_trials_on_other_batches(x64):
     model, params, batch = network(jnp.result_type(float))
     objective = gnlin.Objective(model, squared)
     _, metrics, _ = run(
-        gnlin.gauss_newton(objective, check=4, step=gnlin.Momentum(every=1)),
+        gnlin.gauss_newton(objective, step=gnlin.Momentum(every=1, check=4)),
         params,
         batches_of(batch, 16, False),
     )
@@ -261,9 +261,8 @@ def test_momentum_is_that_of_nesterov(x64):
         objective,
         damping=0.3,
         solver=Identity(),
-        step=gnlin.Momentum(0.7, every=2),
+        step=gnlin.Momentum(0.7, every=2, check=100),
         learning_rate=0.8,
-        check=100,
     )
     path, metrics, _ = run(tx, params, batches)
     theta, unravel = ravel_pytree(params)
@@ -334,7 +333,7 @@ def test_a_batch_of_nan_between_two_updates_changes_neither(x64, whole):
         (lambda o: gnlin.Kronecker(refresh=0), "`refresh` must be an integer of at least 1"),
         (lambda o: gnlin.Momentum(1.0), r"`coefficient` must lie in \[0, 1\)"),
         (lambda o: gnlin.Momentum(every=0), "`every` must be an integer of at least 1"),
-        (lambda o: gnlin.gauss_newton(o, check=0), "`check` must be an integer of at least 1"),
+        (lambda o: gnlin.Momentum(check=0), "`check` must be an integer of at least 1"),
         (lambda o: gnlin.GainRatio(1.0, minimum_again=0.0), "`minimum_again` must be positive"),
         (lambda o: gnlin.GainRatio(1.0, relative=1), "`relative` must be True or False"),
         (
@@ -355,6 +354,5 @@ def test_the_default_is_what_the_figures_are_of():
         "learning_rate": 1.0,
         "damping": gnlin.GainRatio(1.0, minimum=0.1, relative=True, minimum_again=1e-3),
         "solver": gnlin.Kronecker(refresh=5),
-        "step": gnlin.Momentum(0.8, every=2),
-        "check": 5,
+        "step": gnlin.Momentum(0.8, every=2, check=5),
     }

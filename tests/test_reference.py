@@ -156,7 +156,7 @@ def record(case: Case):
 
 def transform(case: Case, objective):
     """The transform of a case, which pays for everything at every step."""
-    options: dict[str, Any] = {"check": 1, "step": gnlin.Subspace(**case.rule)}
+    options: dict[str, Any] = {"step": gnlin.Subspace(**case.rule)}
     options["damping"] = gnlin.GainRatio(1e-2, minimum=1e-3)
     options["solver"] = gnlin.Kronecker(**case.kronecker)
     if case.learning_rate != 1.0:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_metrics, check_number, shows_signature
+from gnlin.checks import check_metrics, check_number, shows_signature
 from gnlin.problem.curvature import QuadraticModel, quadratic_model
 from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
@@ -66,7 +66,6 @@ def gauss_newton(
     ),
     solver: Solver = Kronecker(refresh=5),
     step: StepRule = Momentum(),
-    check: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton descent, with defaults that are meant to be used as they are.
 
@@ -79,11 +78,11 @@ def gauss_newton(
 
     * Where the next update has the same batch, its own loss is the trial, and costs nothing. A step
       that did not lower it is taken back by that update.
-    * Else the first three steps, and then at least every `check`-th and where the loss is alarming,
-      are tried before they are taken, by a forward pass. A step that does not lower the loss is not
-      taken. Steps between are taken untried.
+    * Else the first three steps are tried before they are taken, by a forward pass. So is at least
+      every fifth after them (`Momentum`), and one where the loss is alarming. A step that does not
+      lower the loss is not taken. Steps between are taken untried.
 
-    With ``check=1`` every step is tried before it is taken.
+    With ``step=Subspace()`` every step is tried before it is taken.
 
     Each argument changes one thing. A number or a schedule for `damping` gives λ and leaves solver,
     step rule and the test of the loss as they are. The textbook's method takes full steps of
@@ -109,7 +108,6 @@ def gauss_newton(
             batch and not the problem, and would let λ fall too far.
         solver: a record from `gnlin.solve`, or any `Solver`.
         step: how far to go along the direction of the solver, any `StepRule`.
-        check: most steps until one is tried by the loss.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -136,11 +134,9 @@ def gauss_newton(
     check_solver("solver", solver)
     check_step_rule(step)
     policy = policy_of(damping)
-    check_integer("check", check)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate)
     lead = getattr(step, "lead", None)
-    remembers = check > 1 or lead is not None
     relative = getattr(policy, "relative", False)
 
     def init_fn(params):
@@ -156,7 +152,7 @@ def gauss_newton(
             solver=solver_state,
             damping=damping_state,
             step=step_state,
-            memory=begin_memory(params) if remembers else (),
+            memory=begin_memory(params) if lead else (),
             unit=zero if relative else (),
             metrics={**own, **solver_stats, **step_stats, **damping_stats},
         )
@@ -192,7 +188,9 @@ def gauss_newton(
         search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate, last)
         chosen = returned_step(step.choose(search, state.step))
 
-        outcome = try_step(policy, before, models, chosen, past, check, problem, params, batch)
+        outcome = try_step(
+            policy, before, models, chosen, past, getattr(step, "check", 1), problem, params, batch
+        )
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
         adapted = tree.select(telling & outcome.tried, outcome.damping, before)

@@ -75,6 +75,7 @@ def recall(memory: Memory, params: Params, batch: jax.Array, value: jax.Array) -
         value: loss now.
     """
     known = memory.count > 0
+    value = value.astype(memory.trend.dtype)
     again = known & jnp.all(batch == memory.batch)
     step = tree.subtract(params, memory.params)
     step = tree.select(known, step, tree.zeros_like(step))

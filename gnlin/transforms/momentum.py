@@ -56,6 +56,7 @@ class Momentum:
     Args:
         coefficient: μ.
         every: T.
+        check: most steps on other batches until one is tried by the loss, see `gauss_newton`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -66,15 +67,17 @@ class Momentum:
     Example:
         >>> import gnlin
         >>> gnlin.Momentum()
-        Momentum(coefficient=0.8, every=2)
+        Momentum(coefficient=0.8, every=2, check=5)
     """
 
     coefficient: float = 0.8
     every: int = 2
+    check: int = 5
 
     def __post_init__(self):
         check_fraction("coefficient", self.coefficient, one=False)
         check_integer("every", self.every)
+        check_integer("check", self.check)
 
     def init(self, params: Params) -> tuple[MomentumState, Stats]:
         zero = jnp.zeros([], tree.accumulation_dtype(params))

@@ -86,7 +86,11 @@ def try_step(policy, before, models, chosen, past, check, problem, params, batch
     trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
     adapted, accepted, stats = judged(policy, before, trial)
     # A step that is not tried is taken where its model promises no rise.
-    harmless = chosen.sound & jnp.isfinite(value) & (chosen.change <= resolution(value))
+    harmless = (
+        chosen.sound
+        & jnp.isfinite(value)
+        & (chosen.change <= resolution(value).astype(chosen.change.dtype))
+    )
     accepted = jnp.where(due, accepted, harmless)
     return Outcome(due, accepted, adapted, trial.gain_ratio, stats)
 
@@ -124,7 +128,8 @@ def settle(
     """
     # Exact zeros where it is refused: a NaN times 0 would be a NaN.
     taken = tree.select(outcome.accepted, chosen.step, tree.zeros_like(chosen.step))
-    gain_ratio = jnp.where(outcome.tried, outcome.gain_ratio, metrics["gain_ratio"])
+    before = metrics["gain_ratio"]
+    gain_ratio = jnp.where(outcome.tried, outcome.gain_ratio.astype(before.dtype), before)
     if past is None:
         return Settled(taken, outcome.accepted, gain_ratio, ())
     memory, value = past.memory, models.loss.value
@@ -151,6 +156,6 @@ def settle(
     return Settled(
         step=tree.select(past.back, tree.subtract(memory.params, params), taken),
         accepted=outcome.accepted & ~past.back,
-        gain_ratio=jnp.where(past.judged, past.gain_ratio, gain_ratio),
+        gain_ratio=jnp.where(past.judged, past.gain_ratio.astype(before.dtype), gain_ratio),
         memory=after,
     )
