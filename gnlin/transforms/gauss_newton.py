@@ -136,7 +136,7 @@ def gauss_newton(
     policy = policy_of(damping)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate)
-    lead = getattr(step, "lead", None)
+    lead, check = getattr(step, "lead", None), getattr(step, "check", 1)
     relative = getattr(policy, "relative", False)
 
     def init_fn(params):
@@ -188,9 +188,7 @@ def gauss_newton(
         search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate, last)
         chosen = returned_step(step.choose(search, state.step))
 
-        outcome = try_step(
-            policy, before, models, chosen, past, getattr(step, "check", 1), problem, params, batch
-        )
+        outcome = try_step(policy, before, models, chosen, past, check, problem, params, batch)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
         adapted = tree.select(telling & outcome.tried, outcome.damping, before)
