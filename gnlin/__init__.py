@@ -31,12 +31,14 @@ from gnlin.solve import (
     Solver,
     layers,
 )
-from gnlin.transforms.damping import DampingPolicy, GainRatio, Trial, TrustRegion
+from gnlin.transforms.damping import DampingPolicy, GainRatio, TrustRegion
 from gnlin.transforms.drift import measure_kernel_drift
+from gnlin.transforms.gain import Trial
 from gnlin.transforms.gauss_newton import gauss_newton, scale_by_gauss_newton
 from gnlin.transforms.iterative_linearisation import iterative_linearisation, linearise_gradients
 from gnlin.transforms.layer_periods import LayerPeriods
 from gnlin.transforms.levenberg_marquardt import levenberg_marquardt
+from gnlin.transforms.momentum import Momentum
 from gnlin.transforms.period import PeriodRule, RelativeGap, Served
 from gnlin.transforms.prox_linear import prox_linear
 from gnlin.transforms.state import anchor, metrics, predict
@@ -57,6 +59,7 @@ __all__ = [
     "LayerPeriods",
     "Linearisation",
     "MinimiseInfo",
+    "Momentum",
     "Nystrom",
     "Objective",
     "PeriodRule",

@@ -103,7 +103,7 @@ class Case:
 LINEARISED = frozenset({"linearise/loss", "linearise/refreshes", "linearise/age"})
 CG_STATS = frozenset({"cg/iterations", "cg/residual", "cg/converged"})
 DENSE_STATS = frozenset({"dense/residual", "dense/converged"})
-STEP = frozenset({"subspace/length", "subspace/momentum", "gain_ratio", "loss", "accepted"})
+STEP = frozenset({"momentum/length", "momentum/conjugate", "gain_ratio", "loss", "accepted"})
 LM_STATS = frozenset({"loss", "accepted", "gain_ratio", "damping", "rejections"})
 
 

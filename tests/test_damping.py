@@ -10,7 +10,8 @@ from problems import tolerance
 from references.damping import Adaptive, Nielsen, Outcome, more
 
 import gnlin
-from gnlin.transforms.damping import RadiusState, gain_ratio
+from gnlin.transforms.damping import RadiusState
+from gnlin.transforms.gain import gain_ratio
 
 # Loss before the step and after it, promised change, size of the step: the gain ratio.
 TRIALS = {

@@ -155,17 +155,15 @@ def record(case: Case):
 
 
 def transform(case: Case, objective):
-    """The transform of a case; arguments that have their defaults are left out."""
-    options: dict[str, Any] = {}
+    """The transform of a case, which pays for everything at every step."""
+    options: dict[str, Any] = {"step": gnlin.Subspace(**case.rule)}
+    options["damping"] = gnlin.GainRatio(1e-2, minimum=1e-3)
+    options["solver"] = gnlin.Kronecker(**case.kronecker)
     if case.learning_rate != 1.0:
         options["learning_rate"] = case.learning_rate
     if case.damping is not DEFAULT:
         adaptive = isinstance(case.damping, Adaptive)
         options["damping"] = gnlin.GainRatio(*case.damping) if adaptive else case.damping
-    if case.kronecker:
-        options["solver"] = gnlin.Kronecker(**case.kronecker)
-    if case.rule:
-        options["step"] = gnlin.Subspace(**case.rule)
     tx = gnlin.gauss_newton(objective, **options)
     return optax.chain(third_party(case.incoming.transform), tx) if case.incoming else tx
 

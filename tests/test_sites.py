@@ -5,6 +5,8 @@ with a probe added to each product. Its inputs are recorded, and its cotangents 
 probes.
 """
 
+import operator
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -76,7 +78,7 @@ def decoder(p, tokens, remat=False, dtype=None):
 def indexed(p, tokens):
     def blocks(x):
         for layer in range(LAYERS):
-            x = block(x, jax.tree.map(lambda leaf: leaf[layer], p["blocks"]))
+            x = block(x, jax.tree.map(operator.itemgetter(layer), p["blocks"]))
         return x
 
     return ends(p, tokens, blocks)
@@ -100,7 +102,7 @@ def taps_of_the_twin(p, tokens, sample):
 
         def blocks(x):
             for layer in range(LAYERS):
-                x = block(x, {name: leaf[layer] for name, leaf in p["blocks"].items()}, tap)
+                x = block(x, jax.tree.map(operator.itemgetter(layer), p["blocks"]), tap)
             return x
 
         return ends(p, tokens, blocks, tap)
@@ -186,12 +188,12 @@ def test_shared_weights_have_the_trace_of_the_sum(x64):
     traces = [tuple(np.trace(side[:-1, :-1]) for side in term) for term in terms]
     weights = [left * right for left, right in traces]
     for side, found in enumerate((state.left["table"], state.right["table"])):
-        scaled = [w * term[side] / t[side] for w, term, t in zip(weights, terms, traces, strict=True)]
+        scaled = [
+            w * term[side] / t[side] for w, term, t in zip(weights, terms, traces, strict=True)
+        ]
         np.testing.assert_allclose(found, sum(scaled) / np.sqrt(sum(weights)), atol=1e-12)
 
-    total = np.prod(
-        [np.trace(side["table"][:-1, :-1]) for side in (state.left, state.right)]
-    )
+    total = np.prod([np.trace(side["table"][:-1, :-1]) for side in (state.left, state.right)])
     np.testing.assert_allclose(total, sum(weights), rtol=1e-12)
 
 
@@ -203,9 +205,9 @@ def test_a_table_that_is_looked_up_has_its_counts(x64):
 
     state, sample = moments(model, params, TOKENS)
     np.testing.assert_allclose(state.left["table"], one_hot(TOKENS, VOCABULARY), atol=1e-12)
-    cotangents = jax.grad(
-        lambda rows: jnp.sum(jnp.tanh(rows) @ params["w"] * sample)
-    )(params["table"][TOKENS])
+    cotangents = jax.grad(lambda rows: jnp.sum(jnp.tanh(rows) @ params["w"] * sample))(
+        params["table"][TOKENS]
+    )
     _, right = product(np.ones(8), np.asarray(cotangents), WIDTH)
     np.testing.assert_allclose(state.right["table"], right, atol=1e-12)
 
@@ -386,7 +388,9 @@ def gradient_of(use, cotangents):
         cotangent = np.asarray(cotangent, float)
         if site.kind in ("gain", "bias"):
             known = np.asarray(site.inputs, float)
-            cotangent = cotangent * known.reshape(known.shape + (1,) * (cotangent.ndim - known.ndim))
+            cotangent = cotangent * known.reshape(
+                known.shape + (1,) * (cotangent.ndim - known.ndim)
+            )
         if site.factor is not None:
             cotangent = cotangent * float(site.factor)
         s = np.asarray(site.arranged(jnp.asarray(cotangent), layout.shape, layout.stack))
@@ -447,7 +451,9 @@ def test_every_leaf_is_read_and_its_sites_make_the_gradient(name):
 
 def test_adapters_under_partition_are_read_in_their_stack():
     """The frozen weights are hidden; the adapters are a stack by themselves."""
-    frozen, a, b = (oracles.normal(*shape, seed=1) / 3 for shape in ((3, 8, 8), (3, 8, 2), (3, 2, 8)))
+    frozen, a, b = (
+        oracles.normal(*shape, seed=1) / 3 for shape in ((3, 8, 8), (3, 8, 2), (3, 2, 8))
+    )
     frozen, a, b = (leaf.astype(jnp.float32) for leaf in (frozen, a, b))
 
     def model(p, x):

@@ -3,7 +3,8 @@
 * `protocols`: a solver, a preconditioner, and the records that they return. Start here.
 * `cg`: conjugate gradients, for systems of any size.
 * `kronecker`: factors for each layer, a solver by itself and a preconditioner.
-* `factors`: moments of one layer, and the inverse of their damped product.
+* `factors`: moments of one layer.
+* `factorisation`: the inverse of the damped product of moments.
 * `inverses`: inverses of many small matrices at once.
 * `eigenbasis`: Adam in the eigenbasis of these factors.
 * `layer_table`: the layers of a model, as `kronecker` sees them.

@@ -81,7 +81,9 @@ class Eigenbasis:
     momentum: float = 0.9
     decay: float = 0.95
     refresh: int = 10
-    kronecker: Kronecker = Kronecker(decay=0.8, fraction=1.0)
+    kronecker: Kronecker = dataclasses.field(
+        default_factory=lambda: Kronecker(decay=0.8, fraction=1.0)
+    )
     direction_only: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -89,9 +91,7 @@ class Eigenbasis:
         check_fraction("decay", self.decay, one=False)
         check_integer("refresh", self.refresh, least=1)
         if not isinstance(self.kronecker, Kronecker):
-            raise TypeError(
-                f"`kronecker` must be a gnlin.Kronecker record; got {self.kronecker!r}"
-            )
+            raise TypeError(f"`kronecker` must be a gnlin.Kronecker record; got {self.kronecker!r}")
 
     def init(self, params: Params) -> tuple[EigenbasisState, Stats]:
         dtype = tree.accumulation_dtype(params)
@@ -158,9 +158,7 @@ class Eigenbasis:
         return jax.lax.cond(due, refreshed, lambda: (state.factors, state.left, state.right))
 
 
-def _eigenvectors(
-    moments: Sequence[jax.Array], before: Sequence[jax.Array]
-) -> list[jax.Array]:
+def _eigenvectors(moments: Sequence[jax.Array], before: Sequence[jax.Array]) -> list[jax.Array]:
     """Eigenvectors of the moments of all leaves, those of one size together."""
     found = list(before)
     sizes = {old.shape[-1] for old in before if old.ndim}

@@ -1,6 +1,6 @@
-"""Kronecker factors: the moments of a layer, and the inverse of their damped product.
+"""Kronecker factors: the second moments of the inputs and cotangents of a layer.
 
-`kronecker` averages the moments over steps, and applies the inverse.
+`kronecker` averages them over steps, and `factorisation` inverts the averages.
 """
 
 import functools
@@ -11,10 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gnlin import tree
-from gnlin.solve.inverses import inverses
 from gnlin.structure.layers import Layout, Site, Use
-from gnlin.tree import Params
 
 
 class Factors(NamedTuple):
@@ -123,7 +120,12 @@ def _moments_of_site(
     # The moments of one member, and zeros elsewhere.
     place = dict(site.taken)
     index = tuple(place.get(axis, slice(None)) for axis in range(layout.stack))
-    one = Factors(*(side[tuple(slice(0, 1) if a in place else slice(None) for a in range(layout.stack))] for side in like))
+    one = Factors(
+        *(
+            side[tuple(slice(0, 1) if a in place else slice(None) for a in range(layout.stack))]
+            for side in like
+        )
+    )
     found = _moments_of_members(site, cotangents, layout, share, one)
     return Factors(
         *(
@@ -146,7 +148,7 @@ def _moments_of_members(
         left = _from_diagonal(counts, like.left, layout)
         return Factors(left, _moment(_pad(outputs, -1, 0), like.right, layout))
     if site.kind == "embedding":
-        transposed = 0 in {axis for group in site.output_axes for axis in group}
+        transposed = site.fills(0)
         sides = (like.right, like.left) if transposed else like
         tokens = site.inputs.ravel()
         counts = jnp.zeros([sides[0].shape[-1]], share.dtype)
@@ -181,7 +183,7 @@ def _sides_of_layer(
         inputs, outputs = inputs[..., chosen, :], outputs[..., chosen, :] * scale
     mean = _pad(inputs, -1, 1) / jnp.sqrt(jnp.asarray(inputs.shape[-2], inputs.dtype))
     last = _moment(_pad(outputs, -1, 0), like[1], layout)
-    if groups > 1 and _is_full(last, layout):
+    if groups > 1 and is_full(last, layout):
         # Outputs of different groups have no inputs in common.
         group = jnp.arange(len(last)) * groups // (len(last) - 1)
         last = jnp.where(group[:, None] == group[None], last, 0)
@@ -215,164 +217,28 @@ def _pad(matrix: jax.Array, axis: int, value: float) -> jax.Array:
     return jnp.pad(matrix, width, constant_values=value)
 
 
-def _is_full(moment: jax.Array, layout: Layout) -> bool:
+def is_full(moment: jax.Array, layout: Layout) -> bool:
     """Whether it has matrices, and not their diagonals alone."""
     return moment.ndim == layout.stack + 2
 
 
 def _moment(x: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
     """XᵀX for each X (R, n) of a stack, or its diagonal where the moment before is one."""
-    full = _is_full(like, layout)
+    full = is_full(like, layout)
     found = jnp.swapaxes(x, -2, -1) @ x if full else jnp.sum(x**2, axis=-2)
     return jnp.broadcast_to(found, like.shape)
 
 
 def _from_diagonal(diagonal: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    return jnp.broadcast_to(jnp.diag(diagonal) if _is_full(like, layout) else diagonal, like.shape)
+    return jnp.broadcast_to(jnp.diag(diagonal) if is_full(like, layout) else diagonal, like.shape)
 
 
-def _diagonal(moment: jax.Array, layout: Layout) -> jax.Array:
-    """(stack..., n)"""
-    full = _is_full(moment, layout)
+def diagonal_of(moment: jax.Array, layout: Layout) -> jax.Array:
+    """The diagonal of each member of a stack, (stack..., n)."""
+    full = is_full(moment, layout)
     return jnp.diagonal(moment, axis1=-2, axis2=-1) if full else moment
 
 
 def _trace(moment: jax.Array, layout: Layout) -> jax.Array:
     """Of each member of a stack, without the spare row."""
-    return jnp.sum(_diagonal(moment, layout)[..., :-1], axis=-1)
-
-
-# The inverse.
-
-
-class InverseFactors(NamedTuple):
-    """(A + π√λ I)⁻¹ and (S + √λ/π I)⁻¹ of one leaf, shaped as its moments without spare rows.
-
-    At a vector `left` is 1 / (diag G + λ), and `right` is 0.
-    """
-
-    left: jax.Array
-    right: jax.Array
-
-
-def inverse_factors(
-    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array
-) -> list[InverseFactors]:
-    """The inverse factors of all leaves. At a bias of a layer they are not used."""
-    # Matrices wait until all are known: those of one size are inverted together.
-    waiting: list[jax.Array] = []
-    found = [_shifted(use, pair, damping) for use, pair in zip(uses, factors, strict=True)]
-    for use, pair in zip(uses, found, strict=True):
-        waiting.extend(side for side in pair if _is_full(side, use.layout))
-    done = iter(inverses(waiting))
-    return [
-        InverseFactors(
-            *(
-                next(done) if _is_full(side, use.layout) else _reciprocal(side)
-                for side in pair
-            )
-        )
-        for use, pair in zip(uses, found, strict=True)
-    ]
-
-
-def apply_inverse(
-    uses: Sequence[Use], inverse: Sequence[InverseFactors], vector: Params, dtype: Any
-) -> Params:
-    """M⁻¹v, where a bias of a layer is one more row or column of its weight."""
-    flat = [leaf.astype(dtype) for leaf in jax.tree.leaves(vector)]
-    out = list(flat)
-    for leaf, use in enumerate(uses):
-        shape, layout = flat[leaf].shape, use.layout
-        if use.bias_of is not None:
-            continue
-        if layout.is_vector:
-            out[leaf] = flat[leaf] * inverse[leaf].left.reshape(shape)
-            continue
-        matrix = flat[leaf].reshape(layout.matrices)
-        if use.bias is None:
-            out[leaf] = _between(matrix, inverse[leaf], layout).reshape(shape)
-            continue
-        axis = _side_of_inputs(use) - 2
-        bias = jnp.expand_dims(flat[use.bias].reshape(*layout.stacked, -1), axis)
-        matrix = _between(jnp.concatenate([matrix, bias], axis=axis), inverse[leaf], layout)
-        matrix, bias = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
-        out[leaf], out[use.bias] = matrix.reshape(shape), bias.reshape(flat[use.bias].shape)
-    return tree.cast_like(jax.tree.unflatten(jax.tree.structure(vector), out), vector)
-
-
-def _between(matrix: jax.Array, inverse: InverseFactors, layout: Layout) -> jax.Array:
-    """A⁻¹VS⁻¹, for each member of a stack."""
-    left, right = inverse
-    matrix = left @ matrix if _is_full(left, layout) else left[..., :, None] * matrix
-    return matrix @ right if _is_full(right, layout) else matrix * right[..., None, :]
-
-
-def _side_of_inputs(use: Use) -> int:
-    """The side of a leaf that the fan-in of its site is on: 0 for rows, 1 for columns."""
-    (site,) = use.sites
-    return 1 if use.layout.is_transposed(site.fan_in, site.fan_out) else 0
-
-
-def _shifted(use: Use, factors: Factors, damping: jax.Array) -> Factors:
-    """A + π√λ I and S + √λ/π I, the damping shared between both; diag G + λ at a vector."""
-    layout = use.layout
-    if layout.is_vector:
-        # Without curvature and damping an entry passes unchanged.
-        total = factors.left.reshape(layout.shape) + damping
-        return Factors(jnp.where(total > 0, total, 1), factors.right)
-    lengths = list(layout.sides)
-    if use.bias is not None:
-        lengths[_side_of_inputs(use)] += 1
-    diagonals = _diagonal_sides(use)
-    # Without a bias the row and column of the constant input are left out.
-    left, right = (
-        _leading(moment, length, layout, diagonal)
-        for moment, length, diagonal in zip(factors, lengths, diagonals, strict=True)
-    )
-    means = [jnp.mean(_diagonal(moment, layout), axis=-1) for moment in (left, right)]
-    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
-    known = (means[0] > 0) & (means[1] > 0)
-    pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
-    root = jnp.sqrt(damping)
-    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
-    return Factors(
-        _add_to_diagonal(left, pi * root, means[0], layout),
-        _add_to_diagonal(right, root / pi, means[1], layout),
-    )
-
-
-def _diagonal_sides(use: Use) -> tuple[bool, bool]:
-    """Which sides of a leaf have a diagonal moment, whatever its shape: rows that are looked up."""
-    sides = [False, False]
-    kinds = {site.kind for site in use.sites}
-    if len(use.sites) == 1 and kinds == {"bias"}:
-        sides[0] = True
-    if kinds == {"embedding"}:
-        transposed = {0 in {a for g in site.output_axes for a in g} for site in use.sites}
-        if len(transposed) == 1:
-            sides[int(transposed.pop())] = True
-    return sides[0], sides[1]
-
-
-def _leading(moment: jax.Array, length: int, layout: Layout, diagonal: bool) -> jax.Array:
-    if diagonal or not _is_full(moment, layout):
-        return _diagonal(moment, layout)[..., :length]
-    return moment[..., :length, :length]
-
-
-def _add_to_diagonal(
-    moment: jax.Array, share: jax.Array, mean: jax.Array, layout: Layout
-) -> jax.Array:
-    size = moment.shape[-1]
-    # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    floor = 10 * size * float(jnp.finfo(moment.dtype).eps) * mean
-    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))[..., None]
-    if not _is_full(moment, layout):
-        return moment + share
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=moment.dtype), moment.shape)
-    return moment + share[..., None] * identity
-
-
-def _reciprocal(numbers: jax.Array) -> jax.Array:
-    return 1 / jnp.where(numbers == 0, 1, numbers)
+    return jnp.sum(diagonal_of(moment, layout)[..., :-1], axis=-1)

@@ -14,9 +14,9 @@ _SMALLEST = 8
 
 
 def inverses(matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """A⁻¹ of positive definite matrices (..., n, n), in their order.
+    r"""A⁻¹ of positive definite matrices (..., n, n), in their order.
 
-    With A = LLᵀ it is :math:`L^{-\\top} L^{-1}`. The time of small triangular solves is not that of
+    With A = LLᵀ it is :math:`L^{-\top} L^{-1}`. The time of small triangular solves is not that of
     their FLOPs. On a CPU each may wait for the threads of the BLAS, and on a GPU each row waits for
     the one before. Products of matrices do neither.
 

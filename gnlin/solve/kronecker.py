@@ -8,7 +8,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,15 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
-from gnlin.solve.factors import (
-    Factors,
-    Share,
-    apply_inverse,
-    inverse_factors,
-    moments_of_gradient,
-    moments_of_layer,
-)
+from gnlin.solve.factorisation import apply_inverse, inverse_factors
+from gnlin.solve.factors import Factors, Share, moments_of_gradient, moments_of_layer
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
-from gnlin.structure.layers import Layout, Reading, layouts, read_layers
+from gnlin.structure.layers import Layout, Reading, Use, layouts, read_layers
 from gnlin.tree import Params
+
+# So many first systems have factors of their own: parameters and averages change fast.
+_FRESH = 3
 
 
 class KroneckerState(NamedTuple):
@@ -37,9 +34,19 @@ class KroneckerState(NamedTuple):
     a bias multiplies. A side longer than `max_side` has the diagonal alone, and so has a vector.
     """
 
-    count: jax.Array  # of systems
-    left: Params  # (n, n) or (n,) for each leaf, of the rows of its matrix
+    count: jax.Array  # of systems whose factors entered the average
+    left: Params  # (stack..., n, n) or (stack..., n) for each leaf, of the rows of its matrix
     right: Params  # the same of its columns
+    kept: Any  # `_Kept`, the inverses, where they serve several systems
+
+
+class _Kept(NamedTuple):
+    """The inverses that the next systems use again."""
+
+    left: Params  # of the damped moments, in their shapes
+    right: Params
+    uses: jax.Array  # how many more systems they are for
+    damping: jax.Array  # λ in them
 
 
 @shows_signature
@@ -76,13 +83,18 @@ class Kronecker:
     M⁻¹b, whose length a step rule has to find (`Subspace`, the default of `gauss_newton`). A
     scaling D of the system is ignored.
 
+    With ``refresh=T`` factors are taken and inverted at every T-th system, and the inverses are
+    kept between. The first systems all have their own. A λ that has grown by half or more is
+    honoured at once, by inverses out of turn. The state is then about twice as large.
+
     Statistics: ``kronecker/finite``; where it is false the direction is zero.
 
     Args:
-        decay: of the average over steps. The average begins as a plain mean.
+        decay: of the average over systems. The average begins as a plain mean.
         fraction: share of the applications of a layer that enter its moments; never fewer than 64.
         max_side: longest side with a matrix of moments; a longer one has the diagonal alone.
         seed: of the samples ε.
+        refresh: T, systems for each inverse.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -101,6 +113,7 @@ class Kronecker:
     fraction: float = 0.25
     max_side: int = 4096
     seed: int = 0
+    refresh: int = 1
     direction_only: ClassVar[bool] = True  # M⁻¹b approximates no solution: its length is arbitrary
 
     def __post_init__(self):
@@ -108,6 +121,7 @@ class Kronecker:
         check_fraction("fraction", self.fraction, zero=False)
         for name in ("max_side", "seed"):
             check_integer(name, getattr(self, name), least=0)
+        check_integer("refresh", self.refresh)
 
     def init(self, params: Params) -> tuple[KroneckerState, Stats]:
         dtype = tree.accumulation_dtype(params)
@@ -122,7 +136,9 @@ class Kronecker:
             return Factors(*(moment(layout.stacked, length) for length in layout.sides))
 
         count = jnp.zeros([], jnp.int32)
-        return _state_of(count, [factors(each) for each in layouts(params)], params), _stats(False)
+        zeros = [factors(each) for each in layouts(params)]
+        kept = _kept_of(zeros, count, jnp.zeros([], dtype), params) if self.refresh > 1 else ()
+        return _state_of(count, zeros, params, kept), _stats(False)
 
     def solve(
         self, system: System, rhs: Params, state: KroneckerState
@@ -136,20 +152,51 @@ class Kronecker:
     def prepare(
         self, system: System, params: Params, state: KroneckerState
     ) -> tuple[Preparation, KroneckerState]:
-        dtype = tree.accumulation_dtype(params)
-        reading, before = read_layers(system.jvp, params), _factors_of(state)
-        latest = self._moments(reading, system, params, before, state.count)
-        # A plain mean, until the average has as much of the past as `decay` says.
-        keep = jnp.minimum(1 - 1 / (state.count + 1).astype(dtype), self.decay)
-        factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
-        next_state = _state_of(state.count + 1, factors, params)
-        damping = jnp.asarray(system.damping, dtype)
-        inverse = inverse_factors(reading.uses, factors, damping)
+        damping = jnp.asarray(system.damping, tree.accumulation_dtype(params))
+        found: list[Sequence[Use]] = []
+
+        def refreshed() -> tuple[list[Factors], KroneckerState]:
+            # Here and not outside, where inputs would be computed for all systems. What comes out
+            # is the shape of the layers alone.
+            reading = read_layers(system.jvp, params)
+            found.append(reading.uses)
+            return self._refreshed(reading, system, damping, params, state)
+
+        def reused() -> tuple[list[Factors], KroneckerState]:
+            kept = state.kept._replace(uses=state.kept.uses - 1)
+            return _factors_of(state.kept), state._replace(kept=kept)
+
+        if self.refresh == 1:
+            inverse, next_state = refreshed()
+        else:
+            # The share of λ in an inverse may be too large for a while, and not too small.
+            due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
+            inverse, next_state = jax.lax.cond(due, refreshed, reused)
 
         def apply(vector: Params) -> Params:
-            return apply_inverse(reading.uses, inverse, vector, dtype)
+            return apply_inverse(found[0], inverse, vector)
 
-        return Preparation(apply, _stats(tree.all_finite(factors))), next_state
+        finite = tree.all_finite((next_state.left, next_state.right))
+        return Preparation(apply, _stats(finite)), next_state
+
+    def _refreshed(
+        self, reading: Reading, system: System, damping, params, state
+    ) -> tuple[list[Factors], KroneckerState]:
+        """Inverses of the average with the moments of this system, and the next state."""
+        before = _factors_of(state)
+        latest = self._moments(reading, system, params, before, state.count)
+        count = state.count + 1
+        # A plain mean, until the average has as much of the past as `decay` says.
+        keep = jnp.minimum(1 - 1 / count.astype(damping.dtype), self.decay**self.refresh)
+        factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
+        inverse, kept = inverse_factors(reading.uses, factors, damping), state.kept
+        if self.refresh > 1:
+            # An inverse that failed serves no other system, and leaves nothing behind.
+            sound = tree.all_finite(inverse)
+            uses = jnp.where(sound & (count > _FRESH), self.refresh - 1, 0).astype(jnp.int32)
+            kept = tree.select(sound, inverse, tree.zeros_like(inverse))
+            kept = _kept_of(kept, uses, damping, params)
+        return inverse, _state_of(count, factors, params, kept)
 
     def _moments(self, reading: Reading, system, params, before, count) -> list[Factors]:
         """Moments of this system alone, in the order of the leaves."""
@@ -176,16 +223,26 @@ class Kronecker:
         return found
 
 
-def _factors_of(state: KroneckerState) -> list[Factors]:
+def _factors_of(state: Any) -> list[Factors]:
     lefts, rights = jax.tree.leaves(state.left), jax.tree.leaves(state.right)
     return [Factors(left, right) for left, right in zip(lefts, rights, strict=True)]
 
 
-def _state_of(count: jax.Array, factors: Sequence[Factors], params: Params) -> KroneckerState:
+def _state_of(
+    count: jax.Array, factors: Sequence[Factors], params: Params, kept: Any
+) -> KroneckerState:
+    return KroneckerState(count, *_sides(factors, params), kept)
+
+
+def _kept_of(inverse: Sequence[Factors], uses, damping, params: Params) -> _Kept:
+    return _Kept(*_sides(inverse, params), uses, damping)
+
+
+def _sides(factors: Sequence[Factors], params: Params) -> tuple[Params, Params]:
+    """``(left, right)``, trees like the parameters."""
     structure = jax.tree.structure(params)
     left = jax.tree.unflatten(structure, [each.left for each in factors])
-    right = jax.tree.unflatten(structure, [each.right for each in factors])
-    return KroneckerState(count, left, right)
+    return left, jax.tree.unflatten(structure, [each.right for each in factors])
 
 
 def _stats(finite: jax.Array | bool) -> Stats:

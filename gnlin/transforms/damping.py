@@ -1,11 +1,10 @@
 """The damping λ: a number, a schedule, or a policy that follows the gain ratio.
 
 A policy also decides which steps are taken. `gauss_newton` and `levenberg_marquardt` hand it a
-`Trial` of every step, from `trial_of` at the end of this file.
+`Trial`, from `gain`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +16,7 @@ from jax.core import Tracer
 from gnlin import tree
 from gnlin.checks import check_number, check_part, check_positive, returned, shows_signature
 from gnlin.solve.protocols import Stats
+from gnlin.transforms.gain import Trial
 from gnlin.tree import Params
 
 # A number, or a schedule: count of updates ↦ number.
@@ -24,25 +24,6 @@ Damping = chex.Numeric | Callable[[chex.Numeric], chex.Numeric]
 
 # Least gain ratio of a step that is taken, where a policy does not say.
 ACCEPT = 1e-4
-
-
-class Trial(NamedTuple):
-    """One step δ and its outcome; all scalars.
-
-    Attributes:
-        gain_ratio: ρ = actual decrease / predicted decrease; −∞ where it is not finite, or no
-            decrease was predicted.
-        decrease: ℓ(θ) − ℓ(θ + δ).
-        slope: uᵀδ, with u the right-hand side of the solve: the gradient, or the incoming updates.
-        length: ‖D^½ δ‖ of the solution, before any correction of it.
-        radius: the Δ that bounded the step; infinite without a bound.
-    """
-
-    gain_ratio: jax.Array
-    decrease: jax.Array
-    slope: jax.Array
-    length: jax.Array
-    radius: chex.Numeric
 
 
 @runtime_checkable
@@ -134,11 +115,24 @@ class GainRatio:
     It is a continuous version of Marquardt's up and down factors. λ barely moves while ρ is near ½,
     and repeated failures raise it faster and faster.
 
+    With ``relative=True`` λ has no units. `gauss_newton` multiplies it by a unit, measured on the
+    first batch. There steepest descent with the best length takes a step c, and its model promises
+    a decrease of Δ:
+
+    .. math:: \text{unit} = \frac{2\Delta}{\|\theta\|^2 + \|c\|^2}, \qquad
+              c = -\frac{g^\top g}{g^\top G g}\, g, \quad 2\Delta = -g^\top c.
+
+    With λ = 1 a step as long as θ thus costs as much damping as steepest descent gains. A factor on
+    the loss changes no step then.
+
     Args:
         initial: first λ.
         accept: least gain ratio of a step that counts as good.
         minimum: smallest λ, and at least the smallest normal number of its dtype.
         maximum: largest λ, and at most the largest number of its dtype that can still grow.
+        relative: whether λ and its limits are in units of the problem, for `gauss_newton` only.
+        minimum_again: smallest λ while each batch is the one before, and so no other can be
+            forgotten; `None` for `minimum`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -147,16 +141,22 @@ class GainRatio:
 
     Example:
         >>> import gnlin
-        >>> gnlin.GainRatio(1.0)
-        GainRatio(initial=1.0, accept=0.0001, minimum=1e-20, maximum=1e+20)
+        >>> gnlin.GainRatio(1.0).minimum
+        1e-20
     """
 
     initial: float
     accept: float = ACCEPT
     minimum: float = 1e-20
     maximum: float = 1e20
+    relative: bool = False
+    minimum_again: float | None = None
 
     def __post_init__(self):
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"`relative` must be True or False; got {self.relative!r}")
+        if self.minimum_again is not None:
+            check_positive("minimum_again", self.minimum_again)
         limits = self.minimum, self.initial, self.maximum
         for name, limit in zip(("minimum", "initial", "maximum"), limits, strict=True):
             check_positive(name, limit)
@@ -191,6 +191,9 @@ class GainRatio:
         least, most = (
             _representable(limit, damping.dtype) for limit in (self.minimum, self.maximum)
         )
+        if self.minimum_again is not None:
+            again = _representable(self.minimum_again, damping.dtype)
+            least = jnp.where(trial.again, jnp.minimum(again, least), least)
         return GainRatioState(jnp.clip(damping, least, most), growth), good, {}
 
 
@@ -334,60 +337,3 @@ def check_damping(damping: Any) -> None:
 def _check_acceptance(accept: float) -> None:
     if not isinstance(accept, Tracer) and not 0 <= accept < 1:
         raise ValueError(f"`accept` must lie in [0, 1); got {accept!r}")
-
-
-# The gain ratio.
-
-
-def resolution(value: jax.Array) -> jax.Array:
-    """Differences of losses up to this size are rounding.
-
-    It is 8 units in the last place, because a sum is rounded a few times.
-    """
-    return 8 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
-
-
-def trial_of(
-    value: jax.Array,
-    new_value: jax.Array,
-    change: jax.Array,
-    step: Params,
-    rhs: Params,
-    length: jax.Array,
-    radius: chex.Numeric = math.inf,
-) -> Trial:
-    """The outcome of a step, from the losses before and after it."""
-    ratio = gain_ratio(value, new_value, change, step, rhs)
-    return Trial(ratio, value - new_value, tree.inner(rhs, step), length, radius)
-
-
-def gain_ratio(
-    value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params
-) -> jax.Array:
-    """ρ = actual decrease / predicted decrease; −∞ where it is not finite or none was predicted.
-
-    Near a minimum both decreases drop below the resolution of the loss itself, and their quotient
-    is noise. The loss then says nothing against the step. The gradient, which is still accurate,
-    speaks for it: ρ is 1. A step of zeros for a right-hand side that is not zero, from a solve that
-    failed, is no such case.
-
-    Args:
-        value: loss before the step.
-        new_value: loss after it.
-        change: prediction of the model for their difference, new − old.
-        step: δ.
-        rhs: the right-hand side that δ was solved for.
-    """
-    dtype = tree.accumulation_dtype(value)
-    finest = resolution(value).astype(dtype)
-    value, new_value, predicted = (
-        jnp.asarray(x).astype(dtype) for x in (value, new_value, -change)
-    )
-    actual = value - new_value
-    indistinguishable = (jnp.abs(actual) <= finest) & (jnp.abs(predicted) <= finest)
-    # A failed solve gives a step of zeros. For a gradient of zeros that is the right step.
-    indistinguishable &= (tree.max_abs(step) > 0) | (tree.max_abs(rhs) == 0)
-    # A step that should not lower the loss has no gain ratio, and −∞ refuses it.
-    sound = jnp.isfinite(actual) & (predicted > 0)
-    ratio = jnp.where(sound, actual / jnp.where(sound, predicted, 1).astype(actual.dtype), -jnp.inf)
-    return jnp.where(indistinguishable, 1.0, ratio)

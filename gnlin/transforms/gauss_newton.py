@@ -3,10 +3,12 @@
 One update, in the order in which it is read below:
 
 * ``model = quadratic_model(problem, params, batch)``: one linearisation (`problem/curvature.py`).
+* ``ρ = (ℓ(θ') − ℓ(θ)) / predicted decrease``: the gain ratio of the last step, where the batch is
+  that of the last update (`memory`).
+* ``λ = damping.judge(ρ)``, and δ = θ' − θ where the policy refuses the last step (`damping`).
 * ``d = solver.solve(model.system(λ), updates)``: the direction (`solve/`).
-* ``δ = step.choose(d)``: the step along it (`step_length`).
-* ``ρ = (ℓ(θ) − ℓ(θ + δ)) / predicted decrease``: the gain ratio (`damping`).
-* ``λ = damping.judge(ρ)``, and δ = 0 where the policy refuses the step.
+* ``δ = step.choose(d)``: the step along it (`momentum`, `step_length`).
+* Now and then ``ρ = (ℓ(θ) − ℓ(θ + δ)) / predicted decrease``, and δ = 0 where it is refused.
 """
 
 from typing import Any, NamedTuple
@@ -28,11 +30,13 @@ from gnlin.transforms.damping import (
     GainRatio,
     Given,
     check_damping,
-    judged,
     policy_of,
-    trial_of,
 )
-from gnlin.transforms.step_length import Search, Step, StepRule, Subspace, check_step_rule
+from gnlin.transforms.memory import begin_memory
+from gnlin.transforms.momentum import Momentum
+from gnlin.transforms.step_length import Search, StepRule, check_step_rule, returned_step
+from gnlin.transforms.unit import damping_unit
+from gnlin.transforms.verdict import past_of, settle, try_step
 from gnlin.tree import Batch, Params
 
 
@@ -41,6 +45,8 @@ class GaussNewtonState(NamedTuple):
     solver: Any
     damping: Any  # state of the policy, such as λ
     step: Any  # state of the step rule, such as the last step
+    memory: Any  # what the last update left; () where every step is tried at once
+    unit: Any  # of a λ without units, 0 until it is known; () where λ has them
     metrics: dict[str, jax.Array]
 
 
@@ -55,24 +61,37 @@ def gauss_newton(
     objective: Objective,
     *,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    damping: Damping | DampingPolicy = GainRatio(1e-2, minimum=1e-3),
-    solver: Solver = Kronecker(),
-    step: StepRule = Subspace(),
+    damping: Damping | DampingPolicy = GainRatio(
+        1.0, minimum=0.1, relative=True, minimum_again=1e-3
+    ),
+    solver: Solver = Kronecker(refresh=5),
+    step: StepRule = Momentum(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton descent, with defaults that are meant to be used as they are.
 
     ``gauss_newton(objective)`` takes the direction from `Kronecker` factors of the Gauss-Newton
-    matrix. The linearised model gives its length and some momentum (`Subspace`). λ follows the gain
-    ratio (`GainRatio`). A step that does not lower the loss of its batch is not taken. All this
-    takes three to four gradients for each step.
+    matrix, with `Momentum`. The linearised model gives its length. λ follows the gain ratio
+    (`GainRatio`) and has no units. All this takes less than two gradients for each step. Factors,
+    length and trial are not paid for at every step.
+
+    A step is tried by the loss of its batch:
+
+    * Where the next update has the same batch, its own loss is the trial, and costs nothing. A step
+      that did not lower it is taken back by that update.
+    * Else the first three steps are tried before they are taken, by a forward pass. So is at least
+      every fifth after them (`Momentum`), and one where the loss is alarming. A step that does not
+      lower the loss is not taken. Steps between are taken untried.
+
+    With ``step=Subspace()`` every step is tried before it is taken.
 
     Each argument changes one thing. A number or a schedule for `damping` gives λ and leaves solver,
     step rule and the test of the loss as they are. The textbook's method takes full steps of
     :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u` by conjugate gradients. It is
     ``optax.chain(scale_by_gauss_newton(objective, λ), optax.scale_by_learning_rate(η))``.
 
-    Metrics: ``damping`` (λ used), ``gain_ratio``, ``accepted``, ``loss`` (at the parameters given),
-    and those of solver, step rule and policy. A batch whose loss or gradient is not finite gives no
+    Metrics: ``damping`` (λ used), ``gain_ratio`` (the latest), ``accepted`` (false where a step was
+    refused or taken back), ``loss`` (at the parameters given), and those of solver, step rule and
+    policy. A batch whose loss or gradient is not finite gives no
     step and leaves λ as it is.
 
     The update takes, beside ``batch``:
@@ -84,9 +103,9 @@ def gauss_newton(
     Args:
         objective: the problem.
         learning_rate: η, a number or a schedule, which multiplies the step that the rule found.
-        damping: λ: a number, a schedule of the count, or a policy. The minimum of the default is
-            for mini-batches. The gain ratio knows the batch and not the problem, and would let λ
-            fall too far.
+        damping: λ: a number, a schedule of the count, or a policy. A number has the units of the
+            curvature. The minimum of the default is for mini-batches. The gain ratio knows the
+            batch and not the problem, and would let λ fall too far.
         solver: a record from `gnlin.solve`, or any `Solver`.
         step: how far to go along the direction of the solver, any `StepRule`.
 
@@ -117,6 +136,8 @@ def gauss_newton(
     policy = policy_of(damping)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate)
+    lead, check = getattr(step, "lead", None), getattr(step, "check", 1)
+    relative = getattr(policy, "relative", False)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
@@ -131,6 +152,8 @@ def gauss_newton(
             solver=solver_state,
             damping=damping_state,
             step=step_state,
+            memory=begin_memory(params) if lead else (),
+            unit=zero if relative else (),
             metrics={**own, **solver_stats, **step_stats, **damping_stats},
         )
         return tree.copy(state)  # a buffer that appears twice could not be donated
@@ -147,38 +170,43 @@ def gauss_newton(
     ):
         del extra_args
         problem = problem_of_update(objective, params, all_params, state, init_fn)
-        damping = policy.damping(state.damping, state.count)
         rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
-
         models = _models(problem, updates, params, batch, curvature_batch)
-        system = models.curvature.system(damping)
-        solution, solver_state = solved(solver, system, models.rhs, state.solver)
+        value = models.loss.value
 
+        past = past_of(policy, state.damping, state.memory, params, batch, value)
+        last = None if past is None else past.last
+        before = state.damping if past is None else past.damping
+        damping, unit = policy.damping(before, state.count), ()
+        if relative:
+            factor, unit = _unit(models, updates is None, params, state.unit)
+            damping = damping * factor
+
+        rhs, gradient = lead(models.rhs, last) if lead else (models.rhs, models.rhs)
+        solution, solver_state = solved(solver, models.curvature.system(damping), rhs, state.solver)
         direction, curvature = solution.direction, models.curvature
-        search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate)
-        chosen = step.choose(search, state.step)
-        if not isinstance(chosen, Step):
-            raise TypeError(f"`step.choose` must return a gnlin.Step; got {type(chosen).__name__}")
+        search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate, last)
+        chosen = returned_step(step.choose(search, state.step))
 
-        value, length = models.loss.value, tree.norm(chosen.step)
-        # The trial costs a forward pass. It is on `batch`, as is the loss before the step.
-        new_value = problem.value(tree.add(params, chosen.step), batch)
-        trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
-        adapted, accepted, damping_stats = judged(policy, state.damping, trial)
+        outcome = try_step(policy, before, models, chosen, past, check, problem, params, batch)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
         telling = jnp.isfinite(value) & chosen.sound & (jnp.asarray(rate) != 0)
-        # Exact zeros where it is refused: a NaN times 0 would be a NaN.
-        taken = tree.select(accepted, chosen.step, tree.zeros_like(chosen.step))
-        own = {"damping": damping, "gain_ratio": trial.gain_ratio, "loss": value}
-        own = {**tree.cast(own, float), "accepted": accepted}
-        metrics = {**own, **solution.stats, **chosen.stats, **damping_stats}
-        return taken, GaussNewtonState(
+        adapted = tree.select(telling & outcome.tried, outcome.damping, before)
+        ends = settle(past, outcome, chosen, params, gradient, models, telling, state.metrics)
+        own = tree.cast({"damping": damping, "gain_ratio": ends.gain_ratio, "loss": value}, float)
+        metrics = {**own, **solution.stats, **chosen.stats, **outcome.stats}
+        # A loss that is not finite leaves no trace, nor does a place that is left again.
+        step_state = state.step if chosen.state is None else chosen.state
+        stays = jnp.isfinite(value) if past is None else jnp.isfinite(value) & ~past.back
+        return ends.step, GaussNewtonState(
             count=optax.safe_increment(state.count),
-            solver=tree.if_finite(solver_state, state.solver),
-            damping=tree.select(telling, adapted, state.damping),
+            solver=tree.select(stays & tree.all_finite(solver_state), solver_state, state.solver),
+            damping=adapted,
             # A refused step leaves zeros behind, so momentum begins anew.
-            step=step.remember(state.step, taken),
-            metrics=check_metrics(metrics, state.metrics),
+            step=step.remember(tree.select(stays, step_state, state.step), ends.step),
+            memory=ends.memory,
+            unit=unit,
+            metrics=check_metrics({**metrics, "accepted": ends.accepted}, state.metrics),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -293,3 +321,11 @@ def _models(
     # One linearisation serves gradient and products. Under jit, unused parts are never computed.
     rhs = model.gradient() if updates is None else updates
     return _Models(model, curvature, data, tree.cast_like(rhs, params))
+
+
+def _unit(
+    models: _Models, has_gradient: bool, params: Params, unit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``(unit of λ now, unit to be kept)``; other updates than the gradient say nothing on it."""
+    gradient = models.rhs if has_gradient else models.loss.gradient()
+    return damping_unit(unit, models.curvature, gradient, params)

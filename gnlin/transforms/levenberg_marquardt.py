@@ -26,8 +26,8 @@ from gnlin.transforms.damping import (
     TrustRegion,
     check_policy,
     judged,
-    trial_of,
 )
+from gnlin.transforms.gain import trial_of
 from gnlin.tree import Batch, Params
 
 
@@ -208,6 +208,8 @@ def _policy(damping: Any, solver: Solver) -> Any:
             f"follows the gain ratio, and no schedule; got {damping!r}"
         )
     check_policy(damping)
+    if getattr(damping, "relative", False):
+        raise ValueError("`damping` must be absolute here; `relative` is for gnlin.gauss_newton")
     return damping
 
 

@@ -18,7 +18,8 @@ from gnlin.checks import check_part, check_positive, shows_signature
 from gnlin.problem.curvature import LOSS_MODELS, QuadraticModel, check_loss_model
 from gnlin.problem.objective import Objective
 from gnlin.solve.protocols import Stats
-from gnlin.transforms.damping import resolution
+from gnlin.transforms.gain import resolution
+from gnlin.transforms.memory import Last
 from gnlin.tree import Batch, Params
 
 
@@ -33,6 +34,7 @@ class Search(NamedTuple):
         direction: d, the solver's direction for the right-hand side; it leads uphill.
         rhs: the incoming updates u, the gradient where there were none.
         rate: the learning rate of this update.
+        last: what is known of the last update, where the transform keeps a memory of it.
     """
 
     objective: Objective
@@ -42,6 +44,7 @@ class Search(NamedTuple):
     direction: Params
     rhs: Params
     rate: chex.Numeric
+    last: Last | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +56,16 @@ class Step:
         change: predicted change of the loss by δ, damping aside.
         sound: whether all inputs of the choice were finite.
         stats: flat dictionary of scalars.
+        state: the rule's next state, before it remembers the step that was taken; `None` leaves it.
+        modelled: whether `change` is of the model, and no guess.
     """
 
     step: Params
     change: jax.Array
     sound: jax.Array | bool = True
     stats: Stats = dataclasses.field(default_factory=dict)
+    state: Any = None
+    modelled: jax.Array | bool = True
 
 
 @runtime_checkable
@@ -105,6 +112,12 @@ def check_step_rule(step: Any) -> None:
             "optax.scale_by_learning_rate(1.0))"
         )
     check_part("step", step, ("init", "choose", "remember"), "a step rule", "gnlin.Subspace()")
+
+
+def returned_step(step: Any) -> Step:
+    if not isinstance(step, Step):
+        raise TypeError(f"`step.choose` must return a gnlin.Step; got {type(step).__name__}")
+    return step
 
 
 @shows_signature

@@ -59,7 +59,11 @@ def _product_that_takes(bias: View, addends: Sequence[Addend], notes: Notes) -> 
     axes = [axis for group in bias.axes for axis in group]
     places = [place for place, group in enumerate(bias.axes) if group]
     looped = [axis for axis in bias.loops if axis is not None]
-    if bias.factor is not None or not places or [*looped, *axes] != list(range(len(bias.leaf_shape))):
+    if (
+        bias.factor is not None
+        or not places
+        or [*looped, *axes] != list(range(len(bias.leaf_shape)))
+    ):
         return None
     lengths = [bias.shape[place] for place in places]
     for addend in addends:

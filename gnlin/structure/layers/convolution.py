@@ -36,7 +36,9 @@ def conv_general_dilated(operation: Operation, notes: Notes) -> Tangent | None:
     behind = 2 + len(lengths)
     place_of = {images: 0, **{place: behind + i for i, place in enumerate(positions)}}
     order = [*(place_of[place] for place in sorted(place_of)), *range(1, behind)]
-    output_axes = tuple(out if place == channels else () for place in range(patches.ndim - behind + 2))
+    output_axes = tuple(
+        out if place == channels else () for place in range(patches.ndim - behind + 2)
+    )
     site = Site(
         kind="convolution",
         leaf=view.leaf,

@@ -8,7 +8,7 @@ from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
 
 
 def mul(operation: Operation, notes: Notes) -> View | Tangent | None:
-    """x ⊙ g, where g is repeated over the applications of a normalisation.
+    """X ⊙ g, where g is repeated over the applications of a normalisation.
 
     A leaf times one known number is a view of the leaf.
     """

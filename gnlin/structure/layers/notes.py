@@ -113,6 +113,10 @@ class Site(NamedTuple):
         """Axes of the leaf that the product alone has."""
         return _members(self.output_axes) - _members(self.input_axes)
 
+    def fills(self, axis: int) -> bool:
+        """Whether the product has this axis of the leaf."""
+        return axis in _members(self.output_axes)
+
     @property
     def products(self) -> jax.ShapeDtypeStruct:
         """The products of all turns."""
