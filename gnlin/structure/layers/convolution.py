@@ -17,6 +17,8 @@ def conv_general_dilated(operation: Operation, notes: Notes) -> Tangent | None:
     (known, view), params = operation.inputs, operation.params
     if not isinstance(view, View) or depends(known) or params["batch_group_count"] > 1:
         return None
+    if any(not group and length > 1 for group, length in zip(view.axes, view.shape, strict=True)):
+        return None  # a leaf that is repeated is used once for each repetition
     groups, numbers = params["feature_group_count"], params["dimension_numbers"]
 
     # `rhs_spec` says where the kernel has its axes (out, in, window).
