@@ -173,7 +173,7 @@ def test_contestants_of_ones_own_are_swept_and_may_not_share_a_name():
 
 
 def test_families_stand_for_their_members():
-    family = {"il", "il-gap", "prox-linear", "gn", "gn-cg", "lm", "lm-trust"}
+    family = {"il", "il-gap", "prox-linear", "gn", "gn-eigen", "gn-cg", "lm", "lm-trust"}
     assert {entry.contestant.name for entry in entries_of(["gnlin"])} == family
     assert [entry.label for entry in entries_of([])] == list(DEFAULT)
     assert len(entries_of(["adam", "adam"])) == 1

@@ -1,4 +1,4 @@
-"""First-order contestants on stacks of matrices, and the search behind prox-linear."""
+"""Contestants as the transforms that they stand for, and the search behind prox-linear."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax.contrib
 import pytest
 from problems import tolerance
 
+import gnlin
 from gnlin.compare.entrants import optimisers
 from gnlin.compare.entrants.contestants import CONTESTANTS
 from gnlin.compare.entrants.entry import parse
@@ -107,3 +108,76 @@ def test_the_search_behind_prox_linear_shortens_a_step_that_raises_the_loss():
     halvings = np.log2(length / shorter)
     assert halvings == pytest.approx(round(float(halvings)), abs=0.01)
     assert 1 <= round(float(halvings)) <= 10
+
+
+GAUSS_NEWTON = [
+    ("gn", 0.1, lambda objective: gnlin.gauss_newton(objective)),
+    (
+        "gn",
+        10.0,
+        lambda objective: gnlin.gauss_newton(
+            objective,
+            damping=gnlin.GainRatio(10.0, minimum=10.0, relative=True, minimum_again=0.1),
+        ),
+    ),
+    (
+        "gn:step=subspace,refresh=1",
+        1e-3,
+        lambda objective: gnlin.gauss_newton(
+            objective,
+            damping=gnlin.GainRatio(1e-2, minimum=1e-3),
+            solver=gnlin.Kronecker(),
+            step=gnlin.Subspace(),
+        ),
+    ),
+    (
+        "gn-eigen",
+        0.3,
+        lambda objective: gnlin.gauss_newton(
+            objective,
+            solver=gnlin.Eigenbasis(),
+            step=gnlin.Momentum(0.0, every=1),
+            learning_rate=0.3,
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("word", "value", "make"), GAUSS_NEWTON)
+def test_gauss_newton_is_the_transform_that_a_user_would_make(word, value, make):
+    """On batches that change, and then on one that comes again: λ falls as far as it may."""
+    task = diabetes()
+    method, tx = parse(word).method(task, value), make(task.objective)
+    size = len(jax.tree.leaves(task.train)[0]) // 4
+    order = [0, 1, 2, 3, 0, 1, *[2] * 10]
+
+    def ours(params, state, batch):
+        return method.step(params, state, batch, jax.random.key(0))
+
+    def theirs(params, state, batch):
+        updates, state = tx.update(None, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    start = task.init(jax.random.key(0))
+    ends = []
+    for step, state in (
+        (jax.jit(ours), method.init(start, task.train, jax.random.key(0))),
+        (jax.jit(theirs), tx.init(start)),
+    ):
+        params = start
+        for number in order:
+            part = slice(number * size, (number + 1) * size)
+            batch = jax.tree.map(lambda leaf, part=part: leaf[part], task.train)
+            params, state = step(params, state, batch)
+        ends.append((params, gnlin.metrics(state)["damping"]))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, **tolerance(jnp.float32, 1000)),
+        *ends,
+    )
+
+
+def test_gauss_newton_names_its_units_by_its_step():
+    assert parse("gn").grid == (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    old = parse("gn:step=subspace,refresh=1")
+    assert old.grid == (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    assert old.label == "gn:step=subspace,refresh=1"

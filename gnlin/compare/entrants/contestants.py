@@ -20,6 +20,12 @@ _RATES = (0.001, 0.004, 0.016, 0.064, 0.256)
 _SGD_RATES = (0.01, 0.04, 0.16, 0.64, 2.56)
 _AROUND_ONE = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0)
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_RELATIVE_DAMPINGS = _DAMPINGS  # around the least λ of the default
+_LEAST_DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def _least_damping(options: Options) -> tuple[float, ...]:
+    return _RELATIVE_DAMPINGS if options["step"] == "momentum" else _LEAST_DAMPINGS
 
 
 def _rates_of_inner(options: Options) -> tuple[float, ...]:
@@ -138,18 +144,29 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "gn",
-            "Gauss-Newton with Kronecker factors, momentum and adapted damping; tuned: least λ.",
+            "Gauss-Newton with Kronecker factors, momentum and adapted damping; tuned: least λ, in "
+            "units of the problem, or with step=subspace in those of the curvature.",
             optimisers.gauss_newton,
             tuned="damping",
-            grid=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+            grid=_least_damping,
             options={
                 "learning_rate": number(1.0),
+                "step": one_of("momentum", "subspace"),
+                "refresh": integer(5),
                 "solver": one_of("kronecker", "cg", "dense"),
                 "max_iterations": integer(10),
                 "momentum": switch(True),
                 "loss_model": one_of("exact", "quadratic"),
                 "batch": batch(),
             },
+            family="gnlin",
+        ),
+        Contestant(
+            "gn-eigen",
+            "Gauss-Newton for small batches: Adam in the eigenbasis of the Kronecker factors.",
+            optimisers.gauss_newton_eigenbasis,
+            grid=(0.01875, 0.075, 0.3, 1.2, 4.8),
+            options={"refresh": integer(10), "batch": batch()},
             family="gnlin",
         ),
         Contestant(

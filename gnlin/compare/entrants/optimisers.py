@@ -186,20 +186,49 @@ def _solver(task: Task, options: Options) -> gnlin.Solver:
 
 
 def gauss_newton(task: Task, options: Options) -> Method:
-    """The defaults of `gnlin.gauss_newton`; the tuned number is the least damping."""
-    least = options["damping"]
-    first: Any = jnp.maximum(least, 1e-2)
+    """The defaults of `gnlin.gauss_newton`; the tuned number is the least damping.
+
+    ``step=momentum`` has λ in units of the problem. With ``step=subspace`` λ has the units of the
+    curvature, and ``refresh=1`` then makes it the method that takes factors and trials at every
+    step.
+    """
+    momentum = options["step"] == "momentum"
     solvers: dict[str, gnlin.Solver] = {
-        "kronecker": gnlin.Kronecker(),
+        "kronecker": gnlin.Kronecker(refresh=options["refresh"]),
         "cg": gnlin.CG(options["max_iterations"]),
         "dense": gnlin.Dense(),
     }
     tx = gnlin.gauss_newton(
         task.objective,
         learning_rate=options["learning_rate"],
-        damping=gnlin.GainRatio(first, minimum=least),
+        damping=(_relative if momentum else _absolute)(options["damping"]),
         solver=solvers[options["solver"]],
-        step=gnlin.Subspace(momentum=options["momentum"], loss_model=options["loss_model"]),
+        step=gnlin.Momentum()
+        if momentum
+        else gnlin.Subspace(momentum=options["momentum"], loss_model=options["loss_model"]),
+    )
+    return from_optax(task.objective, tx)
+
+
+def _relative(least: Any) -> gnlin.GainRatio:
+    """λ in units of the problem. On a batch that comes again it may fall a hundred times lower."""
+    first: Any = jnp.maximum(least, 1.0)
+    return gnlin.GainRatio(first, minimum=least, relative=True, minimum_again=least / 100)
+
+
+def _absolute(least: Any) -> gnlin.GainRatio:
+    """λ in units of the curvature."""
+    first: Any = jnp.maximum(least, 1e-2)
+    return gnlin.GainRatio(first, minimum=least)
+
+
+def gauss_newton_eigenbasis(task: Task, options: Options) -> Method:
+    """Adam in the eigenbasis of the factors, at a share of the step that is best for the batch."""
+    tx = gnlin.gauss_newton(
+        task.objective,
+        learning_rate=options["learning_rate"],
+        solver=gnlin.Eigenbasis(refresh=options["refresh"]),
+        step=gnlin.Momentum(0.0, every=1),
     )
     return from_optax(task.objective, tx)
 
