@@ -126,8 +126,8 @@ def all_finite(tree: Tree) -> jax.Array:
 def _alone(scalar: jax.Array) -> jax.Array:
     """The same number, computed once.
 
-    XLA would copy the sum over the leaves into the program of every leaf that uses it: a square of
-    the number of leaves, which took half the time of a compilation.
+    XLA would copy the sum over the leaves into the program of every leaf that uses it. The square
+    of the number of leaves took half the time of a compilation.
     """
     return jax.lax.optimization_barrier(scalar)
 

@@ -43,8 +43,8 @@ class Reading(NamedTuple):
 def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
     """Find the layers in ``jvp``, the push-forward of a linearisation at `params`.
 
-    A leaf is read if all its uses are recognised, and fit its `Layout`: a product over all its
-    inputs, a lookup of rows, or for a vector a product or a sum entry by entry.
+    A leaf is read if all its uses are recognised and fit its `Layout`. A matrix fits in a product
+    over all its inputs, or in a lookup of rows. A vector fits in a product or a sum entry by entry.
     """
     return _Program(jvp, params).reading(_uses)
 
