@@ -15,8 +15,8 @@ from gnlin.jaxprs import Path
 class View(NamedTuple):
     """The tangent of one leaf, rearranged.
 
-    Its axes may be in another order, and neighbours among them may be merged. There may be new ones,
-    of length 1 or along which the leaf is repeated.
+    Its axes may be in another order, and neighbours among them may be merged. There may be new
+    ones, of length 1 or along which the leaf is repeated.
     """
 
     leaf: int
