@@ -88,7 +88,7 @@ class Scan(NamedTuple):
 
 def carries_from(scan: Scan, dependent: Sequence[bool]) -> list[bool]:
     """Which carried values depend on these inputs of a scan, in any turn."""
-    split, jaxpr = scan.split, scan.body.jaxpr
+    split = scan.split
     carried = [dependent[place] for place in split.carried]
     while True:
         flags = [
@@ -96,18 +96,30 @@ def carries_from(scan: Scan, dependent: Sequence[bool]) -> list[bool]:
             *carried,
             *(dependent[place] for place in split.scanned),
         ]
-        reached = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
-        for equation in jaxpr.eqns:
-            if any(not is_literal(atom) and atom in reached for atom in equation.invars):
-                reached.update(equation.outvars)
-        outputs = jaxpr.outvars[: len(carried)]
-        later = [
-            before or (not is_literal(atom) and atom in reached)
-            for before, atom in zip(carried, outputs, strict=True)
-        ]
+        outputs = _dependent_outputs(scan.body.jaxpr, flags)[: len(carried)]
+        later = [before or now for before, now in zip(carried, outputs, strict=True)]
         if later == carried:
             return carried
         carried = later
+
+
+def _dependent_outputs(jaxpr: Any, dependent: Sequence[bool]) -> list[bool]:
+    """Which outputs of a jaxpr depend on these inputs. Calls are entered."""
+    reached = {v for v, flag in zip(jaxpr.invars, dependent, strict=True) if flag}
+
+    def is_reached(atom: Any) -> bool:
+        return not is_literal(atom) and atom in reached
+
+    for equation in jaxpr.eqns:
+        flags = list(map(is_reached, equation.invars))
+        name, outputs = equation.primitive.name, [any(flags)] * len(equation.outvars)
+        if name in CALLS and any(flags):
+            outputs = _dependent_outputs(as_jaxpr(equation.params[CALLS[name]]), flags)
+        elif name == "cond" and any(flags[1:]):
+            branches = [_dependent_outputs(b.jaxpr, flags[1:]) for b in equation.params["branches"]]
+            outputs = [flags[0] or any(each) for each in zip(*branches, strict=True)]
+        reached.update(v for v, flag in zip(equation.outvars, outputs, strict=True) if flag)
+    return list(map(is_reached, jaxpr.outvars))
 
 
 class Branches(NamedTuple):

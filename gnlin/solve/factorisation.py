@@ -151,7 +151,7 @@ def _side_of_inputs(use: Use) -> int:
 
 def _are_diagonal(use: Use) -> tuple[bool, bool]:
     """Which sides of a leaf have a diagonal moment, whatever its shape: rows that are looked up."""
-    if len(use.sites) != 1 or use.sites[0].kind not in ("bias", "embedding"):
+    if len(use.sites) != 1 or use.sites[0].kind not in ("gain", "bias", "embedding"):
         return False, False
     (site,) = use.sites
     transposed = site.kind == "embedding" and site.fills(0)

@@ -140,10 +140,10 @@ def _moments_of_members(
 ) -> Factors:
     """A and S of one site, on the sides of the leaf that they belong to."""
     outputs = site.arranged(cotangents, layout.shape, layout.stack)
-    if site.kind == "bias":
+    if site.kind in ("gain", "bias"):
         # The rows of the leaf are chosen by one-hot vectors, each as often as the others.
         rows, columns = layout.sides
-        counts = jnp.append(jnp.full([rows], 1 / rows, share.dtype), 0)
+        counts = jnp.append(jnp.full([rows], 1 / max(rows, 1), share.dtype), 0)
         outputs = outputs.reshape(*outputs.shape[:-2], -1, columns)
         left = _from_diagonal(counts, like.left, layout)
         return Factors(left, _moment(_pad(outputs, -1, 0), like.right, layout))
@@ -152,14 +152,19 @@ def _moments_of_members(
         sides = (like.right, like.left) if transposed else like
         tokens = site.inputs.ravel()
         counts = jnp.zeros([sides[0].shape[-1]], share.dtype)
-        counts = counts.at[tokens].add(1 / tokens.size, mode="drop")
+        counts = counts.at[tokens].add(1 / max(tokens.size, 1), mode="drop")
         first = _from_diagonal(counts, sides[0], layout)
+        if site.ran is not None:
+            first = _of_those_that_ran(first, jnp.sum(counts), sides[0])
         last = _moment(_pad(outputs, -1, 0), sides[1], layout)
     else:
         transposed = bool(layout.is_transposed(site.fan_in, site.fan_out))
         sides = (like.right, like.left) if transposed else like
         inputs = site.arranged_inputs(layout.shape, layout.stack).astype(share.dtype)
+        inputs = jnp.concatenate([inputs, _ones(site, layout, inputs)], axis=-1)
         first, last = _sides_of_layer(inputs, outputs, site.groups, share, sides, layout)
+        if site.ran is not None:
+            first = _of_those_that_ran(first, diagonal_of(first, layout)[..., -1], sides[0])
     return Factors(last, first) if transposed else Factors(first, last)
 
 
@@ -173,7 +178,7 @@ def _sides_of_layer(
 ) -> tuple[jax.Array, jax.Array]:
     """A and S from a share of the applications, with inputs and outputs (stack..., R, n).
 
-    A has one row and one column more for the bias, whose input is 1. In S they are zero.
+    The last input is that of the bias. In S the row and the column of the bias are zero.
     """
     total = inputs.shape[-2]
     chosen = share.rows(total) if groups == 1 else None
@@ -181,7 +186,7 @@ def _sides_of_layer(
         # A is a mean over applications and S a sum, so only S has to make up for those left out.
         scale = jnp.sqrt(jnp.asarray(total / len(chosen), inputs.dtype))
         inputs, outputs = inputs[..., chosen, :], outputs[..., chosen, :] * scale
-    mean = _pad(inputs, -1, 1) / jnp.sqrt(jnp.asarray(inputs.shape[-2], inputs.dtype))
+    mean = inputs / jnp.sqrt(jnp.asarray(inputs.shape[-2], inputs.dtype))
     last = _moment(_pad(outputs, -1, 0), like[1], layout)
     if groups > 1 and is_full(last, layout):
         # Outputs of different groups have no inputs in common.
@@ -190,14 +195,31 @@ def _sides_of_layer(
     return _moment(mean, like[0], layout), last
 
 
+def _ones(site: Site, layout: Layout, inputs: jax.Array) -> jax.Array:
+    """The input of the bias: 1, but 0 in a branch that is not taken."""
+    if site.ran is None:
+        return jnp.ones_like(inputs[..., :1])
+    rank = site.inputs.ndim - site.ran.ndim
+    ran = jnp.broadcast_to(site.ran.reshape(*site.ran.shape, *[1] * rank), site.inputs.shape)
+    whole = site._replace(inputs=ran.astype(inputs.dtype))
+    return whole.arranged_inputs(layout.shape, layout.stack)[..., :1]
+
+
+def _of_those_that_ran(moment: jax.Array, share: jax.Array, before: jax.Array) -> jax.Array:
+    """A mean over the applications that took place; the mean before where none did."""
+    share = share.reshape(*share.shape, *[1] * (moment.ndim - share.ndim))
+    return jnp.where(share > 0, moment / jnp.where(share > 0, share, 1), before)
+
+
 def _squares(site: Site, cotangents: jax.Array, layout: Layout) -> jax.Array:
     """Σ x² s² over the applications: the diagonal of G at a vector, or at a stack of them."""
     dtype, shape = cotangents.dtype, (*layout.stacked, math.prod(layout.member))
     squares = jnp.square(site.arranged(cotangents, layout.shape, layout.stack))
     if site.kind == "embedding":
-        tokens = site.inputs.ravel()
-        of_tokens = jnp.sum(squares.reshape(tokens.size, -1), axis=1)
-        return jnp.zeros(shape, dtype).at[tokens].add(of_tokens, mode="drop")
+        # Rows of a stack of vectors, or entries of one vector.
+        of_tokens = squares[0] if layout.stack else squares[:, 0]
+        found = jnp.zeros(shape, dtype).at[site.inputs.ravel()].add(of_tokens, mode="drop")
+        return found.ravel()
     if site.kind in ("dense", "convolution"):
         inputs = site.arranged_inputs(layout.shape, layout.stack).astype(dtype)
         squares = squares * jnp.square(inputs)

@@ -25,6 +25,9 @@ def inverses(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     found: dict[int, jax.Array] = {}
     for size in {matrix.shape[-1] for matrix in matrices}:
         places = [place for place, matrix in enumerate(matrices) if matrix.shape[-1] == size]
+        if not size:
+            found.update((place, matrices[place]) for place in places)
+            continue
         stacks = [matrices[place].reshape(-1, size, size) for place in places]
         lower = inverse_of_triangular(jnp.linalg.cholesky(jnp.concatenate(stacks)))
         together = jnp.swapaxes(lower, -2, -1) @ lower

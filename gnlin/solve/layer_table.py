@@ -102,12 +102,12 @@ def layers(
         >>> objective = gnlin.Objective.least_squares(model)
         >>> params = {"table": jnp.ones((5, 3)), "gain": jnp.ones(3), "w": jnp.ones((3, 2))}
         >>> gnlin.layers(objective, {**params, "b": jnp.ones(2)}, jnp.array([0, 4, 2]))
-        leaf       shape  kind         sites  factors  why not
-        ---------  -----  -----------  -----  -------  -------
+        leaf       shape  kind           sites  factors  why not
+        ---------  -----  -------------  -----  -------  -------
         ['b']      2      bias of ['w']         2
-        ['gain']   3      gain         1      3
-        ['table']  5x3    embedding    1      6x6 4x4
-        ['w']      3x2    dense        1      4x4 3x3
+        ['gain']   3      gain           1      3
+        ['table']  5x3    embedding      1      6x6 4x4
+        ['w']      3x2    dense          1      4x4 3x3
         4 of 4 leaves read, 100.0% of the parameters
     """
     check_objective(objective)

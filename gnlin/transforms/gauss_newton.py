@@ -89,10 +89,10 @@ def gauss_newton(
     :math:`\theta \leftarrow \theta - \eta\,(G + \lambda I)^{-1} u` by conjugate gradients. It is
     ``optax.chain(scale_by_gauss_newton(objective, λ), optax.scale_by_learning_rate(η))``.
 
-    Metrics: ``damping`` (λ used), ``gain_ratio`` (the latest), ``accepted`` (false where a step was
-    refused or taken back), ``loss`` (at the parameters given), and those of solver, step rule and
-    policy. A batch whose loss or gradient is not finite gives no
-    step and leaves λ as it is.
+    Metrics: ``damping`` (λ used), ``gain_ratio`` (the latest), ``accepted``, ``loss`` (at the
+    parameters given), and those of solver, step rule and policy. ``accepted`` is false where a step
+    was refused or taken back. A batch whose loss or gradient is not finite gives no step and leaves
+    λ as it is.
 
     The update takes, beside ``batch``:
 

@@ -86,8 +86,8 @@ def recall(memory: Memory, params: Params, batch: jax.Array, value: jax.Array) -
 def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array, Trial]:
     """``(whether it is one, the trial of the last step by the loss now)``.
 
-    It is none where the batch has changed, or where the step that was made is not the one that was
-    handed out, because a wrapper scaled or averaged it.
+    It is none where the batch has changed. Nor is it one where a wrapper scaled or averaged the step
+    that was handed out, so that another was made.
     """
     length = tree.norm(last.step)
     # Steps of half precision are rounded when they are added.

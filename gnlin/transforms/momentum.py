@@ -46,10 +46,9 @@ class Momentum:
 
     α minimises the loss of the linearised model along the direction, damping included, as in
     `Subspace`. It costs one push-forward (0.6 gradients). The first three steps look it up. After
-    them it is looked up at every step of the same batch, and else at every T-th (`every`). It is
-    looked up out of turn where the direction leads uphill, where the loss is well above its recent
-    mean, or where a step has been refused. A step between is no longer than the last one that was
-    looked up.
+    them it is looked up at every step of the same batch, and else at every T-th (`every`). Three
+    things ask for it out of turn: a direction that leads uphill, a loss well above its recent mean,
+    and a step that was refused. A step between is no longer than the last one that was looked up.
 
     Metrics: ``momentum/length``, α; ``momentum/conjugate``, β.
 

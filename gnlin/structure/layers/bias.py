@@ -14,8 +14,8 @@ def add(operation: Operation, notes: Notes) -> Tangent:
     tangents = [value for value in operation.inputs if isinstance(value, Tangent)]
     views = [value for value in operation.inputs if isinstance(value, View)]
     addends = [addend for tangent in tangents for addend in tangent.addends]
-    same_rank = all(len(view.axes) == len(operation.shape) for view in views)
-    if len(views) != 1 or not same_rank or not all(map(depends, operation.inputs)):
+    fits = all(_is_repeated(view, operation.shape) for view in views)
+    if len(views) != 1 or not fits or not all(map(depends, operation.inputs)):
         notes.spoil(views, operation.name)
         return notes.new_tangent(addends)
     (view,) = views
@@ -28,12 +28,23 @@ def add(operation: Operation, notes: Notes) -> Tangent:
 
 def subtract(operation: Operation, notes: Notes) -> Tangent:
     """A difference: the squares of a leaf that is subtracted are those of one that is added."""
-    signed = [
-        value._replace(factor=scaled(-1.0, value.factor)) if isinstance(value, View) else value
-        for value in operation.inputs
-    ]
-    tangent = add(operation._replace(inputs=signed), notes)
-    return notes.new_tangent() if tangent.addends else tangent
+    first, last = operation.inputs
+    if isinstance(last, View):
+        last = last._replace(factor=scaled(-1.0, last.factor))
+    elif isinstance(last, Tangent):
+        last = last._replace(addends=())  # with the other sign, they are no addends
+    return add(operation._replace(inputs=[first, last]), notes)
+
+
+def _is_repeated(view: View, shape: Sequence[int]) -> bool:
+    """Whether the sum adds the leaf to every application of something.
+
+    A matrix that is added to another one is no bias: the sum may be a weight.
+    """
+    if not view.axes:
+        return True  # a scalar
+    axes = sum(map(len, view.axes))
+    return len(view.axes) == len(shape) and (axes < 2 or axes < len(shape))
 
 
 def _site(operation: Operation, view: View) -> Site:

@@ -11,12 +11,14 @@ from gnlin.structure.layers.notes import Notes, Site, Tangent, View, depends
 def conv_general_dilated(operation: Operation, notes: Notes) -> Tangent | None:
     """The convolution of known images with a kernel.
 
-    Each group of channels has inputs of its own. They are applications of one layer more: the
-    factor of the inputs is the mean over the groups, and that of the outputs a block for each.
+    Each group of channels has inputs of its own, which count as applications. So the factor of the
+    inputs is a mean over the groups. That of the outputs has a block for each.
     """
     (known, view), params = operation.inputs, operation.params
     if not isinstance(view, View) or depends(known) or params["batch_group_count"] > 1:
         return None
+    if any(not group and length > 1 for group, length in zip(view.axes, view.shape, strict=True)):
+        return None  # a leaf that is repeated is used once for each repetition
     groups, numbers = params["feature_group_count"], params["dimension_numbers"]
 
     # `rhs_spec` says where the kernel has its axes (out, in, window).

@@ -19,7 +19,7 @@ def mul(operation: Operation, notes: Notes) -> View | Tangent | None:
     (view,), (factor,) = views, known
     if jnp.ndim(factor) == 0:
         return view._replace(factor=scaled(factor, view.factor))
-    if len(view.axes) != len(operation.shape):
+    if view.axes and len(view.axes) != len(operation.shape):
         return None
     axes = view.axes_in(operation.shape)
     # Some versions of JAX repeat axes of length 1 in the product itself, so the rank will do.
@@ -35,3 +35,11 @@ def mul(operation: Operation, notes: Notes) -> View | Tangent | None:
         taken=view.taken,
     )
     return notes.add_site(operation.path, site)
+
+
+def div(operation: Operation, notes: Notes) -> View | Tangent | None:
+    """G / x, the product with 1 / x."""
+    leaf, known = operation.inputs
+    if not isinstance(leaf, View) or depends(known):
+        return None
+    return mul(operation._replace(inputs=[leaf, 1 / known]), notes)

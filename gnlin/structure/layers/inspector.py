@@ -41,14 +41,14 @@ from gnlin.structure.layers.bias import add, subtract
 from gnlin.structure.layers.convolution import conv_general_dilated
 from gnlin.structure.layers.dense import dot_general
 from gnlin.structure.layers.embedding import gather
-from gnlin.structure.layers.gain import mul
+from gnlin.structure.layers.gain import div, mul
 from gnlin.structure.layers.loops import follow_branches, follow_scan
 from gnlin.structure.layers.notes import Notes, Tangent, View, depends
 from gnlin.structure.layers.views import (
     broadcast_in_dim,
-    convert_element_type,
     negate,
     reshape,
+    same,
     take,
     transpose,
 )
@@ -62,13 +62,16 @@ RECOGNISERS: dict[str, Recogniser] = {
     "conv_general_dilated": conv_general_dilated,
     "gather": gather,
     "mul": mul,
+    "div": div,
     "add": add,
     "add_any": add,
     "sub": subtract,
     "neg": negate,
     "slice": take,
     "transpose": transpose,
-    "convert_element_type": convert_element_type,
+    "convert_element_type": same,
+    "copy": same,
+    "sharding_constraint": same,
     "broadcast_in_dim": broadcast_in_dim,
     "reshape": reshape,
     "squeeze": reshape,

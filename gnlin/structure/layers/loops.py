@@ -5,7 +5,7 @@ of the layers. Then the body is run with the products of the layers as given row
 treated alike. The inputs and cotangents of a branch that is not taken are zeros.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ def follow_scan(operation: Operation, scan: Scan, notes: Notes, follow: Follow) 
     symbols = [_row(value, notes) if depends(value) else None for value in rows]
     known = [value for value in rows if not depends(value)]
     first = [value for value, moves in zip(carry, dependent, strict=True) if not moves]
-    shape_of_outputs: list[bool] = []
+    moving: list[bool] = []
     before = set(notes.sites)
 
     def body(carried, row):
@@ -36,11 +36,11 @@ def follow_scan(operation: Operation, scan: Scan, notes: Notes, follow: Follow) 
         outputs = run_jaxpr(scan.body, [*constants, *turn, *here], follow, operation.path)
         notes.read(outputs)
         notes.spoil(outputs, "output of a loop")
-        shape_of_outputs.extend(map(depends, outputs))
-        new = [path for path in notes.sites if path not in before]
-        on = [value for value in outputs[: len(carry)] if not depends(value)]
+        moving.extend([*dependent, *map(depends, outputs[len(carry) :])])
+        pairs = zip(outputs[: len(carry)], dependent, strict=True)
+        on = [value for value, moves in pairs if not moves]
         stacked = [value for value in outputs[len(carry) :] if not depends(value)]
-        return on, (stacked, {path: notes.sites[path].inputs for path in new})
+        return on, (stacked, _known_of(notes, before))
 
     notes.lengths.append(scan.length)
     # Traced once: each trace would note the layers again.
@@ -54,12 +54,10 @@ def follow_scan(operation: Operation, scan: Scan, notes: Notes, follow: Follow) 
         flat = as_function(traced)(*carried, *row)
         return jax.tree.unflatten(structure, flat)
 
-    last, (stacked, inputs) = jax.lax.scan(turn, first, known, scan.length, scan.reverse)
-    notes.is_rebuilt |= bool(inputs)
-    for path, values in inputs.items():
-        notes.sites[path] = notes.sites[path]._replace(inputs=values)
+    last, (stacked, inside) = jax.lax.scan(turn, first, known, scan.length, scan.reverse)
+    _keep(notes, inside)
     found = iter([*last, *stacked])
-    return [notes.new_tangent() if moves else next(found) for moves in shape_of_outputs]
+    return [notes.new_tangent() if moves else next(found) for moves in moving]
 
 
 def cut_scan(
@@ -88,7 +86,7 @@ def cut_scan(
         run = replace(given)
         outputs = run_jaxpr(scan.body, [*constants, *carried, *here], run, operation.path)
         carried_on = [
-            value.astype(start.dtype) for value, start in zip(outputs, carried, strict=False)
+            jnp.asarray(value, start.dtype) for value, start in zip(outputs, carried, strict=False)
         ]
         return carried_on, outputs[len(carry) :]
 
@@ -110,7 +108,6 @@ def follow_branches(
     known = [value for value in operands if not depends(value)]
     moving: list[list[bool]] = []
     traced: list[tuple[Any, Any]] = []
-    before = set(notes.sites)
     for branch, jaxpr in enumerate(choice.branches):
         outside = set(notes.sites)
 
@@ -121,32 +118,31 @@ def follow_branches(
             notes.read(outputs)
             notes.spoil(outputs, "output of a branch")
             moving.append(list(map(depends, outputs)))
-            new = {path: site.inputs for path, site in notes.sites.items() if path not in outside}
+            for path, site in notes.sites.items():
+                if path not in outside:
+                    ran = jnp.ones([]) if site.ran is None else site.ran
+                    notes.sites[path] = site._replace(ran=ran)
+            new = _known_of(notes, outside)
             return [None if depends(value) else value for value in outputs], new
 
         # Traced once: each trace would note the layers again.
         traced.append(jax.make_jaxpr(body, return_shape=True)(known))
     moves = [any(flags) for flags in zip(*moving, strict=True)]
-    zeros = {
-        path: jnp.zeros(like.shape, like.dtype)
-        for _, (_, new) in traced
-        for path, like in new.items()
-        if path not in before
-    }
+    not_run: dict[Path, Any] = {}
+    for _, (_, new) in traced:
+        not_run.update(jax.tree.map(_of_branch_not_run, new))
 
     def computed(jaxpr, shape):
         def branch(given):
             flat = as_function(jaxpr)(*given)
             outputs, new = jax.tree.unflatten(jax.tree.structure(shape), flat)
             kept = [out for out, moved in zip(outputs, moves, strict=True) if not moved]
-            return kept, {**zeros, **new}
+            return kept, {**not_run, **new}
 
         return branch
 
-    outputs, inputs = jax.lax.switch(number, [computed(*each) for each in traced], known)
-    notes.is_rebuilt |= bool(inputs)
-    for path, values in inputs.items():
-        notes.sites[path] = notes.sites[path]._replace(inputs=values)
+    outputs, inside = jax.lax.switch(number, [computed(*each) for each in traced], known)
+    _keep(notes, inside)
     found = iter(outputs)
     return [notes.new_tangent() if moved else next(found) for moved in moves]
 
@@ -175,6 +171,25 @@ def cut_branches(
 
     branches = [computed(branch, jaxpr) for branch, jaxpr in enumerate(choice.branches)]
     return jax.lax.switch(number, branches, present, dict(products))
+
+
+def _known_of(notes: Notes, before: Collection[Path]) -> dict[Path, Any]:
+    """The known arrays of the sites that are new."""
+    new = {path: site for path, site in notes.sites.items() if path not in before}
+    return {path: (site.inputs, site.factor, site.ran) for path, site in new.items()}
+
+
+def _keep(notes: Notes, found: Mapping[Path, Any]) -> None:
+    """Note the known arrays of these sites, as they are outside of a body."""
+    notes.is_rebuilt |= bool(found)
+    for path, (inputs, factor, ran) in found.items():
+        notes.sites[path] = notes.sites[path]._replace(inputs=inputs, factor=factor, ran=ran)
+
+
+def _of_branch_not_run(like: Any) -> jax.Array:
+    """Zeros, or numbers of rows that no table has."""
+    whole = jnp.issubdtype(like.dtype, jnp.integer)
+    return jnp.full(like.shape, jnp.iinfo(like.dtype).max if whole else 0, like.dtype)
 
 
 def _inside(value: Any, notes: Notes) -> Any:

@@ -115,5 +115,4 @@ def _is_stack(shapes: Sequence[tuple[int, ...]]) -> bool:
     if any(shape[0] >= max(shape[1:]) for shape in matrices):
         return False
     # A window of convolutions is no stack, and neither is one leaf alone.
-    with_vectors = any(len(shape) == 2 for shape in shapes)
-    return with_vectors or (len(shapes) > 1 and all(len(shape) == 3 for shape in shapes))
+    return len(shapes) > 1 and any(len(shape) <= 3 for shape in shapes)

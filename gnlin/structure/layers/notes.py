@@ -15,8 +15,8 @@ from gnlin.jaxprs import Path
 class View(NamedTuple):
     """The tangent of one leaf, rearranged.
 
-    Its axes may be in another order, neighbours among them may be merged, and there may be new
-    ones, of length 1 or along which the leaf is repeated.
+    Its axes may be in another order, and neighbours among them may be merged. There may be new ones,
+    of length 1 or along which the leaf is repeated.
     """
 
     leaf: int
@@ -40,6 +40,8 @@ class View(NamedTuple):
 
     def axes_in(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """The axes of the leaf that each axis holds where the view is repeated to this shape."""
+        if not self.axes:
+            return ((),) * len(shape)  # a scalar
         lengths = zip(self.axes, self.shape, shape, strict=True)
         return tuple(group if own == length else () for group, own, length in lengths)
 
@@ -101,6 +103,7 @@ class Site(NamedTuple):
     taken: tuple[tuple[int, int], ...] = ()  # as in the `View`
     factor: Any = None  # of an embedding, as in the `View`; the inputs of others have it
     groups: int = 1  # of a convolution
+    ran: Any = None  # 1 or 0 for each turn of the loops, where the site is in a branch
     bias: Bias | None = None
 
     @property

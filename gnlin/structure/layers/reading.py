@@ -43,8 +43,8 @@ class Reading(NamedTuple):
 def read_layers(jvp: Callable[[Params], Outputs], params: Params) -> Reading:
     """Find the layers in ``jvp``, the push-forward of a linearisation at `params`.
 
-    A leaf is read if all its uses are recognised, and fit its `Layout`: a product over all its
-    inputs, a lookup of rows, or for a vector a product or a sum entry by entry.
+    A leaf is read if all its uses are recognised and fit its `Layout`. A matrix fits in a product
+    over all its inputs, or in a lookup of rows. A vector fits in a product or a sum entry by entry.
     """
     return _Program(jvp, params).reading(_uses)
 
@@ -166,14 +166,15 @@ def _without_layers(
             return [present[0] + products[here] if added else products[here]]
         if here in skipped:
             return [jnp.broadcast_to(present[0], operation.shape)]
-        if here in around:
+        absent = len(present) < len(operation.inputs)
+        if here in around or absent:
             inside = {path: rows for path, rows in products.items() if path[: len(here)] == here}
             match control_flow(operation.equation):
                 case Scan() as scan:
                     return cut_scan(operation, scan, inside, again, _ABSENT)
                 case Branches() as choice:
                     return cut_branches(operation, choice, inside, again, _ABSENT)
-        if len(present) < len(operation.inputs):
+        if absent:
             # A view of a leaf, on its way to the site that it is in.
             return operation.all_outputs(lambda: _ABSENT)
         return None
@@ -225,24 +226,34 @@ def _misfit(site: Site, layout: Layout) -> str:
     if (of_loops | {axis for axis, _ in site.taken}) & set(inside):
         return "a stack, beside leaves that are none"
     if layout.is_vector:
-        return ""
-    if site.kind == "gain":
-        return "a matrix of gains"
-    if site.kind == "bias":
-        of_product = {axis for group in site.output_axes for axis in group}
-        whole = set(inside) <= of_product
-        return "" if whole else "a matrix that is repeated"
+        return _misfit_of_vector(site, layout)
+    if site.kind in ("gain", "bias"):
+        # A row for each place is read, where the places have more applications than one.
+        whole = all(map(site.fills, inside)) and len(site.output_axes) > len(inside)
+        return "" if whole else f"a matrix in a {site.kind}"
     if site.kind == "embedding":
         fan_out = {axis for group in site.output_axes for axis in group}
         fan_in = set(range(len(layout.shape))) - fan_out
         # Rows are looked up by one number.
-        fits = not layout.stack and layout.is_transposed(fan_in, fan_out) is not None
+        if layout.stack:
+            return "rows of a stack"
+        fits = layout.is_transposed(fan_in, fan_out) is not None
     else:
         fits = layout.is_transposed(site.fan_in, site.fan_out) is not None
         fits = fits and (site.groups == 1 or not layout.stack)
     if fits:
         return ""
     return f"product over axes {tuple(sorted(site.fan_in))} of {layout.shape}"
+
+
+def _misfit_of_vector(site: Site, layout: Layout) -> str:
+    """The same for a vector, which has a diagonal."""
+    if site.kind == "convolution":
+        return "a vector as a kernel"
+    # Rows of a stack of vectors, or entries of one vector.
+    if site.kind == "embedding" and (site.fills(0) or layout.stack > 1):
+        return "entries of a stack"
+    return ""
 
 
 def _with_biases(notes: Notes, found: list[Use]) -> list[Use]:

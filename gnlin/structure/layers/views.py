@@ -5,8 +5,8 @@ from gnlin.structure.layers.dense import scaled
 from gnlin.structure.layers.notes import Notes, Tangent, View
 
 
-def convert_element_type(operation: Operation, notes: Notes) -> View | Tangent:
-    """A leaf or a sum in another dtype: inputs and cotangents are cast where needed."""
+def same(operation: Operation, notes: Notes) -> View | Tangent:
+    """A leaf or a sum, maybe in another dtype: inputs and cotangents are cast where needed."""
     (value,) = operation.inputs
     return value if isinstance(value, View) else notes.new_tangent(value.addends)
 
