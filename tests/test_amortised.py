@@ -356,5 +356,5 @@ def test_the_default_is_what_the_figures_are_of():
         "learning_rate": 1.0,
         "damping": gnlin.GainRatio(1.0, minimum=0.1, relative=True, minimum_again=1e-3),
         "solver": gnlin.Kronecker(refresh=5),
-        "step": gnlin.Momentum(0.8, every=2, check=5),
+        "step": gnlin.Momentum(0.6, every=2, check=5),
     }

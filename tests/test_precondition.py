@@ -46,7 +46,7 @@ def _network(params, batch):
 
 def _as_matrices(params, batch):
     """The network of `_network` in a form in which no layer can be read."""
-    return _network(jax.tree.map(lambda leaf: 2.0 * leaf, params), batch)
+    return _network(jax.tree.map(lambda leaf: 2.0 * leaf[::-1][::-1], params), batch)
 
 
 def _pooled(params, batch):

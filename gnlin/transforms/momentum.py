@@ -66,10 +66,10 @@ class Momentum:
     Example:
         >>> import gnlin
         >>> gnlin.Momentum()
-        Momentum(coefficient=0.8, every=2, check=5)
+        Momentum(coefficient=0.6, every=2, check=5)
     """
 
-    coefficient: float = 0.8
+    coefficient: float = 0.6
     every: int = 2
     check: int = 5
 
