@@ -71,7 +71,7 @@ def gauss_newton(
 
     ``gauss_newton(objective)`` takes the direction from `Kronecker` factors of the Gauss-Newton
     matrix, with `Momentum`. The linearised model gives its length. λ follows the gain ratio
-    (`GainRatio`) and has no units. All this takes less than two gradients for each step. Factors,
+    (`GainRatio`) and has no units. All this takes about two gradients for each step. Factors,
     length and trial are not paid for at every step.
 
     A step is tried by the loss of its batch:
