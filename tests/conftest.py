@@ -44,6 +44,7 @@ def x64():
 # Files that take more than 15 seconds of a core. The others, with all docstrings, are the fast
 # subset: they touch every room.
 SLOW = {
+    "test_amortised",
     "test_blocks",
     "test_compare",
     "test_contract",
@@ -58,6 +59,7 @@ SLOW = {
     "test_period",
     "test_precondition",
     "test_reference",
+    "test_sites",
     "test_report",
     "test_sharding",
     "test_subspace",

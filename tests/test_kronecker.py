@@ -276,3 +276,15 @@ def test_a_batch_that_is_not_finite_leaves_no_trace():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         gnlin.Kronecker(**options)
+
+
+def test_inverses_are_kept_without_jit_too():
+    """`jax.disable_jit` runs one branch alone, and the layers are read in the other."""
+    objective, params, batch = problem(rows=8)
+    kronecker = gnlin.Kronecker(refresh=5)
+    system, (state, _) = system_of(objective, params, batch, 0.1), kronecker.init(params)
+    with jax.disable_jit():
+        for count in range(6):
+            solution, state = kronecker.solve(system, params, state)
+            assert bool(solution.stats["kronecker/finite"]), count
+    assert int(state.kept.uses) < 4

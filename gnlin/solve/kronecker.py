@@ -173,8 +173,11 @@ class Kronecker:
             due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
             inverse, next_state = jax.lax.cond(due, refreshed, reused)
 
+        # Under `jax.disable_jit` the branch that is not taken is not run.
+        uses = found[0] if found else read_layers(system.jvp, params).uses
+
         def apply(vector: Params) -> Params:
-            return apply_inverse(found[0], inverse, vector)
+            return apply_inverse(uses, inverse, vector)
 
         finite = tree.all_finite((next_state.left, next_state.right))
         return Preparation(apply, _stats(finite)), next_state
