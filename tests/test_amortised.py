@@ -64,9 +64,10 @@ def run(tx, params, batches):
     return path, metrics, state
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["same batch", "other batches"])
-@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e6])
-@pytest.mark.parametrize("loss", [squared, entropy])
+@pytest.mark.parametrize(
+    ("loss", "factor", "whole"),
+    [(squared, 1e-6, True), (squared, 1e6, False), (entropy, 1e6, True), (entropy, 1e-6, False)],
+)
 def test_a_factor_on_the_loss_changes_no_step(x64, loss, factor, whole):
     model, params, batch = network(jnp.result_type(float))
     batches = batches_of(batch, 12, whole)
@@ -94,7 +95,7 @@ def test_the_unit_of_outputs_changes_no_step(x64, factor):
     np.testing.assert_allclose(ravel_pytree(one)[0], ravel_pytree(other)[0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_float32_reaches_the_same_loss_in_all_units(factor):
     model, params, batch = network(jnp.result_type(float))
     batches = batches_of(batch, 40, True)
