@@ -177,7 +177,7 @@ def test_a_step_that_did_not_lower_the_loss_is_taken_back(x64, damping):
     assert backs[:2] == [0, 2]
     np.testing.assert_array_equal(path[1], path[0])
     for i in (i for i in backs[1:] if losses[i - 1] > 1e-20):
-        assert losses[i] > losses[i - 1]
+        assert losses[i] >= losses[i - 1]  # equal, where versions of JAX round differently
         np.testing.assert_allclose(path[i + 1], path[i - 1], rtol=1e-12)
         assert metrics[i]["gain_ratio"] <= 0
     if not isinstance(damping, float):

@@ -566,6 +566,8 @@ def gradient_of(use, cotangents):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_leaf_is_read_and_its_sites_make_the_gradient(name):
+    if name == "flax scan" and not hasattr(jax.sharding.NamedSharding, "update"):
+        pytest.skip("the scan of newer versions of Flax wants a newer JAX")
     model, params, batch = CASES[name]()
     half = "bfloat16" in name
     outputs, jvp = jax.linearize(lambda p: model(p, batch), params)
