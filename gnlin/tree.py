@@ -127,7 +127,7 @@ def _alone(scalar: jax.Array) -> jax.Array:
     """The same number, computed once.
 
     XLA would copy the sum over the leaves into the program of every leaf that uses it. The square
-    of the number of leaves took half the time of a compilation.
+    of the number of leaves took a third of the time of a compilation. JAX 0.10 copies all the same.
     """
     return jax.lax.optimization_barrier(scalar)
 
