@@ -220,21 +220,24 @@ def test_a_wrapper_that_scales_steps_gets_no_verdict_on_them(x64):
     assert objective.value(path[-1], batch) < objective.value(params, batch)
 
 
+class Identity:
+    """A solver whose direction is the right-hand side."""
+
+    direction_only = True
+
+    def init(self, params):
+        return (), {}
+
+    def solve(self, system, rhs, state):
+        return gnlin.Solution(rhs, {}), state
+
+
 def test_the_conjugate_direction_is_that_of_hestenes_and_stiefel(x64):
     """With one solve and the exact length it is the method of conjugate gradients."""
     matrix = jnp.asarray(np.diag([1.0, 2.0, 3.0, 4.0]) + 0.3)
     target = jnp.asarray([1.0, -2.0, 0.5, 1.0])
     root = jnp.linalg.cholesky(matrix).T
     objective = gnlin.Objective.least_squares(lambda p: root @ p - target)
-
-    class Identity:
-        direction_only = True
-
-        def init(self, params):
-            return (), {}
-
-        def solve(self, system, rhs, state):
-            return gnlin.Solution(rhs, {}), state
 
     tx = gnlin.gauss_newton(objective, damping=0.0, solver=Identity())
     update, params, state = jax.jit(tx.update), jnp.zeros(4), tx.init(jnp.zeros(4))
@@ -248,15 +251,6 @@ def test_momentum_is_that_of_nesterov(x64):
     """Against the formula, with an identity for the solver and lengths from the quadratic model."""
     model, params, batch = network(jnp.result_type(float))
     objective = gnlin.Objective(model, squared)
-
-    class Identity:
-        direction_only = True
-
-        def init(self, params):
-            return (), {}
-
-        def solve(self, system, rhs, state):
-            return gnlin.Solution(rhs, {}), state
 
     batches = batches_of(batch, 9, False)
     tx = gnlin.gauss_newton(
