@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.solve.inverses import together
 from gnlin.solve.kronecker import Kronecker, KroneckerState
 from gnlin.solve.protocols import Solution, Stats
 from gnlin.structure.layers import Layout, layouts
@@ -159,20 +160,14 @@ class Eigenbasis:
 
 
 def _eigenvectors(moments: Sequence[jax.Array], before: Sequence[jax.Array]) -> list[jax.Array]:
-    """Eigenvectors of the moments of all leaves, those of one size together."""
-    found = list(before)
-    sizes = {old.shape[-1] for old in before if old.ndim}
-    for size in sizes:
-        places = [i for i, old in enumerate(before) if old.ndim and old.shape[-1] == size]
-        matrices = [moments[i][..., :size, :size].reshape(-1, size, size) for i in places]
-        # A moment that is not finite leaves no trace: the caller keeps the state before.
-        _, vectors = jnp.linalg.eigh(jnp.concatenate(matrices))
-        start = 0
-        for place, matrix in zip(places, matrices, strict=True):
-            part = vectors[start : start + len(matrix)]
-            found[place] = part.reshape(before[place].shape)
-            start += len(matrix)
-    return found
+    """Eigenvectors of the moments of all leaves that had some before."""
+    places = [place for place, old in enumerate(before) if old.ndim]
+    # Without the spare row and column of a bias.
+    sizes = [before[place].shape[-1] for place in places]
+    matrices = [moments[p][..., :size, :size] for p, size in zip(places, sizes, strict=True)]
+    vectors = together(lambda matrices: jnp.linalg.eigh(matrices)[1], matrices)
+    found = dict(zip(places, vectors, strict=True))
+    return [found.get(place, old) for place, old in enumerate(before)]
 
 
 def _rotate(

@@ -4,7 +4,7 @@
 are one batch, which is compiled once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,28 @@ def inverses(matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
     Reference: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, chapter 14.
     """
-    found: dict[int, jax.Array] = {}
-    for size in {matrix.shape[-1] for matrix in matrices}:
+
+    def inverse(matrices: jax.Array) -> jax.Array:
+        lower = inverse_of_triangular(jnp.linalg.cholesky(matrices))
+        return jnp.swapaxes(lower, -2, -1) @ lower
+
+    return together(inverse, matrices)
+
+
+def together(
+    function: Callable[[jax.Array], jax.Array], matrices: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """A function of matrices (B, n, n), for all matrices (..., n, n) of one size at once."""
+    found = list(matrices)
+    for size in {matrix.shape[-1] for matrix in matrices} - {0}:
         places = [place for place, matrix in enumerate(matrices) if matrix.shape[-1] == size]
-        if not size:
-            found.update((place, matrices[place]) for place in places)
-            continue
         stacks = [matrices[place].reshape(-1, size, size) for place in places]
-        lower = inverse_of_triangular(jnp.linalg.cholesky(jnp.concatenate(stacks)))
-        together = jnp.swapaxes(lower, -2, -1) @ lower
-        ends = [len(stack) for stack in stacks]
-        start = 0
-        for place, length in zip(places, ends, strict=True):
-            found[place] = together[start : start + length].reshape(matrices[place].shape)
-            start += length
-    return [found[place] for place in range(len(matrices))]
+        results, start = function(jnp.concatenate(stacks)), 0
+        for place, stack in zip(places, stacks, strict=True):
+            part = results[start : start + len(stack)]
+            found[place] = part.reshape(matrices[place].shape)
+            start += len(stack)
+    return found
 
 
 def inverse_of_triangular(lower: jax.Array) -> jax.Array:

@@ -43,17 +43,9 @@ def follow_scan(operation: Operation, scan: Scan, notes: Notes, follow: Follow) 
         return on, (stacked, _known_of(notes, before))
 
     notes.lengths.append(scan.length)
-    # Traced once: each trace would note the layers again.
-    traced, shape = jax.make_jaxpr(body, return_shape=True)(
-        first, [jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for value in known]
-    )
+    row = [jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for value in known]
+    turn, _ = _traced_once(body, first, row)
     notes.lengths.pop()
-    structure = jax.tree.structure(shape)
-
-    def turn(carried, row):
-        flat = as_function(traced)(*carried, *row)
-        return jax.tree.unflatten(structure, flat)
-
     last, (stacked, inside) = jax.lax.scan(turn, first, known, scan.length, scan.reverse)
     _keep(notes, inside)
     found = iter([*last, *stacked])
@@ -125,23 +117,21 @@ def follow_branches(
             new = _known_of(notes, outside)
             return [None if depends(value) else value for value in outputs], new
 
-        # Traced once: each trace would note the layers again.
-        traced.append(jax.make_jaxpr(body, return_shape=True)(known))
+        traced.append(_traced_once(body, known))
     moves = [any(flags) for flags in zip(*moving, strict=True)]
     not_run: dict[Path, Any] = {}
     for _, (_, new) in traced:
         not_run.update(jax.tree.map(_of_branch_not_run, new))
 
-    def computed(jaxpr, shape):
+    def computed(run):
         def branch(given):
-            flat = as_function(jaxpr)(*given)
-            outputs, new = jax.tree.unflatten(jax.tree.structure(shape), flat)
+            outputs, new = run(given)
             kept = [out for out, moved in zip(outputs, moves, strict=True) if not moved]
             return kept, {**not_run, **new}
 
         return branch
 
-    outputs, inside = jax.lax.switch(number, [computed(*each) for each in traced], known)
+    outputs, inside = jax.lax.switch(number, [computed(run) for run, _ in traced], known)
     _keep(notes, inside)
     found = iter(outputs)
     return [notes.new_tangent() if moved else next(found) for moved in moves]
@@ -171,6 +161,17 @@ def cut_branches(
 
     branches = [computed(branch, jaxpr) for branch, jaxpr in enumerate(choice.branches)]
     return jax.lax.switch(number, branches, present, dict(products))
+
+
+def _traced_once(body: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], Any]:
+    """A body and the shapes of its results. Each trace of it would note the layers again."""
+    traced, shape = jax.make_jaxpr(body, return_shape=True)(*arguments)
+
+    def run(*arguments):
+        flat = as_function(traced)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+    return run, shape
 
 
 def _known_of(notes: Notes, before: Collection[Path]) -> dict[Path, Any]:
