@@ -8,6 +8,9 @@ fixture `x64`. Doctests elsewhere see JAX as a user does.
 
 import os
 
+# A worker for each core is enough: threads of OpenBLAS besides them wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Most of the time here is compilation. LLVM's optimisations change neither results nor the counts
 # of operations.
 os.environ["XLA_FLAGS"] = " ".join(

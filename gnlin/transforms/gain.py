@@ -54,26 +54,30 @@ def trial_of(
     radius: chex.Numeric = math.inf,
 ) -> Trial:
     """The outcome of a step, from the losses before and after it."""
-    ratio = gain_ratio(value, new_value, change, step, rhs)
+    sound = (length > 0) | is_zero(rhs)
+    ratio = gain_ratio(value, new_value, change, sound)
     return Trial(ratio, value - new_value, tree.inner(rhs, step), length, radius)
 
 
+def is_zero(rhs: Params) -> jax.Array:
+    """Whether zero is the solution for this right-hand side, and no solve that failed."""
+    return tree.max_abs(rhs) == 0
+
+
 def gain_ratio(
-    value: jax.Array, new_value: jax.Array, change: jax.Array, step: Params, rhs: Params
+    value: jax.Array, new_value: jax.Array, change: jax.Array, sound: jax.Array
 ) -> jax.Array:
     """ρ = actual decrease / predicted decrease; −∞ where it is not finite or none was predicted.
 
     Near a minimum both decreases drop below the resolution of the loss itself, and their quotient
     is noise. The loss then says nothing against the step. The gradient, which is still accurate,
-    speaks for it: ρ is 1. A step of zeros for a right-hand side that is not zero, from a solve that
-    failed, is no such case.
+    speaks for it: ρ is 1.
 
     Args:
         value: loss before the step.
         new_value: loss after it.
         change: prediction of the model for their difference, new − old.
-        step: δ.
-        rhs: the right-hand side that δ was solved for.
+        sound: false for a step of zeros whose right-hand side is not zero, from a solve that failed.
     """
     dtype = tree.accumulation_dtype(value)
     finest = resolution(value).astype(dtype)
@@ -82,9 +86,7 @@ def gain_ratio(
     )
     actual = value - new_value
     indistinguishable = (jnp.abs(actual) <= finest) & (jnp.abs(predicted) <= finest)
-    # A failed solve gives a step of zeros. For a gradient of zeros that is the right step.
-    indistinguishable &= (tree.max_abs(step) > 0) | (tree.max_abs(rhs) == 0)
     # A step that should not lower the loss has no gain ratio, and −∞ refuses it.
-    sound = jnp.isfinite(actual) & (predicted > 0)
-    ratio = jnp.where(sound, actual / jnp.where(sound, predicted, 1).astype(actual.dtype), -jnp.inf)
-    return jnp.where(indistinguishable, 1.0, ratio)
+    falls = jnp.isfinite(actual) & (predicted > 0)
+    ratio = jnp.where(falls, actual / jnp.where(falls, predicted, 1).astype(actual.dtype), -jnp.inf)
+    return jnp.where(indistinguishable & sound, 1.0, ratio)

@@ -30,6 +30,7 @@ class Memory(NamedTuple):
     value: jax.Array  # loss there
     change: jax.Array  # predicted for the step
     length: jax.Array  # of the step
+    settled: jax.Array  # whether the gradient was zero, and no step the right one
     open: jax.Array  # whether the step still has to be tried
     batch: jax.Array  # digest of the batch
     trend: jax.Array  # mean of recent losses
@@ -62,7 +63,8 @@ def begin_memory(params: Params) -> Memory:
     zero, never = jnp.zeros([], dtype), jnp.zeros([], bool)
     none, count = jnp.zeros([2], jnp.uint32), jnp.zeros([], jnp.int32)
     origin = tree.zeros_like(params)
-    return Memory(origin, origin, never, zero, zero, zero, never, none, zero, count, count)
+    numbers = (zero, zero, zero, never, never, none, zero, count, count)
+    return Memory(origin, origin, never, *numbers)
 
 
 def recall(memory: Memory, params: Params, batch: jax.Array, value: jax.Array) -> Last:
@@ -96,13 +98,14 @@ def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array,
         if jax.tree.leaves(last.step)
         else 0.0
     )
-    slack = 0.1 * memory.length + 4 * eps * tree.norm(memory.params)
+    size = jnp.sqrt(tree.inner(memory.params, memory.params))
+    slack = 0.1 * memory.length + 4 * eps * size
     ours = last.again & memory.open & (jnp.abs(length - memory.length) <= slack)
     # A step that was lost in rounding says nothing. One of zeros was that of a failed solve.
     ours &= (length > 0) | (memory.length == 0)
     # In the dtype of the loss, whose resolution counts.
     before = memory.value.astype(value.dtype)
-    ratio = gain_ratio(before, value, memory.change, last.step, memory.gradient)
+    ratio = gain_ratio(before, value, memory.change, (length > 0) | memory.settled)
     slope = tree.inner(memory.gradient, last.step)
     return ours, Trial(ratio, before - value, slope, length, math.inf, last.again)
 

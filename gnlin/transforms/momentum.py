@@ -14,7 +14,7 @@ from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.solve.protocols import Stats
 from gnlin.transforms.memory import Last
-from gnlin.transforms.step_length import Search, Step, Subspace
+from gnlin.transforms.step_length import Search, Span, Step, best_weights, excess_slope
 from gnlin.tree import Params
 
 # So many first steps all have their length from the model.
@@ -102,30 +102,34 @@ class Momentum:
         slope = tree.inner(search.rhs, direction).astype(dtype)
         rate = jnp.asarray(search.rate, dtype)
         size = tree.norm(direction).astype(dtype)
+        unit = jnp.where(size > 0, size, 1)
 
-        def look_up() -> tuple[Params, jax.Array, jax.Array, jax.Array]:
-            # `Subspace` takes directions that lead uphill.
-            along = search._replace(direction=tree.scale(-1, direction))
-            found = Subspace(momentum=False).choose(along, ())
-            length = found.stats["subspace/length"].astype(dtype)
-            return found.step, found.change.astype(dtype), length, jnp.asarray(found.sound)
+        def look_up() -> tuple[jax.Array, jax.Array, jax.Array]:
+            # Of unit size, because the squares of the image could vanish.
+            image = search.model.linear.jvp(tree.scale(1 / unit, direction))
+            excess = excess_slope(search, image, slope / unit, dtype)
+            span = Span([image], excess[None], jnp.sign(size)[None, None])
+            weights, change = best_weights(search, span, "exact")
+            return weights[0] / unit, change(weights), jnp.isfinite(excess)
 
-        def use_again() -> tuple[Params, jax.Array, jax.Array, jax.Array]:
-            bounded = state.bound / jnp.where(size > 0, size, 1)
-            length = jnp.minimum(state.length, bounded) * rate
-            step = tree.scale(length, direction)
+        def use_again() -> tuple[jax.Array, jax.Array, jax.Array]:
+            length = jnp.minimum(state.length, state.bound / unit) * rate
             # Halfway between the slope and nothing, as at the minimum of a parabola.
-            return step, length * slope / 2, length, tree.all_finite(step)
+            return length, length * slope / 2, jnp.isfinite(length * size)
 
         fresh = (last.count < _FRESH) | (state.age + 1 >= self.every) | (state.length <= 0)
         looks = fresh | last.again | last.alarm | ~(slope < 0)
-        step, change, length, sound = jax.lax.cond(looks, look_up, use_again)
-        step = tree.select(sound, step, tree.zeros_like(step))
+        length, change, sound = jax.lax.cond(looks, look_up, use_again)
+        # Where the loss along the direction is not finite there is no step, and λ will grow.
+        usable = jnp.isfinite(length * size) & jnp.isfinite(change)
+        length, change = jnp.where(usable, length, 0), jnp.where(usable, change, 0)
+        step = tree.scale(length, direction)
+        step = tree.select(usable, step, tree.zeros_like(step))
         alone = jnp.where(rate == 0, 0, length / jnp.where(rate == 0, 1, rate))
         looked_up = MomentumState(alone, jnp.abs(alone) * size, jnp.zeros([], jnp.int32))
         waiting = state._replace(age=state.age + 1)
-        usable = sound & jnp.isfinite(size) & (rate != 0)
-        after = tree.select(usable, tree.select(looks, looked_up, waiting), state)
+        known = sound & jnp.isfinite(size) & (rate != 0)
+        after = tree.select(known, tree.select(looks, looked_up, waiting), state)
         return Step(step, change, sound, _stats(length, beta), after, looks)
 
 

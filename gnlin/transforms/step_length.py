@@ -6,7 +6,7 @@ to the trial in `damping`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
@@ -182,31 +182,13 @@ class Subspace:
         candidates = [tree.scale(-1, search.direction)]
         if self.momentum:
             candidates.append(state)
-        span = _span(search, candidates, dtype)
-        outputs = search.model.linear.outputs
-        loss = LOSS_MODELS[self.loss_model](search.objective, outputs, search.batch)
-        value = jnp.asarray(search.model.value, dtype)
-        damping = jnp.asarray(search.damping, dtype)
-
-        def change(weights):
-            # Jδ is a combination of known outputs, so no evaluation passes through the network.
-            after = loss(_combined(weights, span.images))[0].astype(dtype)
-            return after - value + span.slopes @ weights
-
-        def damped(weights):
-            # ½ λ ‖δ‖², with ‖δ‖² from the inner products of the directions.
-            return change(weights) + damping * weights @ span.gram @ weights / 2
-
-        # The quadratic model's second evaluation only confirms the first.
-        evaluations = 10 if self.loss_model == "exact" else 1
-        finest = resolution(search.model.value).astype(dtype)
-        weights = _minimise(damped, len(candidates), dtype, evaluations, finest)
-        # The rate scales the whole step, and `change` below is that of the scaled one.
-        weights = weights * jnp.asarray(search.rate, dtype)
+        directions, units = zip(*(_of_unit_size(each, dtype) for each in candidates), strict=True)
+        span = _span(search, directions, dtype)
+        weights, change = best_weights(search, span, self.loss_model)
         if self.max_norm is not None:
             length = jnp.sqrt(jnp.maximum(weights @ span.gram @ weights, 0))
             weights = weights * jnp.minimum(1, self.max_norm / jnp.where(length > 0, length, 1))
-        step = tree.cast_like(_combined(weights, span.directions), rhs)
+        step = tree.cast_like(_combined(weights, directions), rhs)
         usable = jnp.all(jnp.isfinite(weights)) & tree.all_finite(step)
         step, weights = tree.select(usable, (step, weights), tree.zeros_like((step, weights)))
         return Step(
@@ -214,35 +196,57 @@ class Subspace:
             change=jnp.where(usable, change(weights), 0),
             sound=jnp.all(jnp.isfinite(span.slopes)),
             # In units of d and p. β is 0 where p takes no part.
-            stats=_stats(jnp.append(weights / span.units, 0)[:2]),
+            stats=_stats(jnp.append(weights / jnp.stack(units), 0)[:2]),
         )
 
 
-class _Span(NamedTuple):
-    """One or two directions dᵢ, brought to unit size, and all that the loss along them needs."""
+class Span(NamedTuple):
+    """One or two directions dᵢ, and all that the loss along them needs."""
 
-    directions: list[Params]
-    units: jax.Array  # their sizes before
-    images: list[Any]  # J dᵢ
+    images: Sequence[Any]  # J dᵢ
     slopes: jax.Array  # (u − ∇ℓ)ᵀdᵢ: the gradient is in the loss already, other updates are not
     gram: jax.Array  # <dᵢ, dⱼ>
 
 
-def _span(search: Search, candidates: Sequence[Params], dtype) -> _Span:
-    model = search.model
-    directions, units, images, slopes = [], [], [], []
-    for candidate in candidates:
-        direction, unit = _of_unit_size(candidate, dtype)
-        image = model.linear.jvp(tree.cast_like(direction, search.rhs))
-        along_updates = tree.inner(search.rhs, direction).astype(dtype)
-        # ∇ℓᵀdᵢ = <∂ℓ/∂z, J dᵢ>, from the image at hand.
-        along_gradient = tree.inner(model.cotangent, image).astype(dtype)
-        directions.append(direction)
-        units.append(unit)
-        images.append(image)
-        slopes.append(along_updates - along_gradient)
+def _span(search: Search, directions: Sequence[Params], dtype) -> Span:
+    images, slopes = [], []
+    for direction in directions:
+        images.append(search.model.linear.jvp(tree.cast_like(direction, search.rhs)))
+        slopes.append(excess_slope(search, images[-1], tree.inner(search.rhs, direction), dtype))
     gram = jnp.stack([jnp.stack([tree.inner(a, b) for b in directions]) for a in directions])
-    return _Span(directions, jnp.stack(units), images, jnp.stack(slopes), gram)
+    return Span(images, jnp.stack(slopes), gram)
+
+
+def excess_slope(search: Search, image: Any, along_updates: jax.Array, dtype) -> jax.Array:
+    """(u − ∇ℓ)ᵀd from uᵀd and Jd, because ∇ℓᵀd = <∂ℓ/∂z, Jd>."""
+    along_gradient = tree.inner(search.model.cotangent, image)
+    return along_updates.astype(dtype) - along_gradient.astype(dtype)
+
+
+def best_weights(
+    search: Search, span: Span, loss_model: str
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """``(w, w ↦ change of the loss)``: Σ wᵢ dᵢ is the step, with the learning rate applied."""
+    dtype = span.gram.dtype
+    loss = LOSS_MODELS[loss_model](search.objective, search.model.linear.outputs, search.batch)
+    value = jnp.asarray(search.model.value, dtype)
+    damping = jnp.asarray(search.damping, dtype)
+
+    def change(weights):
+        # Jδ is a combination of known outputs, so no evaluation passes through the network.
+        after = loss(_combined(weights, span.images))[0].astype(dtype)
+        return after - value + span.slopes @ weights
+
+    def damped(weights):
+        # ½ λ ‖δ‖², with ‖δ‖² from the inner products of the directions.
+        return change(weights) + damping * weights @ span.gram @ weights / 2
+
+    # The quadratic model's second evaluation only confirms the first.
+    evaluations = 10 if loss_model == "exact" else 1
+    finest = resolution(search.model.value).astype(dtype)
+    weights = _minimise(damped, len(span.images), dtype, evaluations, finest)
+    # The rate scales the whole step, and `change` is that of the scaled one.
+    return weights * jnp.asarray(search.rate, dtype), change
 
 
 def _of_unit_size(vector: Params, dtype) -> tuple[Params, jax.Array]:

@@ -13,7 +13,7 @@ import optax
 
 from gnlin import tree
 from gnlin.transforms.damping import judged
-from gnlin.transforms.gain import resolution, trial_of
+from gnlin.transforms.gain import is_zero, resolution, trial_of
 from gnlin.transforms.memory import Last, Memory, digest, late_trial, recall, trend_after
 from gnlin.transforms.step_length import Step
 from gnlin.tree import Batch, Params
@@ -66,6 +66,7 @@ class Outcome(NamedTuple):
     accepted: jax.Array
     damping: Any  # state of the policy after it
     gain_ratio: jax.Array
+    length: jax.Array  # of the step
     stats: dict[str, jax.Array]
 
 
@@ -92,7 +93,7 @@ def try_step(policy, before, models, chosen, past, check, problem, params, batch
         & (chosen.change <= resolution(value).astype(chosen.change.dtype))
     )
     accepted = jnp.where(due, accepted, harmless)
-    return Outcome(due, accepted, adapted, trial.gain_ratio, stats)
+    return Outcome(due, accepted, adapted, trial.gain_ratio, length, stats)
 
 
 class Settled(NamedTuple):
@@ -141,7 +142,8 @@ def settle(
         plain=past.last.again | ~outcome.accepted | (memory.count == 0),
         value=value.astype(dtype),
         change=chosen.change.astype(dtype),
-        length=tree.norm(taken).astype(dtype),
+        length=jnp.where(outcome.accepted, outcome.length, 0).astype(dtype),
+        settled=is_zero(models.rhs),
         open=~outcome.tried & outcome.accepted,
         batch=past.batch,
         trend=trend_after(memory, value),
