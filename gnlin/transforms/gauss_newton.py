@@ -327,5 +327,8 @@ def _unit(
     models: _Models, has_gradient: bool, params: Params, unit: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """``(unit of λ now, unit to be kept)``; other updates than the gradient say nothing on it."""
-    gradient = models.rhs if has_gradient else models.loss.gradient()
+
+    def gradient() -> Params:
+        return models.rhs if has_gradient else models.loss.gradient()
+
     return damping_unit(unit, models.curvature, gradient, params)

@@ -1,5 +1,7 @@
 """The unit of a λ without units, measured on the first batch of `gauss_newton`."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -9,14 +11,19 @@ from gnlin.tree import Params
 
 
 def damping_unit(
-    unit: jax.Array, model: QuadraticModel, gradient: Params, params: Params
+    unit: jax.Array, model: QuadraticModel, gradient: Callable[[], Params], params: Params
 ) -> tuple[jax.Array, jax.Array]:
     """``(unit of this update, unit to be kept)``: measured until there is one.
 
     It is 0 while none could be measured. λ then is in units of 1, and no step is taken, because
     the gradient is zero or not finite.
     """
-    kept = jax.lax.cond(unit > 0, lambda: unit, lambda: measured_unit(model, gradient, params))
+
+    def measured() -> jax.Array:
+        # Only now, because a gradient beside the incoming updates is a pull-back more.
+        return measured_unit(model, gradient(), params)
+
+    kept = jax.lax.cond(unit > 0, lambda: unit, measured)
     return jnp.where(kept > 0, kept, 1), kept
 
 

@@ -51,8 +51,17 @@ class Method(NamedTuple):
     flops: float = 0.0
 
 
-def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Method:
-    """The training loop of every Optax transformation, those of gnlin among them."""
+def from_optax(
+    objective: Objective, tx: optax.GradientTransformation, makes_gradient: bool = False
+) -> Method:
+    """The training loop of every Optax transformation, those of gnlin among them.
+
+    Args:
+        objective: the problem.
+        tx: the transformation.
+        makes_gradient: whether it takes `None` for updates and makes the gradient itself, with its
+            own linearisation. XLA does not merge two passes through a loop.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def init(params, batch, key):
@@ -61,6 +70,9 @@ def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Method
 
     def step(params, state, batch, key):
         del key
+        if makes_gradient:
+            updates, state = tx.update(None, state, params, batch=batch)
+            return optax.apply_updates(params, updates), state
         value, grads = jax.value_and_grad(objective.value)(params, batch)
         extras = {"value": value, "grad": grads, "value_fn": objective.value, "batch": batch}
         updates, state = tx.update(grads, state, params, **extras)

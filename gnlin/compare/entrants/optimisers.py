@@ -207,7 +207,7 @@ def gauss_newton(task: Task, options: Options) -> Method:
         if momentum
         else gnlin.Subspace(momentum=options["momentum"], loss_model=options["loss_model"]),
     )
-    return from_optax(task.objective, tx)
+    return from_optax(task.objective, tx, makes_gradient=True)
 
 
 def _relative(least: Any) -> gnlin.GainRatio:
@@ -228,9 +228,9 @@ def gauss_newton_eigenbasis(task: Task, options: Options) -> Method:
         task.objective,
         learning_rate=options["learning_rate"],
         solver=gnlin.Eigenbasis(refresh=options["refresh"]),
-        step=gnlin.Momentum(0.0, every=1),
+        step=gnlin.Momentum(0.0, every=10, check=10),
     )
-    return from_optax(task.objective, tx)
+    return from_optax(task.objective, tx, makes_gradient=True)
 
 
 def damped_gauss_newton(task: Task, options: Options) -> Method:
@@ -248,7 +248,7 @@ def damped_gauss_newton(task: Task, options: Options) -> Method:
         gnlin.scale_by_gauss_newton(task.objective, damping, solver=_solver(task, options)),
         optax.scale_by_learning_rate(options["learning_rate"]),
     )
-    return from_optax(task.objective, tx)
+    return from_optax(task.objective, tx, makes_gradient=True)
 
 
 def levenberg_marquardt(task: Task, options: Options) -> Method:
