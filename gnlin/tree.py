@@ -121,7 +121,8 @@ def if_finite(tree: Tree, otherwise: Tree) -> Tree:
 def all_finite(tree: Tree) -> jax.Array:
     # The largest entry tells. XLA compiles a maximum in a third of the time of a conjunction.
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
-    return jnp.isfinite(max_abs([jnp.abs(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]))
+    sizes = [jnp.abs(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.isfinite(max_abs(sizes))
 
 
 def _alone(scalar: jax.Array) -> jax.Array:

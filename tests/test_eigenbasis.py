@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import gnlin
-from gnlin.solve.inverses import inverse_of_triangular, inverses
+from gnlin.solve.inverses import inverse_of_positive_definite, inverse_of_triangular, together
 
 
 def normal(*shape, seed):
@@ -32,7 +32,8 @@ def test_inverses_of_different_sizes_keep_their_places(x64):
         positive_definite(*shape, seed=place) if shape[-1] else np.zeros((0, 0))
         for place, shape in enumerate(shapes)
     ]
-    for found, matrix in zip(inverses([jnp.asarray(m) for m in matrices]), matrices, strict=True):
+    inverses = together(inverse_of_positive_definite, [jnp.asarray(m) for m in matrices])
+    for found, matrix in zip(inverses, matrices, strict=True):
         np.testing.assert_allclose(found, np.linalg.inv(matrix), atol=1e-11)
 
 

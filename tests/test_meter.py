@@ -244,3 +244,46 @@ def test_what_happens_once_in_a_cycle_is_counted_once(task):
         jax.tree.map(lambda x: x[:128], task.train),
     )
     np.testing.assert_allclose((searched - plain) / forward, [0, 0, 0, 4] * 2, atol=0.1)
+
+
+def test_a_gradient_that_is_given_is_not_made_again():
+    """A loop over layers: XLA does not merge the passes through it that are equal."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "blocks": {
+            "w": jax.random.normal(keys[0], (4, 16, 16)) / 4,
+            "b": jnp.zeros((4, 16)),
+        }
+    }
+    x = jax.random.normal(keys[1], (512, 16))
+    batches = [{"x": x, "y": jnp.sin(scale * x)} for scale in (1.0, 2.0)]
+
+    def model(params, batch):
+        def block(hidden, layer):
+            return jnp.tanh(jnp.dot(hidden, layer["w"]) + layer["b"][None]), None
+
+        return jax.lax.scan(block, batch["x"], params["blocks"])[0]
+
+    objective = gnlin.Objective(
+        model, lambda outputs, batch: 0.5 * jnp.mean(jnp.square(outputs - batch["y"]))
+    )
+    tx = gnlin.gauss_newton(objective)
+    gradient = metered(lambda p, b: objective.value_and_grad(p, b)[1], params, batches[0])
+
+    def last_of_six(is_given):
+        def step(grads, state, params, batch):
+            return tx.update(grads if is_given else None, state, params, batch=batch)
+
+        start, state, place = params, tx.init(params), params
+        meter = metered(step, start, state, place, batches[0])
+        call, found = jax.jit(meter.call), []
+        for count in range(6):
+            batch = batches[count % 2]
+            grads = jax.jit(gradient.call)(place, batch)[0]
+            (updates, state), more = call(grads, state, place, batch)
+            place = optax.apply_updates(place, updates)
+            found.append(meter.flops + float(more))
+        return min(found)
+
+    # A pull-back is two of the three products of a gradient.
+    assert last_of_six(False) - last_of_six(True) > 0.6 * gradient.flops

@@ -136,7 +136,7 @@ GAUSS_NEWTON = [
         lambda objective: gnlin.gauss_newton(
             objective,
             solver=gnlin.Eigenbasis(),
-            step=gnlin.Momentum(0.0, every=1),
+            step=gnlin.Momentum(0.0, every=10, check=10),
             learning_rate=0.3,
         ),
     ),

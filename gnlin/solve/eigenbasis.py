@@ -146,7 +146,7 @@ class Eigenbasis:
         """Factors and eigenvectors, refreshed where it is time."""
 
         def refreshed() -> tuple[KroneckerState, Params, Params]:
-            _, factors = self.kronecker.prepare(system, rhs, state.factors)
+            factors = self.kronecker.averaged(system, rhs, state.factors)
             sides = [
                 _eigenvectors(jax.tree.leaves(moments), jax.tree.leaves(old))
                 for moments, old in ((factors.left, state.left), (factors.right, state.right))

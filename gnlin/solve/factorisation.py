@@ -1,146 +1,361 @@
 """The inverse of damped Kronecker factors, and its product with a vector.
 
-`kronecker` averages the factors, keeps their inverses, and asks here for both.
+`kronecker` averages the factors, keeps their inverse, and asks here for both. Matrices of one size
+lie in one array, whatever leaves they belong to. A network has many layers and few sizes, and an
+operation is compiled once for each size.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnlin import tree
 from gnlin.solve.factors import Factors, diagonal_of, is_full
-from gnlin.solve.inverses import inverses
+from gnlin.solve.inverses import inverse_of_positive_definite
 from gnlin.structure.layers import Layout, Use
 from gnlin.tree import Params
 
+# A side of a leaf: 0 for rows, 1 for columns.
+Place = tuple[int, int]
 
-def inverse_factors(
-    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array
-) -> list[Factors]:
-    """(A + π√λ I)⁻¹ and (S + √λ/π I)⁻¹ of all leaves, in the shapes of their moments.
 
-    At a vector the left one is 1 / (diag G + λ). At a bias of a layer they are not used.
+class Inverse(NamedTuple):
+    """(A + π√λ I)⁻¹ and (S + √λ/π I)⁻¹ of all leaves, and 1 / (diag G + λ) of vectors.
+
+    A matrix is as large as its moment. What the leaf does not use is zero.
     """
-    shifted = [_shifted(use, pair, damping) for use, pair in zip(uses, factors, strict=True)]
-    # Matrices wait until all are known: those of one size are inverted together.
-    full = [
-        side
-        for use, pair in zip(uses, shifted, strict=True)
-        for side in pair
-        if is_full(side, use.layout)
-    ]
-    done = iter(inverses(full))
-    found = []
-    for use, pair, like in zip(uses, shifted, factors, strict=True):
-        layout = use.layout
-        sides = [next(done) if is_full(side, layout) else _reciprocal(side) for side in pair]
-        padded = [_padded(side, ref, layout) for side, ref in zip(sides, like, strict=True)]
-        found.append(Factors(*padded))
-    return found
+
+    matrices: tuple[jax.Array, ...]  # (B, n, n) for each size, in the order of leaves and sides
+    diagonals: tuple[jax.Array, ...]  # of the other sides and of the vectors, like their moments
 
 
-def apply_inverse(uses: Sequence[Use], inverse: Sequence[Factors], vector: Params) -> Params:
-    """M⁻¹v, where a bias of a layer is one more row or column of its weight."""
+class _Side(NamedTuple):
+    """A side whose inverse is wanted."""
+
+    place: Place
+    count: int  # members of the stack
+    length: int  # as far as the leaf uses it
+    size: int  # of its matrices, 0 where the moment is a diagonal
+    alone: bool  # whether its matrices are diagonal, whatever their shape
+
+
+def empty_inverse(factors: Sequence[Factors], layouts: Sequence[Layout]) -> Inverse:
+    """Zeros in the shapes of an inverse."""
+    matrices = tuple(
+        jnp.zeros([sum(_members(layouts[leaf]) for leaf, _ in places), size, size], dtype)
+        for (size, dtype), places in _matrices(factors, layouts).items()
+    )
+    diagonals = (factors[leaf][side] for leaf, side in _diagonals(factors, layouts))
+    return Inverse(matrices, tuple(jnp.zeros_like(moment) for moment in diagonals))
+
+
+def inverse_of(
+    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array
+) -> tuple[Inverse, jax.Array]:
+    """``(inverse, whether it is finite)``; zeros where it is not."""
+    layouts = [use.layout for use in uses]
+    found = _inverse_sides(_sides(uses, factors), factors, layouts, damping)
+
+    def of_matrix(place: Place, size: int, dtype) -> jax.Array:
+        # A bias of a layer has no factors of its own.
+        nothing = jnp.zeros([_members(layouts[place[0]]), size, size], dtype)
+        return found.get(place, nothing)
+
+    def of_diagonal(place: Place) -> jax.Array:
+        moment = factors[place[0]][place[1]]
+        if layouts[place[0]].is_vector:
+            return _reciprocal(moment + damping)
+        if place not in found:
+            return jnp.zeros_like(moment)
+        spare = moment.shape[-1] - found[place].shape[-1]
+        return jnp.pad(found[place], [(0, 0), (0, spare)]).reshape(moment.shape)
+
+    matrices = tuple(
+        jnp.concatenate([of_matrix(place, *key) for place in places])
+        for key, places in _matrices(factors, layouts).items()
+    )
+    inverse = Inverse(matrices, tuple(map(of_diagonal, _diagonals(factors, layouts))))
+    sound = tree.all_finite(inverse)
+    return tree.select(sound, inverse, tree.zeros_like(inverse)), sound
+
+
+def apply_inverse(
+    uses: Sequence[Use], inverse: Inverse, factors: Sequence[Factors], vector: Params
+) -> Params:
+    """M⁻¹v, where a bias of a layer is one more row or column of its weight.
+
+    Args:
+        uses: of the leaves.
+        inverse: of the damped factors.
+        factors: any in their shapes.
+        vector: v.
+    """
     dtype = tree.accumulation_dtype(vector)
     flat = [leaf.astype(dtype) for leaf in jax.tree.leaves(vector)]
-    out = list(flat)
+    stored = _Stored(inverse, factors, [use.layout for use in uses])
+    out: list[jax.Array] = list(flat)
+    alike: dict[tuple, list[int]] = {}
     for leaf, use in enumerate(uses):
-        shape, layout = flat[leaf].shape, use.layout
-        if use.bias_of is not None:
-            continue
-        if layout.is_vector:
-            out[leaf] = flat[leaf] * inverse[leaf].left.reshape(shape)
-            continue
-        matrix = flat[leaf].reshape(layout.matrices)
-        if use.bias is None:
-            out[leaf] = _between(matrix, inverse[leaf], use).reshape(shape)
-            continue
-        axis = _side_of_inputs(use) - 2
-        bias = jnp.expand_dims(flat[use.bias].reshape(*layout.stacked, -1), axis)
-        matrix = _between(jnp.concatenate([matrix, bias], axis=axis), inverse[leaf], use)
-        matrix, bias = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
-        out[leaf], out[use.bias] = matrix.reshape(shape), bias.reshape(flat[use.bias].shape)
+        if use.layout.is_vector and use.bias_of is None:
+            out[leaf] = flat[leaf] * stored.diagonals[leaf, 0].reshape(flat[leaf].shape)
+        elif use.bias_of is None:
+            axis = None if use.bias is None else _side_of_inputs(use) - 2
+            key = use.layout.sides, axis, _are_diagonal(use)
+            alike.setdefault(key, []).append(leaf)
+    # Leaves that take the same products take them together.
+    for (_, axis, are_diagonal), leaves in alike.items():
+        matrix = _stack_with_biases(uses, leaves, flat, axis)
+        rows, columns = (
+            stored.leading([(leaf, side) for leaf in leaves], length, is_diagonal)
+            for side, (length, is_diagonal) in enumerate(
+                zip(matrix.shape[1:], are_diagonal, strict=True)
+            )
+        )
+        matrix = rows @ matrix if rows.ndim == 3 else rows[:, :, None] * matrix
+        matrix = matrix @ columns if columns.ndim == 3 else matrix * columns[:, None, :]
+        _unstack_with_biases(uses, leaves, matrix, axis, out)
     return tree.cast_like(jax.tree.unflatten(jax.tree.structure(vector), out), vector)
 
 
-def _between(matrix: jax.Array, inverse: Factors, use: Use) -> jax.Array:
-    """A⁻¹VS⁻¹, for each member of a stack."""
-    left, right = _leading_sides(inverse, use)
-    matrix = left @ matrix if is_full(left, use.layout) else left[..., :, None] * matrix
-    return matrix @ right if is_full(right, use.layout) else matrix * right[..., None, :]
-
-
-def _shifted(use: Use, factors: Factors, damping: jax.Array) -> Factors:
-    """A + π√λ I and S + √λ/π I, the damping shared between both; diag G + λ at a vector."""
-    layout = use.layout
-    if layout.is_vector:
-        # Without curvature and damping an entry passes unchanged.
-        total = factors.left + damping
-        return Factors(jnp.where(total > 0, total, 1), factors.right)
-    left, right = _leading_sides(factors, use)
-    means = [jnp.mean(diagonal_of(moment, layout), axis=-1) for moment in (left, right)]
-    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
-    known = (means[0] > 0) & (means[1] > 0)
-    pi = jnp.sqrt(jnp.where(known, means[0] / jnp.where(known, means[1], 1), 1))
-    root = jnp.sqrt(damping)
-    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
-    return Factors(
-        _add_to_diagonal(left, pi * root, means[0], layout),
-        _add_to_diagonal(right, root / pi, means[1], layout),
-    )
-
-
-def _add_to_diagonal(
-    moment: jax.Array, share: jax.Array, mean: jax.Array, layout: Layout
+def _stack_with_biases(
+    uses: Sequence[Use], leaves: Sequence[int], flat: Sequence[jax.Array], axis: int | None
 ) -> jax.Array:
-    size = moment.shape[-1]
+    """Equal matrices (members, rows, columns), with biases as one more entry along `axis`."""
+    sides = uses[leaves[0]].layout.sides
+    weights = jnp.concatenate([flat[leaf].reshape(-1, *sides) for leaf in leaves])
+    if axis is None:
+        return weights
+    beside = [(_members(uses[leaf].layout), flat[_bias(uses[leaf])]) for leaf in leaves]
+    biases = jnp.concatenate([bias.reshape(count, -1) for count, bias in beside])
+    return jnp.concatenate([weights, jnp.expand_dims(biases, axis)], axis=axis)
+
+
+def _unstack_with_biases(
+    uses: Sequence[Use],
+    leaves: Sequence[int],
+    matrix: jax.Array,
+    axis: int | None,
+    out: list[jax.Array],
+) -> None:
+    """The inverse of `_stack_with_biases`, into `out`, which has arrays in the right shapes."""
+    weights, biases = matrix, None
+    if axis is not None:
+        weights, biases = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
+    start = 0
+    for leaf in leaves:
+        end = start + _members(uses[leaf].layout)
+        out[leaf] = weights[start:end].reshape(out[leaf].shape)
+        if biases is not None:
+            bias = _bias(uses[leaf])
+            out[bias] = biases[start:end].reshape(out[bias].shape)
+        start = end
+
+
+def _bias(use: Use) -> int:
+    assert use.bias is not None  # where matrices have an axis for biases
+    return use.bias
+
+
+class _Stored:
+    """The sides of an inverse."""
+
+    def __init__(self, inverse: Inverse, factors: Sequence[Factors], layouts: Sequence[Layout]):
+        self.diagonals = dict(zip(_diagonals(factors, layouts), inverse.diagonals, strict=True))
+        # The array of a place, and the numbers of its members there.
+        self._where: dict[Place, tuple[jax.Array, int, int]] = {}
+        of_sizes = zip(inverse.matrices, _matrices(factors, layouts).values(), strict=True)
+        for matrices, places in of_sizes:
+            start = 0
+            for place in places:
+                end = start + _members(layouts[place[0]])
+                self._where[place] = matrices, start, end
+                start = end
+
+    def leading(self, places: Sequence[Place], length: int, is_diagonal: bool) -> jax.Array:
+        """(members, length, length) of these places, or (members, length) of diagonals."""
+        parts: list[tuple[jax.Array, int, int]] = []
+        for place in places:
+            if place not in self._where:
+                diagonal = self.diagonals[place]
+                matrices = diagonal.reshape(-1, diagonal.shape[-1])
+                found = matrices, 0, len(matrices)
+            else:
+                found = self._where[place]
+            # One slice instead of many where they lie side by side.
+            if parts and parts[-1][0] is found[0] and parts[-1][2] == found[1]:
+                found = found[0], parts.pop()[1], found[2]
+            parts.append(found)
+        whole = jnp.concatenate([matrices[start:end] for matrices, start, end in parts])
+        if whole.ndim == 3 and is_diagonal:
+            whole = _diagonal(whole)
+        return whole[(slice(None), *[slice(length)] * (whole.ndim - 1))]
+
+
+# Inverses of one length are made together.
+
+
+def _inverse_sides(
+    sides: Sequence[_Side],
+    factors: Sequence[Factors],
+    layouts: Sequence[Layout],
+    damping: jax.Array,
+) -> dict[Place, jax.Array]:
+    """The inverse of each side, (members, n, n), or (members, n) of a diagonal."""
+    parts: dict[tuple, list[_Side]] = {}
+    for each in sides:
+        own = each.place if each.alone else None
+        parts.setdefault((each.size, each.length, own), []).append(each)
+    moments = [
+        jnp.concatenate([_moment_of(each, factors, layouts) for each in part])
+        for part in parts.values()
+    ]
+    shares = _shares(list(parts.values()), moments, damping)
+    found = {}
+    for part, moment, share in zip(parts.values(), moments, shares, strict=True):
+        inverse, start = _inverse_of_shifted(moment, share), 0
+        if part[0].size:
+            inverse = _padded(inverse, part[0].size)
+        for each in part:
+            found[each.place] = inverse[start : start + each.count]
+            start += each.count
+    return found
+
+
+def _shares(
+    parts: Sequence[Sequence[_Side]], moments: Sequence[jax.Array], damping: jax.Array
+) -> list[jax.Array]:
+    """π√λ or √λ/π for each member of the sides of each part, (members,)."""
+    if not parts:
+        return []
+    diagonals = [_diagonal(moment) for moment in moments]
+    means = jnp.concatenate([each.sum(axis=-1) / max(each.shape[-1], 1) for each in diagonals])
+    members, number = {}, 0  # the numbers of the members of a side
+    for each in _chained(parts):
+        members[each.place] = np.arange(number, number + each.count)
+        number += each.count
+    # Of each member the partner on the other side of its leaf.
+    partner = np.concatenate([members[leaf, 1 - side] for leaf, side in members])
+    # π is 1 where a side has no curvature: the quotient of the traces says nothing there.
+    theirs = means[partner]
+    known = (means > 0) & (theirs > 0)
+    # (π√λ)(√λ/π) = λ: the product of both shares is the damping of the system.
+    pi = jnp.sqrt(jnp.where(known, means / jnp.where(known, theirs, 1), 1))
+    share = pi * jnp.sqrt(damping)
     # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    floor = 10 * size * float(jnp.finfo(moment.dtype).eps) * mean
-    share = jnp.maximum(share, jnp.where(mean > 0, floor, 1))[..., None]
-    if not is_full(moment, layout):
-        return moment + share
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=moment.dtype), moment.shape)
-    return moment + share[..., None] * identity
+    lengths = np.concatenate([np.full(each.count, each.length) for each in _chained(parts)])
+    floor = jnp.asarray(10 * lengths * float(jnp.finfo(means.dtype).eps), means.dtype)
+    share = jnp.maximum(share, jnp.where(means > 0, floor * means, 1))
+    ends = np.cumsum([len(moment) for moment in moments])[:-1]
+    return jnp.split(share, ends)
+
+
+def _inverse_of_shifted(moment: jax.Array, share: jax.Array) -> jax.Array:
+    """(A + share I)⁻¹ of matrices or diagonals."""
+    if not moment.size:
+        return moment
+    if moment.ndim == 2:
+        return _reciprocal(moment + share[:, None])
+    identity = jnp.eye(moment.shape[-1], dtype=moment.dtype)
+    return inverse_of_positive_definite(moment + share[:, None, None] * identity[None])
 
 
 def _reciprocal(numbers: jax.Array) -> jax.Array:
     return 1 / jnp.where(numbers == 0, 1, numbers)
 
 
+def _diagonal(moment: jax.Array) -> jax.Array:
+    return jnp.diagonal(moment, axis1=-2, axis2=-1) if moment.ndim == 3 else moment
+
+
+def _chained(parts: Iterable[Iterable[_Side]]) -> list[_Side]:
+    return [each for part in parts for each in part]
+
+
 # Shapes. A moment has a spare row and column for a bias, and a matrix even for rows that are looked
 # up, because the state is shaped before the first batch is seen.
 
 
-def _leading_sides(sides: Factors, use: Use) -> Factors:
-    """Both sides without what the leaf does not use."""
+def _matrices(
+    factors: Sequence[Factors], layouts: Sequence[Layout]
+) -> dict[tuple[int, jnp.dtype], list[Place]]:
+    """The places of the matrices of each size, those of equal leaves side by side."""
+    found: dict[tuple[int, jnp.dtype], list[Place]] = {}
+    for place in sorted(_places(layouts), key=lambda place: (layouts[place[0]].sides, place[1])):
+        moment = factors[place[0]][place[1]]
+        if is_full(moment, layouts[place[0]]):
+            found.setdefault((moment.shape[-1], moment.dtype), []).append(place)
+    return found
+
+
+def _diagonals(factors: Sequence[Factors], layouts: Sequence[Layout]) -> list[Place]:
+    """The places of the diagonals, those of vectors among them."""
+    return [
+        (leaf, side)
+        for leaf, side in _places(layouts)
+        if not is_full(factors[leaf][side], layouts[leaf])
+    ]
+
+
+def _places(layouts: Sequence[Layout]) -> list[Place]:
+    """A vector has one side."""
+    return [
+        (leaf, side)
+        for leaf, layout in enumerate(layouts)
+        for side in range(1 if layout.is_vector else 2)
+    ]
+
+
+def _sides(uses: Sequence[Use], factors: Sequence[Factors]) -> list[_Side]:
+    """The sides of all leaves that are matrices, but not of biases of layers."""
+    layouts, found = [use.layout for use in uses], []
+    full = _matrices(factors, layouts)
+    places = [place for of_size in full.values() for place in of_size]
+    for leaf, side in places + _diagonals(factors, layouts):
+        use, moment = uses[leaf], factors[leaf][side]
+        if use.layout.is_vector or use.bias_of is not None:
+            continue
+        size = moment.shape[-1] if is_full(moment, use.layout) else 0
+        alone = not size or _are_diagonal(use)[side]
+        length = _used_lengths(use)[side]
+        found.append(_Side((leaf, side), _members(use.layout), length, size, alone))
+    return found
+
+
+def _moment_of(side: _Side, factors: Sequence[Factors], layouts: Sequence[Layout]) -> jax.Array:
+    """(members, n, n), or (members, n) of a diagonal, as far as the leaf uses it."""
+    leaf, which = side.place
+    part = _leading(factors[leaf][which], side.length, layouts[leaf], side.alone)
+    return part.reshape(side.count, *part.shape[layouts[leaf].stack :])
+
+
+def _leading(moment: jax.Array, length: int, layout: Layout, is_diagonal: bool) -> jax.Array:
+    if is_diagonal or not is_full(moment, layout):
+        return diagonal_of(moment, layout)[..., :length]
+    return moment[..., :length, :length]
+
+
+def _padded(inverse: jax.Array, size: int) -> jax.Array:
+    """Matrices of this size, the rest zeros."""
+    if inverse.ndim == 2:
+        inverse = inverse[..., None] * jnp.eye(inverse.shape[-1], dtype=inverse.dtype)[None]
+    spare = size - inverse.shape[-1]
+    return jnp.pad(inverse, [(0, 0), (0, spare), (0, spare)])
+
+
+def _members(layout: Layout) -> int:
+    return math.prod(layout.stacked)
+
+
+def _used_lengths(use: Use) -> list[int]:
+    """Lengths of both sides, with the row or the column of a bias."""
     lengths = list(use.layout.sides)
     if use.bias is not None:
         lengths[_side_of_inputs(use)] += 1
-    found = [
-        _leading(side, length, use.layout, is_diagonal)
-        for side, length, is_diagonal in zip(sides, lengths, _are_diagonal(use), strict=True)
-    ]
-    return Factors(*found)
-
-
-def _leading(side: jax.Array, length: int, layout: Layout, is_diagonal: bool) -> jax.Array:
-    if is_diagonal or not is_full(side, layout):
-        return diagonal_of(side, layout)[..., :length]
-    return side[..., :length, :length]
-
-
-def _padded(side: jax.Array, like: jax.Array, layout: Layout) -> jax.Array:
-    """The same with zeros, in the shape of the moment."""
-    if layout.is_vector:
-        return side
-    if is_full(like, layout) and not is_full(side, layout):
-        side = side[..., None] * jnp.broadcast_to(
-            jnp.eye(side.shape[-1], dtype=side.dtype), (*side.shape, side.shape[-1])
-        )
-    extra = like.shape[-1] - side.shape[-1]
-    own = side.ndim - layout.stack
-    return jnp.pad(side, [(0, 0)] * layout.stack + [(0, extra)] * own)
+    return lengths
 
 
 def _side_of_inputs(use: Use) -> int:

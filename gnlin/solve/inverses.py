@@ -1,7 +1,7 @@
 """Inverses of many small symmetric matrices at once, in products of matrices.
 
-`factors` makes the inverses of Kronecker factors here. They are of few sizes. Those of one size
-are one batch, which is compiled once.
+`factorisation` makes the inverses of Kronecker factors here. Those of one size are one batch, which
+is compiled once.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 _SMALLEST = 8
 
 
-def inverses(matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    r"""A⁻¹ of positive definite matrices (..., n, n), in their order.
+def inverse_of_positive_definite(matrices: jax.Array) -> jax.Array:
+    r"""A⁻¹ of symmetric, positive definite matrices (B, n, n).
 
     With A = LLᵀ it is :math:`L^{-\top} L^{-1}`. The time of small triangular solves is not that of
     their FLOPs. On a CPU each may wait for the threads of the BLAS, and on a GPU each row waits for
@@ -22,12 +22,8 @@ def inverses(matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
     Reference: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, chapter 14.
     """
-
-    def inverse(matrices: jax.Array) -> jax.Array:
-        lower = inverse_of_triangular(jnp.linalg.cholesky(matrices))
-        return jnp.swapaxes(lower, -2, -1) @ lower
-
-    return together(inverse, matrices)
+    lower = inverse_of_triangular(jnp.linalg.cholesky(matrices))
+    return jnp.swapaxes(lower, -2, -1) @ lower
 
 
 def together(
@@ -85,10 +81,15 @@ def _diagonal_blocks(matrix: jax.Array, block: int) -> jax.Array:
 def _row_by_row(lower: jax.Array) -> jax.Array:
     """L⁻¹ by forward substitution, for all matrices (..., n, n) at once."""
     size = lower.shape[-1]
-    rows: list[jax.Array] = []
-    for row in range(size):
-        rest = jnp.zeros([*lower.shape[:-2], size], lower.dtype).at[..., row].set(1)
-        for column in range(row):
-            rest = rest - lower[..., row, column, None] * rows[column]
-        rows.append(rest / lower[..., row, row, None])
-    return jnp.stack(rows, axis=-2)
+
+    def solve_row(inverse, row):
+        # Rows that are not known yet are zero.
+        here = jax.lax.dynamic_index_in_dim(lower, row, axis=-2, keepdims=False)
+        known = jnp.sum(here[..., None] * inverse, axis=-2)
+        unit = (jnp.arange(size) == row).astype(lower.dtype)
+        pivot = jax.lax.dynamic_index_in_dim(here, row, axis=-1)
+        found = (jnp.broadcast_to(unit, known.shape) - known) / pivot
+        return jax.lax.dynamic_update_index_in_dim(inverse, found, row, axis=-2), None
+
+    # A loop, because written out it would take as long to compile as the rest of the inverse.
+    return jax.lax.scan(solve_row, jnp.zeros_like(lower), jnp.arange(size))[0]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
-from gnlin.solve.factorisation import apply_inverse, inverse_factors
+from gnlin.solve.factorisation import Inverse, apply_inverse, empty_inverse, inverse_of
 from gnlin.solve.factors import Factors, Share, moments_of_gradient, moments_of_layer
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
@@ -41,12 +41,11 @@ class KroneckerState(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """The inverses that the next systems use again."""
+    """The inverse that the next systems use again."""
 
-    left: Params  # of the damped moments, in their shapes
-    right: Params
-    uses: jax.Array  # how many more systems they are for
-    damping: jax.Array  # λ in them
+    inverse: Inverse  # of the damped moments
+    uses: jax.Array  # how many more systems it is for
+    damping: jax.Array  # λ in it
 
 
 @shows_signature
@@ -135,9 +134,10 @@ class Kronecker:
                 return Factors(jnp.zeros([math.prod(layout.shape)], dtype), jnp.zeros([], dtype))
             return Factors(*(moment(layout.stacked, length) for length in layout.sides))
 
-        count = jnp.zeros([], jnp.int32)
-        zeros = [factors(each) for each in layouts(params)]
-        kept = _kept_of(zeros, count, jnp.zeros([], dtype), params) if self.refresh > 1 else ()
+        count, own = jnp.zeros([], jnp.int32), layouts(params)
+        zeros = [factors(each) for each in own]
+        kept = _Kept(empty_inverse(zeros, own), count, jnp.zeros([], dtype))
+        kept = kept if self.refresh > 1 else ()
         return _state_of(count, zeros, params, kept), _stats(False)
 
     def solve(
@@ -147,7 +147,7 @@ class Kronecker:
         direction = preparation.apply(rhs)
         sound = tree.all_finite(direction)
         direction = tree.select(sound, direction, tree.zeros_like(direction))
-        return Solution(direction, _stats(sound)), state
+        return Solution(direction, _stats(sound), state_is_finite=True), state
 
     def prepare(
         self, system: System, params: Params, state: KroneckerState
@@ -155,51 +155,51 @@ class Kronecker:
         damping = jnp.asarray(system.damping, tree.accumulation_dtype(params))
         found: list[Sequence[Use]] = []
 
-        def refreshed() -> tuple[list[Factors], KroneckerState]:
+        def refreshed() -> tuple[Inverse, jax.Array, KroneckerState]:
             # Here and not outside, where inputs would be computed for all systems. What comes out
             # is the shape of the layers alone.
             reading = read_layers(system.jvp, params)
             found.append(reading.uses)
-            return self._refreshed(reading, system, damping, params, state)
+            after = self._averaged(reading, system, params, state)
+            inverse, sound = inverse_of(reading.uses, _factors_of(after), damping)
+            if self.refresh > 1:
+                uses = jnp.where(after.count > _FRESH, self.refresh - 1, 0).astype(jnp.int32)
+                after = after._replace(kept=_Kept(inverse, uses, damping))
+            # An inverse that failed serves no other system, and leaves nothing behind.
+            return inverse, sound, tree.select(sound, after, state)
 
-        def reused() -> tuple[list[Factors], KroneckerState]:
+        def reused() -> tuple[Inverse, jax.Array, KroneckerState]:
             kept = state.kept._replace(uses=state.kept.uses - 1)
-            return _factors_of(state.kept), state._replace(kept=kept)
+            return state.kept.inverse, jnp.asarray(True), state._replace(kept=kept)
 
         if self.refresh == 1:
-            inverse, next_state = refreshed()
+            inverse, sound, next_state = refreshed()
         else:
             # The share of λ in an inverse may be too large for a while, and not too small.
             due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
-            inverse, next_state = jax.lax.cond(due, refreshed, reused)
+            inverse, sound, next_state = jax.lax.cond(due, refreshed, reused)
 
         # Under `jax.disable_jit` the branch that is not taken is not run.
         uses = found[0] if found else read_layers(system.jvp, params).uses
 
         def apply(vector: Params) -> Params:
-            return apply_inverse(uses, inverse, vector)
+            return apply_inverse(uses, inverse, _factors_of(state), vector)
 
-        finite = tree.all_finite((next_state.left, next_state.right))
-        return Preparation(apply, _stats(finite)), next_state
+        return Preparation(apply, _stats(sound)), next_state
 
-    def _refreshed(
-        self, reading: Reading, system: System, damping, params, state
-    ) -> tuple[list[Factors], KroneckerState]:
-        """Inverses of the average with the moments of this system, and the next state."""
+    def averaged(self, system: System, params: Params, state: KroneckerState) -> KroneckerState:
+        """The state with the moments of this system in its average."""
+        return self._averaged(read_layers(system.jvp, params), system, params, state)
+
+    def _averaged(self, reading: Reading, system: System, params, state) -> KroneckerState:
         before = _factors_of(state)
         latest = self._moments(reading, system, params, before, state.count)
         count = state.count + 1
         # A plain mean, until the average has as much of the past as `decay` says.
-        keep = jnp.minimum(1 - 1 / count.astype(damping.dtype), self.decay**self.refresh)
+        part = 1 - 1 / count.astype(tree.accumulation_dtype(params))
+        keep = jnp.minimum(part, self.decay**self.refresh)
         factors = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, before, latest)
-        inverse, kept = inverse_factors(reading.uses, factors, damping), state.kept
-        if self.refresh > 1:
-            # An inverse that failed serves no other system, and leaves nothing behind.
-            sound = tree.all_finite(inverse)
-            uses = jnp.where(sound & (count > _FRESH), self.refresh - 1, 0).astype(jnp.int32)
-            kept = tree.select(sound, inverse, tree.zeros_like(inverse))
-            kept = _kept_of(kept, uses, damping, params)
-        return inverse, _state_of(count, factors, params, kept)
+        return _state_of(count, factors, params, state.kept)
 
     def _moments(self, reading: Reading, system, params, before, count) -> list[Factors]:
         """Moments of this system alone, in the order of the leaves."""
@@ -235,10 +235,6 @@ def _state_of(
     count: jax.Array, factors: Sequence[Factors], params: Params, kept: Any
 ) -> KroneckerState:
     return KroneckerState(count, *_sides(factors, params), kept)
-
-
-def _kept_of(inverse: Sequence[Factors], uses, damping, params: Params) -> _Kept:
-    return _Kept(*_sides(inverse, params), uses, damping)
 
 
 def _sides(factors: Sequence[Factors], params: Params) -> tuple[Params, Params]:

@@ -32,10 +32,13 @@ class Solution:
         direction: x, in the dtypes of the right-hand side; always finite.
         stats: flat dictionary of scalars. Their names begin with that of the solver
             (``cg/iterations``, ...).
+        state_is_finite: whether the next state is known to be finite. Otherwise all of it is looked
+            at, and one that is not finite is not kept.
     """
 
     direction: Params
     stats: Stats
+    state_is_finite: bool = False
 
 
 @runtime_checkable

@@ -77,7 +77,7 @@ def gain_ratio(
         value: loss before the step.
         new_value: loss after it.
         change: prediction of the model for their difference, new − old.
-        sound: false for a step of zeros whose right-hand side is not zero, from a solve that failed.
+        sound: false for a step of zeros from a solve that failed: its right-hand side is not zero.
     """
     dtype = tree.accumulation_dtype(value)
     finest = resolution(value).astype(dtype)

@@ -198,9 +198,10 @@ def gauss_newton(
         # A loss that is not finite leaves no trace, nor does a place that is left again.
         step_state = state.step if chosen.state is None else chosen.state
         stays = jnp.isfinite(value) if past is None else jnp.isfinite(value) & ~past.back
+        keeps = stays if solution.state_is_finite else stays & tree.all_finite(solver_state)
         return ends.step, GaussNewtonState(
             count=optax.safe_increment(state.count),
-            solver=tree.select(stays & tree.all_finite(solver_state), solver_state, state.solver),
+            solver=tree.select(keeps, solver_state, state.solver),
             damping=adapted,
             # A refused step leaves zeros behind, so momentum begins anew.
             step=step.remember(tree.select(stays, step_state, state.step), ends.step),

@@ -91,7 +91,10 @@ def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array,
     It is none where the batch has changed. Nor is it one where a wrapper scaled or averaged the
     step that was handed out, so that another was made.
     """
-    length = tree.norm(last.step)
+    # In units of the step that was handed out, so that squares of small numbers do not vanish.
+    unit = jnp.where(memory.length > 0, memory.length, 1)
+    relative = tree.scale(1 / unit, last.step)
+    length = unit * jnp.sqrt(tree.inner(relative, relative))
     # Steps of half precision are rounded when they are added.
     eps = (
         max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(last.step))

@@ -130,16 +130,17 @@ class Momentum:
         waiting = state._replace(age=state.age + 1)
         known = sound & jnp.isfinite(size) & (rate != 0)
         after = tree.select(known, tree.select(looks, looked_up, waiting), state)
-        return Step(step, change, sound, _stats(length, beta), after, looks)
+        stats, norm = _stats(length, beta), jnp.abs(length) * size
+        return Step(step, change, sound, stats, after, modelled=looks, norm=norm)
 
 
 def _conjugate(search: Search) -> jax.Array:
     """β of Hestenes and Stiefel, at least 0; 0 where the curvature along p is not positive."""
     last = search.last
     assert last is not None  # a rule with `lead` is handed what `gauss_newton` recalls
-    # In units of their largest entries, so that products of small numbers do not vanish.
+    # In units of the gradient's largest entry, so that products of small numbers do not vanish.
+    unit = tree.max_abs(search.rhs)
     change = tree.subtract(search.rhs, last.gradient)
-    unit = tree.max_abs(change)
     change = tree.scale(1 / jnp.where(unit > 0, unit, 1), change)
     along = tree.inner(change, last.step)
     against = tree.inner(change, search.direction)

@@ -72,7 +72,8 @@ class Outcome(NamedTuple):
 
 def try_step(policy, before, models, chosen, past, check, problem, params, batch) -> Outcome:
     """Try a step by the loss after it, where that is due."""
-    value, length = models.loss.value, tree.norm(chosen.step)
+    value = models.loss.value
+    length = tree.norm(chosen.step) if chosen.norm is None else chosen.norm
 
     def loss_after() -> jax.Array:
         # A forward pass. It is on `batch`, as is the loss before the step.

@@ -71,7 +71,8 @@ def from_optax(
     def step(params, state, batch, key):
         del key
         if makes_gradient:
-            updates, state = tx.update(None, state, params, batch=batch)
+            nothing: Any = None
+            updates, state = tx.update(nothing, state, params, batch=batch)
             return optax.apply_updates(params, updates), state
         value, grads = jax.value_and_grad(objective.value)(params, batch)
         extras = {"value": value, "grad": grads, "value_fn": objective.value, "batch": batch}
