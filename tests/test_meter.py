@@ -1,5 +1,7 @@
 """The meter against the same work written out, so that XLA counts all of it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,7 +274,8 @@ def test_a_gradient_that_is_given_is_not_made_again():
 
     def last_of_six(is_given):
         def step(grads, state, params, batch):
-            return tx.update(grads if is_given else None, state, params, batch=batch)
+            given: Any = grads if is_given else None
+            return tx.update(given, state, params, batch=batch)
 
         start, state, place = params, tx.init(params), params
         meter = metered(step, start, state, place, batches[0])
