@@ -587,7 +587,7 @@ def test_misspelt_option(factory, arguments, option):
     [
         (
             lambda: gnlin.gauss_newton(1.0, OBJECTIVE),
-            r"Write gauss_newton\(objective, \*, learning_rate=1\.0, damping=GainRatio\(\.\.\.\)",
+            r"Write gauss_newton\(objective, \*, learning_rate=.auto., damping=GainRatio\(\.\.\.\)",
         ),
         (
             lambda: gnlin.levenberg_marquardt(OBJECTIVE, initial_damping=0.1),

@@ -82,9 +82,7 @@ def test_directions_are_those_of_adam_in_the_eigenbasis(x64):
 def test_it_trains_and_a_batch_of_nan_leaves_no_trace():
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), PARAMS)
     batch = jnp.asarray(X, jnp.float32)
-    tx = gnlin.gauss_newton(
-        OBJECTIVE, solver=gnlin.Eigenbasis(), step=gnlin.Momentum(0.0, every=1), learning_rate=0.3
-    )
+    tx = gnlin.gauss_newton(OBJECTIVE, solver=gnlin.Eigenbasis())
     update = jax.jit(lambda state, params, batch: tx.update(None, state, params, batch=batch))
     state, losses = tx.init(params), []
     for count in range(30):
@@ -100,6 +98,34 @@ def test_it_trains_and_a_batch_of_nan_leaves_no_trace():
         params = optax.apply_updates(params, updates)
         losses.append(float(gnlin.metrics(state)["loss"]))
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("solver", "step", "rate"),
+    [
+        (gnlin.Eigenbasis(), gnlin.Momentum(0.0, every=10, check=10), 0.3),
+        (gnlin.Kronecker(refresh=5), gnlin.Momentum(), 1.0),
+    ],
+    ids=["eigenbasis", "kronecker"],
+)
+def test_rate_and_step_rule_are_those_of_the_solver(x64, solver, step, rate):
+    chosen = gnlin.gauss_newton(OBJECTIVE, solver=solver)
+    written = gnlin.gauss_newton(OBJECTIVE, solver=solver, step=step, learning_rate=rate)
+    ends = []
+    for tx in (chosen, written):
+        params, state = PARAMS, tx.init(PARAMS)
+        update = jax.jit(tx.update)
+        for count in range(13):
+            updates, state = update(None, state, params, batch=jnp.roll(X, count, axis=1))
+            params = optax.apply_updates(params, updates)
+        ends.append(params)
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.parametrize("name", ["step", "learning_rate"])
+def test_a_word_that_chooses_nothing(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be"):
+        gnlin.gauss_newton(OBJECTIVE, **{name: "automatic"})
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,9 @@ class Eigenbasis:
     basis is that of the curvature, and the sizes are those of the gradients that came. SOAP is the
     same with the moments of gradients for factors.
 
-    The direction has no length. `Subspace` finds the best for the batch, which is too long where
-    batches are small. So a learning rate goes with it, as in the example.
+    The direction has no length. The best for the batch is too long where batches are small. So
+    ``gauss_newton(objective, solver=Eigenbasis())`` takes a share of it, a learning rate of 0.3.
+    Larger batches want a larger share.
 
     Statistics: ``eigenbasis/finite``; where it is false the direction is zero.
 
@@ -73,10 +74,7 @@ class Eigenbasis:
     Example:
         >>> import gnlin
         >>> objective = gnlin.Objective.least_squares(lambda p: p["w"] @ p["w"])
-        >>> tx = gnlin.gauss_newton(
-        ...     objective, solver=gnlin.Eigenbasis(), step=gnlin.Subspace(momentum=False),
-        ...     learning_rate=0.3,
-        ... )
+        >>> tx = gnlin.gauss_newton(objective, solver=gnlin.Eigenbasis())
     """
 
     momentum: float = 0.9

@@ -11,7 +11,7 @@ One update, in the order in which it is read below:
 * Now and then ``ρ = (ℓ(θ) − ℓ(θ + δ)) / predicted decrease``, and δ = 0 where it is refused.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from gnlin.checks import check_metrics, check_number, shows_signature
 from gnlin.problem.curvature import QuadraticModel, quadratic_model
 from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
-from gnlin.solve import CG, Kronecker, Solver
+from gnlin.solve import CG, Eigenbasis, Kronecker, Solver
 from gnlin.solve.protocols import begin, check_solver, check_solves, solved
 from gnlin.transforms.damping import (
     Damping,
@@ -60,12 +60,12 @@ class ScaleByGaussNewtonState(NamedTuple):
 def gauss_newton(
     objective: Objective,
     *,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
+    learning_rate: optax.ScalarOrSchedule | Literal["auto"] = "auto",
     damping: Damping | DampingPolicy = GainRatio(
         1.0, minimum=0.1, relative=True, minimum_again=1e-3
     ),
     solver: Solver = Kronecker(refresh=5),
-    step: StepRule = Momentum(),
+    step: StepRule | Literal["auto"] = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Damped Gauss-Newton descent, with defaults that are meant to be used as they are.
 
@@ -83,6 +83,9 @@ def gauss_newton(
       lower the loss is not taken. Steps between are taken untried.
 
     With ``step=Subspace()`` every step is tried before it is taken.
+
+    ``gauss_newton(objective, solver=Eigenbasis())`` is for transformers on small batches. Rate and
+    step rule are then those of `Eigenbasis`.
 
     Each argument changes one thing. A number or a schedule for `damping` gives λ and leaves solver,
     step rule and the test of the loss as they are. The textbook's method takes full steps of
@@ -103,11 +106,14 @@ def gauss_newton(
     Args:
         objective: the problem.
         learning_rate: η, a number or a schedule, which multiplies the step that the rule found.
+            ``"auto"`` is 0.3 with `Eigenbasis`, and 1 with other solvers.
         damping: λ: a number, a schedule of the count, or a policy. A number has the units of the
             curvature. The minimum of the default is for mini-batches. The gain ratio knows the
             batch and not the problem, and would let λ fall too far.
         solver: a record from `gnlin.solve`, or any `Solver`.
-        step: how far to go along the direction of the solver, any `StepRule`.
+        step: how far to go along the direction of the solver, any `StepRule`. ``"auto"`` is
+            ``Momentum(0.0, every=10, check=10)`` with `Eigenbasis`, which has a momentum of its
+            own, and ``Momentum()`` with other solvers.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -132,6 +138,7 @@ def gauss_newton(
     """
     check_objective(objective)
     check_solver("solver", solver)
+    learning_rate, step = _chosen(solver, learning_rate, step)
     check_step_rule(step)
     policy = policy_of(damping)
     if not callable(learning_rate):
@@ -295,6 +302,18 @@ def scale_by_gauss_newton(
         return solution.direction, ScaleByGaussNewtonState(count, solver_state, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _chosen(solver: Solver, learning_rate: Any, step: Any) -> tuple[Any, StepRule]:
+    """Learning rate and step rule, where they are left to the solver."""
+    # The best length for a small batch is too long for the others. `Kronecker` meets that with λ,
+    # and `Eigenbasis`, whose direction does not know λ, with a rate.
+    by_eigenbasis = isinstance(solver, Eigenbasis)
+    if isinstance(learning_rate, str) and learning_rate == "auto":
+        learning_rate = 0.3 if by_eigenbasis else 1.0
+    if isinstance(step, str) and step == "auto":
+        step = Momentum(0.0, every=10, check=10) if by_eigenbasis else Momentum()
+    return learning_rate, step
 
 
 class _Models(NamedTuple):

@@ -228,7 +228,6 @@ def gauss_newton_eigenbasis(task: Task, options: Options) -> Method:
         task.objective,
         learning_rate=options["learning_rate"],
         solver=gnlin.Eigenbasis(refresh=options["refresh"]),
-        step=gnlin.Momentum(0.0, every=10, check=10),
     )
     return from_optax(task.objective, tx, makes_gradient=True)
 
