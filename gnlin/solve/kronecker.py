@@ -43,7 +43,7 @@ class KroneckerState(NamedTuple):
 class _Kept(NamedTuple):
     """The inverse that the next systems use again."""
 
-    inverse: Inverse  # of the damped moments
+    inverse: jax.Array  # of the damped moments, all entries of `Inverse`
     uses: jax.Array  # how many more systems it is for
     damping: jax.Array  # λ in it
 
@@ -136,8 +136,10 @@ class Kronecker:
 
         count, own = jnp.zeros([], jnp.int32), layouts(params)
         zeros = [factors(each) for each in own]
-        kept = _Kept(empty_inverse(zeros, own), count, jnp.zeros([], dtype))
-        kept = kept if self.refresh > 1 else ()
+        kept = ()
+        if self.refresh > 1:
+            inverse = tree.flatten(empty_inverse(zeros, own), dtype)
+            kept = _Kept(inverse, count, jnp.zeros([], dtype))
         return _state_of(count, zeros, params, kept), _stats(False)
 
     def solve(
@@ -162,22 +164,29 @@ class Kronecker:
             found.append(reading.uses)
             after = self._averaged(reading, system, params, state)
             inverse, sound = inverse_of(reading.uses, _factors_of(after), damping)
-            if self.refresh > 1:
-                uses = jnp.where(after.count > _FRESH, self.refresh - 1, 0).astype(jnp.int32)
-                after = after._replace(kept=_Kept(inverse, uses, damping))
-            # An inverse that failed serves no other system, and leaves nothing behind.
-            return inverse, sound, tree.select(sound, after, state)
+            return inverse, sound, after
 
-        def reused() -> tuple[Inverse, jax.Array, KroneckerState]:
+        def refreshed_and_kept() -> tuple[jax.Array, KroneckerState]:
+            inverse, sound, after = refreshed()
+            uses = jnp.where(after.count > _FRESH, self.refresh - 1, 0).astype(jnp.int32)
+            kept = _Kept(tree.flatten(inverse, damping.dtype), uses, damping)
+            # An inverse that failed serves no other system, and leaves nothing behind.
+            return sound, tree.select(sound, after._replace(kept=kept), state)
+
+        def reused() -> tuple[jax.Array, KroneckerState]:
             kept = state.kept._replace(uses=state.kept.uses - 1)
-            return state.kept.inverse, jnp.asarray(True), state._replace(kept=kept)
+            return jnp.asarray(True), state._replace(kept=kept)
 
         if self.refresh == 1:
-            inverse, sound, next_state = refreshed()
+            inverse, sound, after = refreshed()
+            next_state = tree.select(sound, after, state)
         else:
             # The share of λ in an inverse may be too large for a while, and not too small.
             due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
-            inverse, sound, next_state = jax.lax.cond(due, refreshed, reused)
+            sound, next_state = jax.lax.cond(due, refreshed_and_kept, reused)
+            entries = jnp.where(sound, next_state.kept.inverse, 0)
+            empty = jax.eval_shape(lambda: empty_inverse(_factors_of(state), layouts(params)))
+            inverse = tree.unflatten(entries, empty)
 
         # Under `jax.disable_jit` the branch that is not taken is not run.
         uses = found[0] if found else read_layers(system.jvp, params).uses
