@@ -1,5 +1,6 @@
 """The default step of `gauss_newton`: kept factors, late trials, momentum, λ without units."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -369,3 +370,31 @@ def test_the_default_is_what_the_figures_are_of():
         "step": "auto",  # see tests/test_eigenbasis.py
     }
     assert gnlin.Momentum() == gnlin.Momentum(0.6, every=2, check=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """A solver that fails."""
+
+    def init(self, params):
+        return (), {}
+
+    def solve(self, system, rhs, state):
+        return gnlin.Solution(jax.tree.map(jnp.zeros_like, rhs), {}), state
+
+
+@pytest.mark.parametrize("start", [1.0, 0.0], ids=["failed", "solved"])
+def test_a_step_of_zeros_is_good_where_the_gradient_is_zero(x64, start):
+    objective = gnlin.Objective(lambda p, batch: batch * p, lambda z, batch: jnp.sum(z**2))
+    policy = gnlin.GainRatio(1.0, minimum=1e-3)
+    tx = gnlin.gauss_newton(objective, damping=policy, solver=Zeros())
+    _, metrics, _ = run(tx, jnp.full(2, start), [jnp.ones(2)] * 6)
+    ratios = [float(each["gain_ratio"]) for each in metrics]
+    damping = [float(each["damping"]) for each in metrics]
+    if start == 0:
+        assert ratios[1:] == [1.0] * 5
+        assert damping[-1] < damping[0] / 10
+    else:
+        # A step that is taken back is not tried again.
+        assert set(ratios[1:]) == {-np.inf}
+        assert damping[-1] > damping[0] * 10

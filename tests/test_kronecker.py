@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -288,3 +289,76 @@ def test_inverses_are_kept_without_jit_too():
             solution, state = kronecker.solve(system, params, state)
             assert bool(solution.stats["kronecker/finite"]), count
     assert int(state.kept.uses) < 4
+
+
+@pytest.mark.parametrize("refresh", [1, 5])
+@pytest.mark.parametrize("max_side", [4096, 0], ids=["matrices", "diagonals"])
+def test_an_infinite_moment_is_not_kept(refresh, max_side):
+    """The loss and its gradient are finite at the outlier, and its square is not."""
+    x = jnp.asarray(oracles.normal(8, 3, seed=0), jnp.float32)
+    batch = {"x": x, "y": (x[:, 0] > 0).astype(jnp.float32)}
+    outlier = {**batch, "x": x.at[0].set(1e20)}
+    params = {"c": jnp.zeros([]), "m": jnp.zeros([3, 1]), "v": jnp.zeros(3)}
+
+    def model(params, batch):
+        return batch["x"] @ params["v"] + (batch["x"] @ params["m"])[:, 0] + params["c"]
+
+    objective = gnlin.Objective(
+        model, lambda z, batch: jnp.mean(jnp.logaddexp(0, z) - batch["y"] * z)
+    )
+    solver = gnlin.Kronecker(refresh=refresh, max_side=max_side)
+    tx = gnlin.gauss_newton(objective, damping=1.0, solver=solver)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for each in (outlier, batch, batch):
+        updates, state = update(None, state, params, batch=each)
+        params = optax.apply_updates(params, updates)
+        assert bool(gnlin.metrics(state)["kronecker/finite"]) == (each is batch)
+        for leaf in jax.tree.leaves(state.solver):
+            assert np.all(np.isfinite(leaf))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(params))
+
+
+def test_leaves_without_entries():
+    x = jnp.asarray(oracles.normal(8, 4, seed=0), jnp.float32)
+    params = {"a": jnp.zeros([4, 4]), "none": jnp.zeros([4, 0]), "nothing": jnp.zeros([0])}
+    objective = gnlin.Objective.least_squares(lambda p: x @ p["a"] - jnp.sin(x))
+    for refresh in (1, 5):
+        tx = gnlin.gauss_newton(objective, solver=gnlin.Kronecker(refresh=refresh))
+        updates, _ = jax.jit(tx.update)(None, tx.init(params), params)
+        assert np.any(updates["a"])
+        assert [updates[name].shape for name in ("none", "nothing")] == [(4, 0), (0,)]
+
+
+def test_leaves_of_one_shape_go_their_own_ways(x64):
+    """Of three equal weights the first has a bias and the last is transposed: all as if alone."""
+    names = ("a", "b", "c")
+    params = {name: oracles.normal(4, 4, seed=seed) / 2 for seed, name in enumerate(names)}
+    params["bias"] = oracles.normal(4, seed=3)
+    x, y = oracles.normal(20, 4, seed=4), oracles.normal(20, 4, seed=5)
+
+    def model(p, batch):
+        hidden = jnp.tanh(batch["x"] @ p["a"] + p["bias"][None])
+        return jnp.tanh(hidden @ p["b"]) @ p["c"].T
+
+    objective = gnlin.Objective(model, lambda z, batch: 0.5 * jnp.mean((z - batch["y"]) ** 2))
+    batch, vector = {"x": x, "y": y}, vector_like(params)
+    kronecker, damping = gnlin.Kronecker(fraction=1.0), 0.01
+    found, state = prepared(kronecker, objective, params, batch, damping, vector)
+    kept = prepared(
+        gnlin.Kronecker(fraction=1.0, refresh=3), objective, params, batch, damping, vector
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, kept[0])
+    for name in names:
+        sides = [4 + (name == "a"), 4]
+        a, s = (
+            np.asarray(side[name])[:length, :length]
+            for side, length in zip((state.left, state.right), sides, strict=True)
+        )
+        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(s) / len(s)))
+        a = a + pi * np.sqrt(damping) * np.eye(len(a))
+        s = s + np.sqrt(damping) / pi * np.eye(len(s))
+        rows = [vector[name], vector["bias"][None]] if name == "a" else [vector[name]]
+        exact = np.linalg.inv(a) @ np.concatenate(rows) @ np.linalg.inv(s)
+        np.testing.assert_allclose(found[name], exact[:4], rtol=1e-9, atol=1e-9)
+        if name == "a":
+            np.testing.assert_allclose(found["bias"], exact[4], rtol=1e-9, atol=1e-9)

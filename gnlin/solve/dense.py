@@ -132,10 +132,9 @@ def _solve(curvature, diagonal, damping, b, unit, like) -> Solution:
     def residual_of(x):
         return b - factor.T @ (factor @ x)
 
-    x = semi_normal(b)
-    # Without this correction the error would be that of the normal equations, with the square of
-    # the condition number of the factor.
-    x = x + semi_normal(residual_of(x))
+    # Without the second turn, a correction, the error would be that of the normal equations, with
+    # the square of the condition number of the factor. The loop is compiled once.
+    x = jax.lax.fori_loop(0, 2, lambda _, x: x + semi_normal(residual_of(x)), jnp.zeros_like(b))
     # A singular system would give 0/0 for b = 0, too.
     x = jnp.where(jnp.all(b == 0), jnp.zeros_like(b), x)
     b_norm = jnp.linalg.norm(b)
@@ -181,14 +180,16 @@ def _damping_within(
     def outside(now):
         _, length, following, count = now
         # Comparisons with a NaN are false, so a NaN ends the iteration.
-        return (jnp.abs(length - radius) > 1e-5 * radius) & (count < 30) & (following > eps)
+        open_ = (jnp.abs(length - radius) > 1e-5 * radius) & (count < 31) & (following > eps)
+        return (count == 0) | open_
 
     def iterate(now):
         _, _, following, count = now
         return following, *length_and_next(following), count + 1
 
     floor = jnp.asarray(eps, squares.dtype)
-    _, _, following, _ = jax.lax.while_loop(outside, iterate, (floor, *length_and_next(floor), 0))
+    # The first turn evaluates at the floor: compiled once, and not once more before the loop.
+    _, _, following, _ = jax.lax.while_loop(outside, iterate, (floor, floor, floor, 0))
     return scale * jnp.maximum(following, floor)
 
 

@@ -16,7 +16,7 @@ from gnlin.problem.curvature import System
 from gnlin.solve.inverses import together
 from gnlin.solve.kronecker import Kronecker, KroneckerState
 from gnlin.solve.protocols import Solution, Stats
-from gnlin.structure.layers import Layout, layouts
+from gnlin.structure.layers import Layout, layouts, read_layers
 from gnlin.tree import Params
 
 _FIRST = 3  # systems that are all refreshed: one sample is no average
@@ -144,7 +144,8 @@ class Eigenbasis:
         """Factors and eigenvectors, refreshed where it is time."""
 
         def refreshed() -> tuple[KroneckerState, Params, Params]:
-            factors = self.kronecker.averaged(system, rhs, state.factors)
+            reading = read_layers(system.jvp, rhs)
+            factors = self.kronecker.averaged(reading, system, rhs, state.factors)
             sides = [
                 _eigenvectors(jax.tree.leaves(moments), jax.tree.leaves(old))
                 for moments, old in ((factors.left, state.left), (factors.right, state.right))

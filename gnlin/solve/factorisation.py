@@ -5,8 +5,9 @@ lie in one array, whatever leaves they belong to. A network has many layers and 
 operation is compiled once for each size.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,8 @@ Place = tuple[int, int]
 class Inverse(NamedTuple):
     """(A + π√λ I)⁻¹ and (S + √λ/π I)⁻¹ of all leaves, and 1 / (diag G + λ) of vectors.
 
-    A matrix is as large as its moment. What the leaf does not use is zero.
+    A matrix is as large as its moment. What the leaf does not use is zero, and so are both sides of
+    a bias that has the shape of a matrix.
     """
 
     matrices: tuple[jax.Array, ...]  # (B, n, n) for each size, in the order of leaves and sides
@@ -40,14 +42,15 @@ class _Side(NamedTuple):
     count: int  # members of the stack
     length: int  # as far as the leaf uses it
     size: int  # of its matrices, 0 where the moment is a diagonal
-    alone: bool  # whether its matrices are diagonal, whatever their shape
+    is_diagonal: bool  # whatever the shape of its moment
 
 
 def empty_inverse(factors: Sequence[Factors], layouts: Sequence[Layout]) -> Inverse:
     """Zeros in the shapes of an inverse."""
+    dtype = factors[0].left.dtype if factors else None
     matrices = tuple(
         jnp.zeros([sum(_members(layouts[leaf]) for leaf, _ in places), size, size], dtype)
-        for (size, dtype), places in _matrices(factors, layouts).items()
+        for size, places in _matrices(factors, layouts).items()
     )
     diagonals = (factors[leaf][side] for leaf, side in _diagonals(factors, layouts))
     return Inverse(matrices, tuple(jnp.zeros_like(moment) for moment in diagonals))
@@ -56,30 +59,32 @@ def empty_inverse(factors: Sequence[Factors], layouts: Sequence[Layout]) -> Inve
 def inverse_of(
     uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array
 ) -> tuple[Inverse, jax.Array]:
-    """``(inverse, whether it is finite)``; zeros where it is not."""
+    """``(inverse, whether it and the factors are finite)``; zeros where they are not."""
     layouts = [use.layout for use in uses]
-    found = _inverse_sides(_sides(uses, factors), factors, layouts, damping)
+    inverses, means = _inverse_sides(_sides(uses, factors), factors, layouts, damping)
 
-    def of_matrix(place: Place, size: int, dtype) -> jax.Array:
+    def of_matrix(place: Place, size: int) -> jax.Array:
         # A bias of a layer has no factors of its own.
-        nothing = jnp.zeros([_members(layouts[place[0]]), size, size], dtype)
-        return found.get(place, nothing)
+        nothing = jnp.zeros([_members(layouts[place[0]]), size, size], damping.dtype)
+        return inverses.get(place, nothing)
 
     def of_diagonal(place: Place) -> jax.Array:
         moment = factors[place[0]][place[1]]
         if layouts[place[0]].is_vector:
             return _reciprocal(moment + damping)
-        if place not in found:
+        if place not in inverses:
             return jnp.zeros_like(moment)
-        spare = moment.shape[-1] - found[place].shape[-1]
-        return jnp.pad(found[place], [(0, 0), (0, spare)]).reshape(moment.shape)
+        spare = moment.shape[-1] - inverses[place].shape[-1]
+        return jnp.pad(inverses[place], [(0, 0), (0, spare)]).reshape(moment.shape)
 
     matrices = tuple(
-        jnp.concatenate([of_matrix(place, *key) for place in places])
-        for key, places in _matrices(factors, layouts).items()
+        jnp.concatenate([of_matrix(place, size) for place in places])
+        for size, places in _matrices(factors, layouts).items()
     )
     inverse = Inverse(matrices, tuple(map(of_diagonal, _diagonals(factors, layouts))))
-    sound = tree.all_finite(inverse)
+    vectors = [pair.left for pair, each in zip(factors, layouts, strict=True) if each.is_vector]
+    # The reciprocal of an infinite moment is 0, and finite.
+    sound = tree.all_finite((inverse, means, vectors))
     return tree.select(sound, inverse, tree.zeros_like(inverse)), sound
 
 
@@ -126,11 +131,18 @@ def _stack_with_biases(
 ) -> jax.Array:
     """Equal matrices (members, rows, columns), with biases as one more entry along `axis`."""
     sides = uses[leaves[0]].layout.sides
-    weights = jnp.concatenate([flat[leaf].reshape(-1, *sides) for leaf in leaves])
+    counts = [_members(uses[leaf].layout) for leaf in leaves]
+    weights = jnp.concatenate(
+        [flat[leaf].reshape(count, *sides) for leaf, count in zip(leaves, counts, strict=True)]
+    )
     if axis is None:
         return weights
-    beside = [(_members(uses[leaf].layout), flat[_bias(uses[leaf])]) for leaf in leaves]
-    biases = jnp.concatenate([bias.reshape(count, -1) for count, bias in beside])
+    # A bias as long as the side that has none of it.
+    length = sides[1] if axis == -2 else sides[0]
+    beside = [flat[_bias(uses[leaf])] for leaf in leaves]
+    biases = jnp.concatenate(
+        [bias.reshape(count, length) for bias, count in zip(beside, counts, strict=True)]
+    )
     return jnp.concatenate([weights, jnp.expand_dims(biases, axis)], axis=axis)
 
 
@@ -141,7 +153,7 @@ def _unstack_with_biases(
     axis: int | None,
     out: list[jax.Array],
 ) -> None:
-    """The inverse of `_stack_with_biases`, into `out`, which has arrays in the right shapes."""
+    """The inverse of `_stack_with_biases`. It replaces entries of `out`, in their shapes."""
     weights, biases = matrix, None
     if axis is not None:
         weights, biases = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
@@ -195,7 +207,7 @@ class _Stored:
         return whole[(slice(None), *[slice(length)] * (whole.ndim - 1))]
 
 
-# Inverses of one length are made together.
+# Sides of one size and one used length are inverted together.
 
 
 def _inverse_sides(
@@ -203,17 +215,18 @@ def _inverse_sides(
     factors: Sequence[Factors],
     layouts: Sequence[Layout],
     damping: jax.Array,
-) -> dict[Place, jax.Array]:
-    """The inverse of each side, (members, n, n), or (members, n) of a diagonal."""
+) -> tuple[dict[Place, jax.Array], jax.Array]:
+    """The inverse of each side, (members, n, n), or (members, n) of a diagonal, and the mean of the
+    diagonal of each member.
+    """
     parts: dict[tuple, list[_Side]] = {}
     for each in sides:
-        own = each.place if each.alone else None
-        parts.setdefault((each.size, each.length, own), []).append(each)
+        parts.setdefault((each.size, each.length, each.is_diagonal), []).append(each)
     moments = [
         jnp.concatenate([_moment_of(each, factors, layouts) for each in part])
         for part in parts.values()
     ]
-    shares = _shares(list(parts.values()), moments, damping)
+    shares, means = _shares(list(parts.values()), moments, damping)
     found = {}
     for part, moment, share in zip(parts.values(), moments, shares, strict=True):
         inverse, start = _inverse_of_shifted(moment, share), 0
@@ -222,19 +235,20 @@ def _inverse_sides(
         for each in part:
             found[each.place] = inverse[start : start + each.count]
             start += each.count
-    return found
+    return found, means
 
 
 def _shares(
     parts: Sequence[Sequence[_Side]], moments: Sequence[jax.Array], damping: jax.Array
-) -> list[jax.Array]:
-    """π√λ or √λ/π for each member of the sides of each part, (members,)."""
+) -> tuple[list[jax.Array], jax.Array]:
+    """π√λ or √λ/π for each member of the sides of each part, (members,), and the means of all."""
     if not parts:
-        return []
+        return [], jnp.zeros([0], damping.dtype)
     diagonals = [_diagonal(moment) for moment in moments]
     means = jnp.concatenate([each.sum(axis=-1) / max(each.shape[-1], 1) for each in diagonals])
     members, number = {}, 0  # the numbers of the members of a side
-    for each in _chained(parts):
+    sides = list(itertools.chain.from_iterable(parts))
+    for each in sides:
         members[each.place] = np.arange(number, number + each.count)
         number += each.count
     # Of each member the partner on the other side of its leaf.
@@ -246,11 +260,11 @@ def _shares(
     pi = jnp.sqrt(jnp.where(known, means / jnp.where(known, theirs, 1), 1))
     share = pi * jnp.sqrt(damping)
     # Cholesky's factorisation of a matrix that is singular to working precision would fail.
-    lengths = np.concatenate([np.full(each.count, each.length) for each in _chained(parts)])
+    lengths = np.concatenate([np.full(each.count, each.length) for each in sides])
     floor = jnp.asarray(10 * lengths * float(jnp.finfo(means.dtype).eps), means.dtype)
     share = jnp.maximum(share, jnp.where(means > 0, floor * means, 1))
     ends = np.cumsum([len(moment) for moment in moments])[:-1]
-    return jnp.split(share, ends)
+    return jnp.split(share, ends), means
 
 
 def _inverse_of_shifted(moment: jax.Array, share: jax.Array) -> jax.Array:
@@ -271,23 +285,17 @@ def _diagonal(moment: jax.Array) -> jax.Array:
     return jnp.diagonal(moment, axis1=-2, axis2=-1) if moment.ndim == 3 else moment
 
 
-def _chained(parts: Iterable[Iterable[_Side]]) -> list[_Side]:
-    return [each for part in parts for each in part]
-
-
 # Shapes. A moment has a spare row and column for a bias, and a matrix even for rows that are looked
 # up, because the state is shaped before the first batch is seen.
 
 
-def _matrices(
-    factors: Sequence[Factors], layouts: Sequence[Layout]
-) -> dict[tuple[int, jnp.dtype], list[Place]]:
+def _matrices(factors: Sequence[Factors], layouts: Sequence[Layout]) -> dict[int, list[Place]]:
     """The places of the matrices of each size, those of equal leaves side by side."""
-    found: dict[tuple[int, jnp.dtype], list[Place]] = {}
+    found: dict[int, list[Place]] = {}
     for place in sorted(_places(layouts), key=lambda place: (layouts[place[0]].sides, place[1])):
         moment = factors[place[0]][place[1]]
         if is_full(moment, layouts[place[0]]):
-            found.setdefault((moment.shape[-1], moment.dtype), []).append(place)
+            found.setdefault(moment.shape[-1], []).append(place)
     return found
 
 
@@ -319,16 +327,16 @@ def _sides(uses: Sequence[Use], factors: Sequence[Factors]) -> list[_Side]:
         if use.layout.is_vector or use.bias_of is not None:
             continue
         size = moment.shape[-1] if is_full(moment, use.layout) else 0
-        alone = not size or _are_diagonal(use)[side]
+        is_diagonal = not size or _are_diagonal(use)[side]
         length = _used_lengths(use)[side]
-        found.append(_Side((leaf, side), _members(use.layout), length, size, alone))
+        found.append(_Side((leaf, side), _members(use.layout), length, size, is_diagonal))
     return found
 
 
 def _moment_of(side: _Side, factors: Sequence[Factors], layouts: Sequence[Layout]) -> jax.Array:
     """(members, n, n), or (members, n) of a diagonal, as far as the leaf uses it."""
     leaf, which = side.place
-    part = _leading(factors[leaf][which], side.length, layouts[leaf], side.alone)
+    part = _leading(factors[leaf][which], side.length, layouts[leaf], side.is_diagonal)
     return part.reshape(side.count, *part.shape[layouts[leaf].stack :])
 
 

@@ -79,12 +79,13 @@ class Kronecker:
               \pi^2 = \frac{\operatorname{tr} A / \dim A}{\operatorname{tr} S / \dim S}.
 
     It is a preconditioner in ``CG(preconditioner=Kronecker())``. As a solver it gives the direction
-    M⁻¹b, whose length a step rule has to find (`Subspace`, the default of `gauss_newton`). A
+    M⁻¹b, whose length a step rule has to find (`Momentum`, the default of `gauss_newton`). A
     scaling D of the system is ignored.
 
     With ``refresh=T`` factors are taken and inverted at every T-th system, and the inverses are
     kept between. The first systems all have their own. A λ that has grown by half or more is
-    honoured at once, by inverses out of turn. The state is then about twice as large.
+    honoured at once, by inverses out of turn. The state is then about twice as large: it has all
+    inverses in one array.
 
     Statistics: ``kronecker/finite``; where it is false the direction is zero.
 
@@ -147,7 +148,7 @@ class Kronecker:
     ) -> tuple[Solution, KroneckerState]:
         preparation, state = self.prepare(system, rhs, state)
         direction = preparation.apply(rhs)
-        sound = tree.all_finite(direction)
+        sound = preparation.stats["kronecker/finite"] & tree.all_finite(direction)
         direction = tree.select(sound, direction, tree.zeros_like(direction))
         return Solution(direction, _stats(sound), state_is_finite=True), state
 
@@ -162,7 +163,7 @@ class Kronecker:
             # is the shape of the layers alone.
             reading = read_layers(system.jvp, params)
             found.append(reading.uses)
-            after = self._averaged(reading, system, params, state)
+            after = self.averaged(reading, system, params, state)
             inverse, sound = inverse_of(reading.uses, _factors_of(after), damping)
             return inverse, sound, after
 
@@ -196,11 +197,10 @@ class Kronecker:
 
         return Preparation(apply, _stats(sound)), next_state
 
-    def averaged(self, system: System, params: Params, state: KroneckerState) -> KroneckerState:
+    def averaged(
+        self, reading: Reading, system: System, params: Params, state: KroneckerState
+    ) -> KroneckerState:
         """The state with the moments of this system in its average."""
-        return self._averaged(read_layers(system.jvp, params), system, params, state)
-
-    def _averaged(self, reading: Reading, system: System, params, state) -> KroneckerState:
         before = _factors_of(state)
         latest = self._moments(reading, system, params, before, state.count)
         count = state.count + 1

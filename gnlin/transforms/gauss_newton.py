@@ -85,7 +85,7 @@ def gauss_newton(
     With ``step=Subspace()`` every step is tried before it is taken.
 
     ``gauss_newton(objective, solver=Eigenbasis())`` is for transformers on small batches. Rate and
-    step rule are then those of `Eigenbasis`.
+    step rule are then those of `Eigenbasis`. Where one of them is given, the other stays.
 
     Each argument changes one thing. A number or a schedule for `damping` gives λ and leaves solver,
     step rule and the test of the loss as they are. The textbook's method takes full steps of
@@ -304,7 +304,7 @@ def scale_by_gauss_newton(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _chosen(solver: Solver, learning_rate: Any, step: Any) -> tuple[Any, StepRule]:
+def _chosen(solver: Solver, learning_rate: Any, step: Any) -> tuple[Any, Any]:
     """Learning rate and step rule, where they are left to the solver."""
     # The best length for a small batch is too long for the others. `Kronecker` meets that with λ,
     # and `Eigenbasis`, whose direction does not know λ, with a rate.

@@ -92,7 +92,8 @@ def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array,
     step that was handed out, so that another was made.
     """
     # In units of the step that was handed out, so that squares of small numbers do not vanish.
-    unit = jnp.where(memory.length > 0, memory.length, 1)
+    tiny = jnp.finfo(memory.length.dtype).tiny
+    unit = jnp.where(memory.length > tiny, memory.length, 1)
     relative = tree.scale(1 / unit, last.step)
     length = unit * jnp.sqrt(tree.inner(relative, relative))
     # Steps of half precision are rounded when they are added.
@@ -101,8 +102,7 @@ def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array,
         if jax.tree.leaves(last.step)
         else 0.0
     )
-    size = jnp.sqrt(tree.inner(memory.params, memory.params))
-    slack = 0.1 * memory.length + 4 * eps * size
+    slack = 0.1 * memory.length + 4 * eps * tree.norm(memory.params)
     ours = last.again & memory.open & (jnp.abs(length - memory.length) <= slack)
     # A step that was lost in rounding says nothing. One of zeros was that of a failed solve.
     ours &= (length > 0) | (memory.length == 0)

@@ -130,8 +130,7 @@ class Momentum:
         waiting = state._replace(age=state.age + 1)
         known = sound & jnp.isfinite(size) & (rate != 0)
         after = tree.select(known, tree.select(looks, looked_up, waiting), state)
-        stats, norm = _stats(length, beta), jnp.abs(length) * size
-        return Step(step, change, sound, stats, after, modelled=looks, norm=norm)
+        return Step(step, change, sound, _stats(length, beta), after, looks)
 
 
 def _conjugate(search: Search) -> jax.Array:

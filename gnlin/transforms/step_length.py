@@ -58,7 +58,6 @@ class Step:
         stats: flat dictionary of scalars.
         state: the rule's next state, before it remembers the step that was taken; `None` leaves it.
         modelled: whether `change` is of the model, and no guess.
-        norm: ‖δ‖, where the rule knows it.
     """
 
     step: Params
@@ -67,7 +66,6 @@ class Step:
     stats: Stats = dataclasses.field(default_factory=dict)
     state: Any = None
     modelled: jax.Array | bool = True
-    norm: jax.Array | None = None
 
 
 @runtime_checkable

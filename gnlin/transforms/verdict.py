@@ -1,7 +1,7 @@
 """Is a step taken? By the loss after it, before it is taken or one update later.
 
 `gauss_newton` asks `past_of` about the last step, and `try_step` about that of the present update.
-What the next update has to know is `remembered`.
+`settle` keeps what the next update has to know.
 """
 
 from collections.abc import Mapping
@@ -72,8 +72,7 @@ class Outcome(NamedTuple):
 
 def try_step(policy, before, models, chosen, past, check, problem, params, batch) -> Outcome:
     """Try a step by the loss after it, where that is due."""
-    value = models.loss.value
-    length = tree.norm(chosen.step) if chosen.norm is None else chosen.norm
+    value, length = models.loss.value, tree.norm(chosen.step)
 
     def loss_after() -> jax.Array:
         # A forward pass. It is on `batch`, as is the loss before the step.

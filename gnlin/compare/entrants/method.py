@@ -71,7 +71,7 @@ def from_optax(
     def step(params, state, batch, key):
         del key
         if makes_gradient:
-            nothing: Any = None
+            nothing: Any = None  # Optax's types know no updates of None
             updates, state = tx.update(nothing, state, params, batch=batch)
             return optax.apply_updates(params, updates), state
         value, grads = jax.value_and_grad(objective.value)(params, batch)
