@@ -869,6 +869,17 @@ def test_a_job_travels(tiny):
     assert record["status"] == "finished", record["reason"]
 
 
+def test_a_job_travels_with_a_compiled_start(tiny):
+    """JAX 0.12 has no shapes of a compiled function that came through pickle."""
+    import cloudpickle
+
+    task = dataclasses.replace(tiny, init=jax.jit(tiny.init))
+    study = Study(task, entries_of(["adam:learning_rate=0.1"]), 1, Records(), 20.0)
+    (job, *_) = next(study._plan(study.entries[0]))
+    record = make(cloudpickle.loads(cloudpickle.dumps(dataclasses.replace(job, work=4.0))))
+    assert record["status"] == "finished", record["reason"]
+
+
 # From Python.
 
 

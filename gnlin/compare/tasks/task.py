@@ -105,7 +105,9 @@ class Task:
 
     def params_shapes(self) -> Params:
         """Shapes and dtypes of the parameters."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        # A compiled function that came through pickle can be called, and not handed to `eval_shape`
+        # (JAX 0.12).
+        return jax.eval_shape(lambda key: self.init(key), jax.random.key(0))
 
     def batch_shapes(self, examples: int) -> Batch:
         """Shapes and dtypes of a batch of so many examples."""
