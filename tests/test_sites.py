@@ -708,3 +708,10 @@ def test_the_table_names_what_is_not_read():
     assert [row.kind for row in table] == ["other"] * 3
     assert str(table).splitlines()[-1] == "0 of 3 leaves read, 0.0% of the parameters"
     assert len(table) == 3
+
+
+@pytest.mark.parametrize("solver", [gnlin.CG(), gnlin.Eigenbasis(), "kronecker"], ids=str)
+def test_the_table_is_of_factors(solver):
+    objective = gnlin.Objective.least_squares(lambda p: p)
+    with pytest.raises(TypeError, match=r"`solver` must be a gnlin\.Kronecker record.*`kronecker`"):
+        gnlin.layers(objective, jnp.ones(3), solver=solver)

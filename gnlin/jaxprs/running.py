@@ -6,6 +6,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+# Not where it is used, in the midst of a trace. In JAX 0.12 this import adds options to the key
+# of compiled functions, and all that was compiled before would be compiled again.
+from jax.extend.core import jaxpr_as_fun
+
 from gnlin.jaxprs.nesting import CALLS
 from gnlin.jaxprs.walking import is_literal, live_equations
 
@@ -157,6 +161,4 @@ def _own_value(number: Any) -> Any:
 
 def as_function(closed: Any) -> Callable[..., list[Any]]:
     """A closed jaxpr as a function of its inputs."""
-    from jax.extend.core import jaxpr_as_fun  # here, for importing gnlin must stay quick
-
     return jaxpr_as_fun(closed)

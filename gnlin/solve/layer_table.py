@@ -88,13 +88,13 @@ def layers(
         objective: the problem.
         params: parameters, or their shapes.
         batch: data of the model, or their shapes; not needed where the objective is bound.
-        solver: the record whose factors are shown.
+        solver: the record whose factors are shown; those of an `Eigenbasis` are its `kronecker`.
 
     Returns:
         A `LayerTable`.
 
     Raises:
-        ValueError, TypeError: as `gnlin.linearise`.
+        ValueError, TypeError: as `gnlin.linearise`; `solver` is no `Kronecker`.
 
     Example:
         >>> import gnlin, jax.numpy as jnp
@@ -112,6 +112,11 @@ def layers(
     """
     check_objective(objective)
     check_params(params)
+    if not isinstance(solver, Kronecker):
+        raise TypeError(
+            f"`solver` must be a gnlin.Kronecker record, whose factors are shown; got {solver!r}. "
+            "Those of gnlin.Eigenbasis are its `kronecker`"
+        )
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     rows: list[LayerRow] = []
 
