@@ -334,7 +334,7 @@ def test_readme_answers_in_this_order():
         "Citation",
     ]
     how = text.partition("## How to choose")[2].partition("## ")[0]
-    assert len(re.findall(r"^\|", how, re.MULTILINE)) == 2 + 4
+    assert len(re.findall(r"^\|", how, re.MULTILINE)) == 2 + 5
 
 
 def test_readme_commands_stand_alone():

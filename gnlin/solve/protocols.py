@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import chex
 import jax
 
+from gnlin import tree
 from gnlin.checks import check_part, returned
 from gnlin.problem.curvature import System
 from gnlin.tree import Params
@@ -142,8 +143,10 @@ def begin(name: str, part: Any, params: Params) -> tuple[Any, Stats]:
 
 
 def solved(solver: Solver, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
-    """``(solution, next state)`` of a solver."""
-    return returned("solver.solve", solver.solve(system, rhs, state), Solution, object)
+    """``(solution, next state)`` of a solver; the state before where the next is not finite."""
+    found = solver.solve(system, rhs, state)
+    solution, after = returned("solver.solve", found, Solution, object)
+    return solution, after if solution.state_is_finite else tree.if_finite(after, state)
 
 
 def check_solver(name: str, solver: Any) -> None:

@@ -138,19 +138,19 @@ def gauss_newton(
     """
     check_objective(objective)
     check_solver("solver", solver)
-    learning_rate, step = _chosen(solver, learning_rate, step)
-    check_step_rule(step)
+    learning_rate, rule = _chosen(solver, learning_rate, step)
+    check_step_rule(rule)
     policy = policy_of(damping)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate)
-    lead, check = getattr(step, "lead", None), getattr(step, "check", 1)
+    lead, check = getattr(rule, "lead", None), getattr(rule, "check", 1)
     relative = getattr(policy, "relative", False)
 
     def init_fn(params):
         check_params(params, allow_holes=True)
         solver_state, solver_stats = begin("solver", solver, params)
         damping_state, damping_stats = begin("damping", policy, params)
-        step_state, step_stats = begin("step", step, params)
+        step_state, step_stats = begin("step", rule, params)
         zero = jnp.asarray(0.0, float)
         # The same names and dtypes from here on, so `jax.lax.scan` accepts the state.
         own = {"damping": zero, "gain_ratio": zero, "loss": zero, "accepted": jnp.asarray(False)}
@@ -193,7 +193,7 @@ def gauss_newton(
         solution, solver_state = solved(solver, models.curvature.system(damping), rhs, state.solver)
         direction, curvature = solution.direction, models.curvature
         search = Search(problem, models.data, curvature, damping, direction, models.rhs, rate, last)
-        chosen = returned_step(step.choose(search, state.step))
+        chosen = returned_step(rule.choose(search, state.step))
 
         outcome = try_step(policy, before, models, chosen, past, check, problem, params, batch)
         # Neither a batch that is not finite nor a rate of zero says anything about the damping.
@@ -205,13 +205,12 @@ def gauss_newton(
         # A loss that is not finite leaves no trace, nor does a place that is left again.
         step_state = state.step if chosen.state is None else chosen.state
         stays = jnp.isfinite(value) if past is None else jnp.isfinite(value) & ~past.back
-        keeps = stays if solution.state_is_finite else stays & tree.all_finite(solver_state)
         return ends.step, GaussNewtonState(
             count=optax.safe_increment(state.count),
-            solver=tree.select(keeps, solver_state, state.solver),
+            solver=tree.select(stays, solver_state, state.solver),
             damping=adapted,
             # A refused step leaves zeros behind, so momentum begins anew.
-            step=step.remember(tree.select(stays, step_state, state.step), ends.step),
+            step=rule.remember(tree.select(stays, step_state, state.step), ends.step),
             memory=ends.memory,
             unit=unit,
             metrics=check_metrics({**metrics, "accepted": ends.accepted}, state.metrics),
@@ -297,7 +296,6 @@ def scale_by_gauss_newton(
         solution, solver_state = solved(solver, system, models.rhs, state.solver)
         count = optax.safe_increment(state.count)
         metrics = check_metrics({"damping": damping, **solution.stats}, state.metrics)
-        solver_state = tree.if_finite(solver_state, state.solver)
         # Uphill, as a gradient: the learning rate that follows has the sign.
         return solution.direction, ScaleByGaussNewtonState(count, solver_state, metrics)
 

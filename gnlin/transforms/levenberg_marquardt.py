@@ -232,7 +232,7 @@ def _solve(policy, solver, model, rhs, diagonal, params, state) -> _Solved:
     damping = policy.damping(state.damping, state.count)
     system = model.system(damping, diagonal)
     solution, solver_state = solved(solver, system, rhs, state.solver)
-    return _Solved(solution, tree.if_finite(solver_state, state.solver), damping, jnp.inf)
+    return _Solved(solution, solver_state, damping, jnp.inf)
 
 
 def _length(step: Params, diagonal: Params | None) -> jax.Array:
