@@ -180,8 +180,8 @@ def _damping_within(
     def outside(now):
         _, length, following, count = now
         # Comparisons with a NaN are false, so a NaN ends the iteration.
-        open_ = (jnp.abs(length - radius) > 1e-5 * radius) & (count < 31) & (following > eps)
-        return (count == 0) | open_
+        beyond = (jnp.abs(length - radius) > 1e-5 * radius) & (count < 31) & (following > eps)
+        return (count == 0) | beyond
 
     def iterate(now):
         _, _, following, count = now
