@@ -2,21 +2,23 @@
 
 `kronecker` averages the factors, keeps their inverse, and asks here for both. Matrices of one size
 lie in one array, whatever leaves they belong to. A network has many layers and few sizes, and an
-operation is compiled once for each size.
+operation is compiled once for each size. Large sizes go to `low_rank`.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gnlin import tree
+from gnlin.solve import low_rank
 from gnlin.solve.factors import Factors, diagonal_of, is_full
 from gnlin.solve.inverses import inverse_of_positive_definite
+from gnlin.solve.low_rank import LowRank
 from gnlin.structure.layers import Layout, Use
 from gnlin.tree import Params
 
@@ -31,7 +33,8 @@ class Inverse(NamedTuple):
     a bias that has the shape of a matrix.
     """
 
-    matrices: tuple[jax.Array, ...]  # (B, n, n) for each size, in the order of leaves and sides
+    # (B, n, n) for each size, in the order of leaves and sides, or a `LowRank` of as many matrices.
+    matrices: tuple[jax.Array | LowRank, ...]
     diagonals: tuple[jax.Array, ...]  # of the other sides and of the vectors, like their moments
 
 
@@ -45,11 +48,13 @@ class _Side(NamedTuple):
     is_diagonal: bool  # whatever the shape of its moment
 
 
-def empty_inverse(factors: Sequence[Factors], layouts: Sequence[Layout]) -> Inverse:
+def empty_inverse(
+    factors: Sequence[Factors], layouts: Sequence[Layout], rank: int | None
+) -> Inverse:
     """Zeros in the shapes of an inverse."""
     dtype = factors[0].left.dtype if factors else None
     matrices = tuple(
-        jnp.zeros([sum(_members(layouts[leaf]) for leaf, _ in places), size, size], dtype)
+        _nothing(sum(_members(layouts[leaf]) for leaf, _ in places), size, rank, dtype)
         for size, places in _matrices(factors, layouts).items()
     )
     diagonals = (factors[leaf][side] for leaf, side in _diagonals(factors, layouts))
@@ -57,15 +62,18 @@ def empty_inverse(factors: Sequence[Factors], layouts: Sequence[Layout]) -> Inve
 
 
 def inverse_of(
-    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array
+    uses: Sequence[Use], factors: Sequence[Factors], damping: jax.Array, rank: int | None
 ) -> tuple[Inverse, jax.Array]:
-    """``(inverse, whether it and the factors are finite)``; zeros where they are not."""
-    layouts = [use.layout for use in uses]
-    inverses, means = _inverse_sides(_sides(uses, factors), factors, layouts, damping)
+    """``(inverse, whether it and the factors are finite)``; zeros where they are not.
 
-    def of_matrix(place: Place, size: int) -> jax.Array:
+    Matrices that are more than eight times as large as `rank` have an inverse of that rank.
+    """
+    layouts = [use.layout for use in uses]
+    inverses, means = _inverse_sides(_sides(uses, factors), factors, layouts, damping, rank)
+
+    def of_matrix(place: Place, size: int) -> jax.Array | LowRank:
         # A bias of a layer has no factors of its own.
-        nothing = jnp.zeros([_members(layouts[place[0]]), size, size], damping.dtype)
+        nothing = _nothing(_members(layouts[place[0]]), size, rank, damping.dtype)
         return inverses.get(place, nothing)
 
     def of_diagonal(place: Place) -> jax.Array:
@@ -78,7 +86,7 @@ def inverse_of(
         return jnp.pad(inverses[place], [(0, 0), (0, spare)]).reshape(moment.shape)
 
     matrices = tuple(
-        jnp.concatenate([of_matrix(place, size) for place in places])
+        low_rank.concatenated([of_matrix(place, size) for place in places])
         for size, places in _matrices(factors, layouts).items()
     )
     inverse = Inverse(matrices, tuple(map(of_diagonal, _diagonals(factors, layouts))))
@@ -109,61 +117,59 @@ def apply_inverse(
             out[leaf] = flat[leaf] * stored.diagonals[leaf, 0].reshape(flat[leaf].shape)
         elif use.bias_of is None:
             axis = None if use.bias is None else _side_of_inputs(use) - 2
-            key = use.layout.sides, axis, _are_diagonal(use)
+            # A copy of a large one costs more time than it is to compile.
+            alone = leaf if any(stored.is_large(leaf)) else None
+            key = alone, use.layout.sides, axis, _are_diagonal(use)
             alike.setdefault(key, []).append(leaf)
     # Leaves that take the same products take them together.
-    for (_, axis, are_diagonal), leaves in alike.items():
-        matrix = _stack_with_biases(uses, leaves, flat, axis)
+    for (_, _, axis, are_diagonal), leaves in alike.items():
+        lengths = _used_lengths(uses[leaves[0]])
         rows, columns = (
-            stored.leading([(leaf, side) for leaf in leaves], length, is_diagonal)
-            for side, (length, is_diagonal) in enumerate(
-                zip(matrix.shape[1:], are_diagonal, strict=True)
-            )
+            stored.leading([(leaf, side) for leaf in leaves], lengths[side], are_diagonal[side])
+            for side in (0, 1)
         )
-        matrix = rows @ matrix if rows.ndim == 3 else rows[:, :, None] * matrix
-        matrix = matrix @ columns if columns.ndim == 3 else matrix * columns[:, None, :]
-        _unstack_with_biases(uses, leaves, matrix, axis, out)
+        parts = _stack(uses, leaves, flat, axis)
+        if len(parts) > 1 and not isinstance((rows, columns)[axis], LowRank):
+            parts = [jnp.concatenate(parts, axis=axis)]
+        parts = _times_columns(_times_rows(rows, parts, axis), columns, axis)
+        if axis is not None and len(parts) == 1:
+            parts = jnp.split(parts[0], [parts[0].shape[axis] - 1], axis=axis)
+        _unstack(uses, leaves, parts, out)
     return tree.cast_like(jax.tree.unflatten(jax.tree.structure(vector), out), vector)
 
 
-def _stack_with_biases(
+def _stack(
     uses: Sequence[Use], leaves: Sequence[int], flat: Sequence[jax.Array], axis: int | None
-) -> jax.Array:
-    """Equal matrices (members, rows, columns), with biases as one more entry along `axis`."""
+) -> list[jax.Array]:
+    """Equal matrices (members, rows, columns), and biases, whose length along `axis` is 1."""
     sides = uses[leaves[0]].layout.sides
     counts = [_members(uses[leaf].layout) for leaf in leaves]
     weights = jnp.concatenate(
         [flat[leaf].reshape(count, *sides) for leaf, count in zip(leaves, counts, strict=True)]
     )
     if axis is None:
-        return weights
+        return [weights]
     # A bias as long as the side that has none of it.
     length = sides[1] if axis == -2 else sides[0]
     beside = [flat[_bias(uses[leaf])] for leaf in leaves]
     biases = jnp.concatenate(
         [bias.reshape(count, length) for bias, count in zip(beside, counts, strict=True)]
     )
-    return jnp.concatenate([weights, jnp.expand_dims(biases, axis)], axis=axis)
+    return [weights, jnp.expand_dims(biases, axis)]
 
 
-def _unstack_with_biases(
-    uses: Sequence[Use],
-    leaves: Sequence[int],
-    matrix: jax.Array,
-    axis: int | None,
-    out: list[jax.Array],
+def _unstack(
+    uses: Sequence[Use], leaves: Sequence[int], parts: Sequence[jax.Array], out: list[jax.Array]
 ) -> None:
-    """The inverse of `_stack_with_biases`. It replaces entries of `out`, in their shapes."""
-    weights, biases = matrix, None
-    if axis is not None:
-        weights, biases = jnp.split(matrix, [matrix.shape[axis] - 1], axis=axis)
+    """The inverse of `_stack`. It replaces entries of `out`, in their shapes."""
+    weights, *biases = parts
     start = 0
     for leaf in leaves:
         end = start + _members(uses[leaf].layout)
         out[leaf] = weights[start:end].reshape(out[leaf].shape)
-        if biases is not None:
+        for each in biases:
             bias = _bias(uses[leaf])
-            out[bias] = biases[start:end].reshape(out[bias].shape)
+            out[bias] = each[start:end].reshape(out[bias].shape)
         start = end
 
 
@@ -172,13 +178,32 @@ def _bias(use: Use) -> int:
     return use.bias
 
 
+def _times_rows(
+    rows: jax.Array | LowRank, parts: Sequence[jax.Array], axis: int | None
+) -> list[jax.Array]:
+    """The products with each part, or with all of them as one matrix along `axis`."""
+    if isinstance(rows, LowRank):
+        groups = [parts] if axis == -2 else [[part] for part in parts]
+        return [each for group in groups for each in low_rank.times(rows, group)]
+    return [rows @ part if rows.ndim == 3 else rows[:, :, None] * part for part in parts]
+
+
+def _times_columns(
+    parts: Sequence[jax.Array], columns: jax.Array | LowRank, axis: int | None
+) -> list[jax.Array]:
+    if isinstance(columns, LowRank):
+        groups = [parts] if axis == -1 else [[part] for part in parts]
+        return [each for group in groups for each in low_rank.times_from_right(group, columns)]
+    return [part @ columns if columns.ndim == 3 else part * columns[:, None, :] for part in parts]
+
+
 class _Stored:
     """The sides of an inverse."""
 
     def __init__(self, inverse: Inverse, factors: Sequence[Factors], layouts: Sequence[Layout]):
         self.diagonals = dict(zip(_diagonals(factors, layouts), inverse.diagonals, strict=True))
-        # The array of a place, and the numbers of its members there.
-        self._where: dict[Place, tuple[jax.Array, int, int]] = {}
+        # The matrices of a place, and the numbers of its members there.
+        self._where: dict[Place, tuple[jax.Array | LowRank, int, int]] = {}
         of_sizes = zip(inverse.matrices, _matrices(factors, layouts).values(), strict=True)
         for matrices, places in of_sizes:
             start = 0
@@ -187,9 +212,15 @@ class _Stored:
                 self._where[place] = matrices, start, end
                 start = end
 
-    def leading(self, places: Sequence[Place], length: int, is_diagonal: bool) -> jax.Array:
+    def is_large(self, leaf: int) -> list[bool]:
+        places = (leaf, 0), (leaf, 1)
+        return [isinstance(self._where[p][0], LowRank) for p in places if p in self._where]
+
+    def leading(
+        self, places: Sequence[Place], length: int, is_diagonal: bool
+    ) -> jax.Array | LowRank:
         """(members, length, length) of these places, or (members, length) of diagonals."""
-        parts: list[tuple[jax.Array, int, int]] = []
+        parts: list[tuple[jax.Array | LowRank, int, int]] = []
         for place in places:
             if place not in self._where:
                 diagonal = self.diagonals[place]
@@ -201,10 +232,16 @@ class _Stored:
             if parts and parts[-1][0] is found[0] and parts[-1][2] == found[1]:
                 found = found[0], parts.pop()[1], found[2]
             parts.append(found)
-        whole = jnp.concatenate([matrices[start:end] for matrices, start, end in parts])
+        whole = low_rank.concatenated([_members_of(*part) for part in parts])
+        if isinstance(whole, LowRank):
+            return whole.diagonal[:, :length] if is_diagonal else low_rank.leading(whole, length)
         if whole.ndim == 3 and is_diagonal:
             whole = _diagonal(whole)
         return whole[(slice(None), *[slice(length)] * (whole.ndim - 1))]
+
+
+def _members_of(matrices: jax.Array | LowRank, start: int, end: int) -> jax.Array | LowRank:
+    return jax.tree.map(lambda part: part[start:end], matrices)
 
 
 # Sides of one size and one used length are inverted together.
@@ -215,7 +252,8 @@ def _inverse_sides(
     factors: Sequence[Factors],
     layouts: Sequence[Layout],
     damping: jax.Array,
-) -> tuple[dict[Place, jax.Array], jax.Array]:
+    rank: int | None,
+) -> tuple[dict[Place, Any], jax.Array]:
     """The inverse of each side, (members, n, n), or (members, n) of a diagonal, and the mean of the
     diagonal of each member.
     """
@@ -229,11 +267,9 @@ def _inverse_sides(
     shares, means = _shares(list(parts.values()), moments, damping)
     found = {}
     for part, moment, share in zip(parts.values(), moments, shares, strict=True):
-        inverse, start = _inverse_of_shifted(moment, share), 0
-        if part[0].size:
-            inverse = _padded(inverse, part[0].size)
+        inverse, start = _inverse_of_shifted(moment, share, part[0].size, rank), 0
         for each in part:
-            found[each.place] = inverse[start : start + each.count]
+            found[each.place] = _members_of(inverse, start, start + each.count)
             start += each.count
     return found, means
 
@@ -267,14 +303,27 @@ def _shares(
     return jnp.split(share, ends), means
 
 
-def _inverse_of_shifted(moment: jax.Array, share: jax.Array) -> jax.Array:
-    """(A + share I)⁻¹ of matrices or diagonals."""
-    if not moment.size:
-        return moment
+def _inverse_of_shifted(
+    moment: jax.Array, share: jax.Array, size: int, rank: int | None
+) -> jax.Array | LowRank:
+    """(A + share I)⁻¹ of matrices or diagonals, in matrices of this size.
+
+    With size 0 the inverse of a diagonal is a diagonal.
+    """
     if moment.ndim == 2:
-        return _reciprocal(moment + share[:, None])
+        inverse = _reciprocal(moment + share[:, None]) if moment.size else moment
+        if not is_large(size, rank):
+            return _padded(inverse, size) if size else inverse
+        return low_rank.padded(low_rank.of_diagonal(inverse, rank), size)
+    if is_large(size, rank):
+        return low_rank.padded(low_rank.inverse_of_shifted(moment, share, rank), size)
     identity = jnp.eye(moment.shape[-1], dtype=moment.dtype)
-    return inverse_of_positive_definite(moment + share[:, None, None] * identity[None])
+    shifted = moment + share[:, None, None] * identity[None]
+    return _padded(inverse_of_positive_definite(shifted) if moment.size else moment, size)
+
+
+def is_large(size: int, rank: int | None) -> bool:
+    return rank is not None and size > 8 * rank
 
 
 def _reciprocal(numbers: jax.Array) -> jax.Array:
@@ -287,6 +336,13 @@ def _diagonal(moment: jax.Array) -> jax.Array:
 
 # Shapes. A moment has a spare row and column for a bias, and a matrix even for rows that are looked
 # up, because the state is shaped before the first batch is seen.
+
+
+def _nothing(count: int, size: int, rank: int | None, dtype: Any) -> jax.Array | LowRank:
+    """Zeros for so many matrices."""
+    if is_large(size, rank):
+        return low_rank.of_diagonal(jnp.zeros([count, size], dtype), rank)
+    return jnp.zeros([count, size, size], dtype)
 
 
 def _matrices(factors: Sequence[Factors], layouts: Sequence[Layout]) -> dict[int, list[Place]]:

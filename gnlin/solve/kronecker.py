@@ -95,6 +95,7 @@ class Kronecker:
         max_side: longest side with a matrix of moments; a longer one has the diagonal alone.
         seed: of the samples ε.
         refresh: T, systems for each inverse.
+        rank: of the inverse of a side that is more than eight times as long. `None` inverts all.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -114,6 +115,7 @@ class Kronecker:
     max_side: int = 4096
     seed: int = 0
     refresh: int = 1
+    rank: int | None = 64
     direction_only: ClassVar[bool] = True  # M⁻¹b approximates no solution: its length is arbitrary
 
     def __post_init__(self):
@@ -122,6 +124,8 @@ class Kronecker:
         for name in ("max_side", "seed"):
             check_integer(name, getattr(self, name), least=0)
         check_integer("refresh", self.refresh)
+        if self.rank is not None:
+            check_integer("rank", self.rank)
 
     def init(self, params: Params) -> tuple[KroneckerState, Stats]:
         dtype = tree.accumulation_dtype(params)
@@ -139,7 +143,7 @@ class Kronecker:
         zeros = [factors(each) for each in own]
         kept = ()
         if self.refresh > 1:
-            inverse = tree.flatten(empty_inverse(zeros, own), dtype)
+            inverse = tree.flatten(empty_inverse(zeros, own, self.rank), dtype)
             kept = _Kept(inverse, count, jnp.zeros([], dtype))
         return _state_of(count, zeros, params, kept), _stats(False)
 
@@ -164,7 +168,7 @@ class Kronecker:
             reading = read_layers(system.jvp, params)
             found.append(reading.uses)
             after = self.averaged(reading, system, params, state)
-            inverse, sound = inverse_of(reading.uses, _factors_of(after), damping)
+            inverse, sound = inverse_of(reading.uses, _factors_of(after), damping, self.rank)
             return inverse, sound, after
 
         def refreshed_and_kept() -> tuple[jax.Array, KroneckerState]:
@@ -186,7 +190,9 @@ class Kronecker:
             due = (state.kept.uses <= 0) | (damping > 1.5 * state.kept.damping)
             sound, next_state = jax.lax.cond(due, refreshed_and_kept, reused)
             entries = jnp.where(sound, next_state.kept.inverse, 0)
-            empty = jax.eval_shape(lambda: empty_inverse(_factors_of(state), layouts(params)))
+            empty = jax.eval_shape(
+                lambda: empty_inverse(_factors_of(state), layouts(params), self.rank)
+            )
             inverse = tree.unflatten(entries, empty)
 
         # Under `jax.disable_jit` the branch that is not taken is not run.

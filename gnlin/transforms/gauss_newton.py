@@ -207,7 +207,7 @@ def gauss_newton(
         stays = jnp.isfinite(value) if past is None else jnp.isfinite(value) & ~past.back
         return ends.step, GaussNewtonState(
             count=optax.safe_increment(state.count),
-            solver=tree.select(stays, solver_state, state.solver),
+            solver=jax.lax.cond(stays, lambda: solver_state, lambda: state.solver),
             damping=adapted,
             # A refused step leaves zeros behind, so momentum begins anew.
             step=rule.remember(tree.select(stays, step_state, state.step), ends.step),

@@ -97,7 +97,10 @@ class Momentum:
     def choose(self, search: Search, state: MomentumState) -> Step:
         assert search.last is not None  # `gauss_newton` has a memory for this rule
         last, dtype = search.last, state.length.dtype
-        beta = jnp.where(last.again & last.plain, _conjugate(search), 0).astype(dtype)
+        along = last.again & last.plain
+        beta = jax.lax.cond(
+            along, lambda: _conjugate(search).astype(dtype), lambda: jnp.zeros([], dtype)
+        )
         direction = tree.add_scaled(tree.scale(-1, search.direction), beta, last.step)
         slope = tree.inner(search.rhs, direction).astype(dtype)
         rate = jnp.asarray(search.rate, dtype)
@@ -130,7 +133,9 @@ class Momentum:
         waiting = state._replace(age=state.age + 1)
         known = sound & jnp.isfinite(size) & (rate != 0)
         after = tree.select(known, tree.select(looks, looked_up, waiting), state)
-        return Step(step, change, sound, _stats(length, beta), after, looks)
+        return Step(
+            step, change, sound, _stats(length, beta), after, looks, jnp.abs(length) * size
+        )
 
 
 def _conjugate(search: Search) -> jax.Array:

@@ -58,6 +58,7 @@ class Step:
         stats: flat dictionary of scalars.
         state: the rule's next state, before it remembers the step that was taken; `None` leaves it.
         modelled: whether `change` is of the model, and no guess.
+        length: ‖δ‖, where the rule has it at hand.
     """
 
     step: Params
@@ -66,6 +67,7 @@ class Step:
     stats: Stats = dataclasses.field(default_factory=dict)
     state: Any = None
     modelled: jax.Array | bool = True
+    length: jax.Array | None = None
 
 
 @runtime_checkable

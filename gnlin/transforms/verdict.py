@@ -4,7 +4,7 @@
 `settle` keeps what the next update has to know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import optax
 
 from gnlin import tree
 from gnlin.transforms.damping import judged
-from gnlin.transforms.gain import is_zero, resolution, trial_of
+from gnlin.transforms.gain import Trial, is_zero, resolution, trial_of
 from gnlin.transforms.memory import Last, Memory, digest, late_trial, recall, trend_after
 from gnlin.transforms.step_length import Step
 from gnlin.tree import Batch, Params
@@ -51,12 +51,22 @@ def past_of(
         return None
     known = digest(batch)
     last = recall(memory, params, known, value)
-    is_trial, trial = late_trial(memory, last, value)
+
+
+    def late() -> tuple[jax.Array, Trial]:
+        return late_trial(memory, last, value)
+
+    is_trial, trial = _only_if(last.again & memory.open, late, jax.eval_shape(late))
     adapted, accepted, _ = judged(policy, damping, trial)
     back = is_trial & ~accepted
     last = last._replace(alarm=last.alarm | back)
     damping = tree.select(is_trial, adapted, damping)
     return Past(last, memory, known, is_trial, back, damping, trial.gain_ratio)
+
+
+def _only_if(condition: jax.Array, function: Callable[[], Any], like: Any) -> Any:
+    """What `function` gives, and zeros elsewhere: it reads all parameters, which takes time."""
+    return jax.lax.cond(condition, function, lambda: tree.zeros_like(like))
 
 
 class Outcome(NamedTuple):
@@ -72,19 +82,22 @@ class Outcome(NamedTuple):
 
 def try_step(policy, before, models, chosen, past, check, problem, params, batch) -> Outcome:
     """Try a step by the loss after it, where that is due."""
-    value, length = models.loss.value, tree.norm(chosen.step)
+    value = models.loss.value
+    length = tree.norm(chosen.step) if chosen.length is None else chosen.length
 
-    def loss_after() -> jax.Array:
+    def with_loss(new_value: jax.Array) -> Trial:
+        return trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
+
+    def trial_now() -> Trial:
         # A forward pass. It is on `batch`, as is the loss before the step.
-        return problem.value(tree.add(params, chosen.step), batch)
+        return with_loss(problem.value(tree.add(params, chosen.step), batch))
 
     if past is None or check == 1:
-        due, new_value = jnp.asarray(True), loss_after()
+        due, trial = jnp.asarray(True), trial_now()
     else:
         due = past.last.alarm | (past.last.count < _FRESH) | (past.memory.since + 1 >= check)
         due = due & ~past.last.again & chosen.modelled
-        new_value = jax.lax.cond(due, loss_after, lambda: value)
-    trial = trial_of(value, new_value, chosen.change, chosen.step, models.rhs, length)
+        trial = _only_if(due, trial_now, jax.eval_shape(with_loss, value))
     adapted, accepted, stats = judged(policy, before, trial)
     # A step that is not tried is taken where its model promises no rise.
     harmless = (
@@ -143,7 +156,8 @@ def settle(
         value=value.astype(dtype),
         change=chosen.change.astype(dtype),
         length=jnp.where(outcome.accepted, outcome.length, 0).astype(dtype),
-        settled=is_zero(models.rhs),
+        # Where there is a step, nobody asks.
+        settled=_only_if(outcome.length == 0, lambda: is_zero(models.rhs), jnp.asarray(False)),
         open=~outcome.tried & outcome.accepted,
         batch=past.batch,
         trend=trend_after(memory, value),
