@@ -348,6 +348,21 @@ def experts(p, x):
     return jnp.einsum("ebf,efd,be->bd", hidden, p["mix"]["out"], gates)
 
 
+def one_by_one(p, x):
+    for w, b in zip(p["mix"]["w"], p["mix"]["b"], strict=True):
+        x = jnp.tanh(x @ w + b[None])
+    (head,) = p["one"]
+    return x @ head
+
+
+def split_up(p, x):
+    stacks = (jnp.split(p["mix"][name], 3) for name in "wb")
+    for w, b in zip(*stacks, strict=True):
+        x = jnp.tanh(x @ w[0] + b)
+    return x @ jnp.split(p["one"], 1)[0][0]
+
+
+STACK = {"w": (3, 4, 4), "b": (3, 4)}
 F32 = np.float32
 
 
@@ -442,6 +457,8 @@ CASES = {
     ),
     "decoder, indexed": lambda: f32_decoder(indexed),
     "flax scan": lambda: of_flax(ScannedFlax(), jnp.asarray(TOKENS)),
+    "a stack, one layer after the other": lambda: nested(of(one_by_one, (5, 4), one=(1, 4, 2)), **STACK),
+    "a stack that is split": lambda: nested(of(split_up, (5, 4), one=(1, 4, 2)), **STACK),
     "residual": lambda: of_flax(Residual(), jnp.ones((2, 8, 8, 3))),
     "equinox stack": of_equinox,
     "experts": lambda: nested(

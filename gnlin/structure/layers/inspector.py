@@ -49,13 +49,16 @@ from gnlin.structure.layers.views import (
     negate,
     reshape,
     same,
+    split,
     take,
     transpose,
+    unstack,
 )
 
-# Takes an operation that reads a `View` or a `Tangent`, and returns its output. A layer or a bias
-# goes into the notes. `None` says that the operation is not recognised; then nothing is noted.
-Recogniser = Callable[[Operation, Notes], View | Tangent | None]
+# Takes an operation that reads a `View` or a `Tangent`, and returns its output, or a list of them. A
+# layer or a bias goes into the notes. `None` says that the operation is not recognised; then nothing
+# is noted.
+Recogniser = Callable[[Operation, Notes], View | Tangent | list[View] | None]
 
 RECOGNISERS: dict[str, Recogniser] = {
     "dot_general": dot_general,
@@ -68,6 +71,8 @@ RECOGNISERS: dict[str, Recogniser] = {
     "sub": subtract,
     "neg": negate,
     "slice": take,
+    "split": split,
+    "unstack": unstack,
     "transpose": transpose,
     "convert_element_type": same,
     "copy": same,
@@ -101,7 +106,7 @@ def inspect(push_forward: Any, shapes: Sequence[tuple[int, ...]]) -> Notes:
         recognise = RECOGNISERS.get(operation.name)
         output = None if recognise is None else recognise(operation, notes)
         if output is not None:
-            return [output]
+            return output if isinstance(output, list) else [output]
         notes.spoil(operation.inputs, operation.name)
         return operation.all_outputs(notes.new_tangent)
 

@@ -74,6 +74,42 @@ def negate(operation: Operation, notes: Notes) -> View | Tangent:
     return notes.new_tangent()
 
 
+def unstack(operation: Operation, notes: Notes) -> list[View] | None:
+    """Each entry along an axis of a leaf, as in ``for w in stack``."""
+    (value,), axis = operation.inputs, operation.params["axis"]
+    if not isinstance(value, View) or len(value.axes[axis]) > 1:
+        return None
+    group, length = value.axes[axis], value.shape[axis]
+    axes = value.axes[:axis] + value.axes[axis + 1 :]
+    shape = value.shape[:axis] + value.shape[axis + 1 :]
+    if length == 1:
+        one = reshape(operation, notes)
+        return None if one is None else [one]
+    if not group:
+        return [value._replace(axes=axes, shape=shape)] * length
+    return [
+        value._replace(axes=axes, shape=shape, taken=(*value.taken, (group[0], entry)))
+        for entry in range(length)
+    ]
+
+
+def split(operation: Operation, notes: Notes) -> list[View] | None:
+    """The same with the axis kept, of length 1. `None` where a part has several entries."""
+    axis, sizes = operation.params["axis"], list(map(int, operation.params["sizes"]))
+    if len(sizes) == 1:
+        return list(operation.inputs)
+    found = unstack(operation, notes) if set(sizes) == {1} else None
+    if found is None:
+        return None
+    return [
+        view._replace(
+            axes=(*view.axes[:axis], (), *view.axes[axis:]),
+            shape=(*view.shape[:axis], 1, *view.shape[axis:]),
+        )
+        for view in found
+    ]
+
+
 def take(operation: Operation, notes: Notes) -> View | None:
     """One entry along axes of a leaf, as of a stack of layers that is written out in Python.
 
