@@ -5,7 +5,7 @@
 * `kronecker`: factors for each layer, a solver by itself and a preconditioner.
 * `factors`: moments of one layer.
 * `factorisation`: the inverse of the damped product of moments.
-* `inverses`: inverses of many small matrices at once.
+* `inverses`, `low_rank`: inverses of many small matrices at once, and of large ones.
 * `eigenbasis`: Adam in the eigenbasis of these factors.
 * `layer_table`: the layers of a model, as `kronecker` sees them.
 * `jacobi`, `nystrom`: preconditioners.

@@ -82,6 +82,9 @@ class Kronecker:
     M⁻¹b, whose length a step rule has to find (`Momentum`, the default of `gauss_newton`). A
     scaling D of the system is ignored.
 
+    The inverse of a long side has its leading eigenvectors, and the mean of the other eigenvalues.
+    Few eigenvalues are above the damping (Puiu).
+
     With ``refresh=T`` factors are taken and inverted at every T-th system, and the inverses are
     kept between. The first systems all have their own. A λ that has grown by half or more is
     honoured at once, by inverses out of turn. The state is then about twice as large: it has all
@@ -102,7 +105,7 @@ class Kronecker:
 
     References: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate
     curvature, 2015; Gupta, Koren & Singer, Shampoo, arXiv 1802.09568 (moments of matrix-shaped
-    gradients).
+    gradients); Puiu, Randomized K-FACs, arXiv 2206.15397 (inverses of low rank).
 
     Example:
         >>> import gnlin
