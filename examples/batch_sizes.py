@@ -146,7 +146,7 @@ def _steps(value: float) -> str:
 
 
 def draw(points: list[Point], title: str, path: Path) -> None:
-    """Medians as lines, seeds as dots, on logarithmic axes."""
+    """Draw medians as lines, seeds as dots, on logarithmic axes."""
     labels = list(dict.fromkeys(each.label for each in points))
     known = [each for each in points if np.isfinite(statistics.median(each.steps))]
     if not known:
@@ -166,16 +166,19 @@ def draw(points: list[Point], title: str, path: Path) -> None:
         axes.set_ylim(min(every) / 1.5, max(every) * 1.5)
         ends = []
         for number, label in enumerate(labels):
-            own = sorted((each.batch, each.steps) for each in known if each.label == label)
-            if not own:
-                continue
+            own = sorted((each.batch, each.steps) for each in points if each.label == label)
             look = style(number)
             across = [batch for batch, _ in own]
-            medians = [max(statistics.median(steps), 1.0) for _, steps in own]
+            # The line has a gap where the target was not reached.
+            middle = [max(statistics.median(steps), 1.0) for _, steps in own]
+            medians = [steps if np.isfinite(steps) else float("nan") for steps in middle]
+            if not np.isfinite(medians).any():
+                continue
             axes.plot(across, medians, **look)
             for batch, steps in own:
                 axes.plot([batch] * len(steps), steps, ".", color=look["color"], markersize=3)
-            ends.append(End(label, across[-1], medians[-1], look))
+            last = max(place for place, steps in enumerate(medians) if np.isfinite(steps))
+            ends.append(End(label, across[last], medians[last], look))
         label_ends(axes, ends)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 

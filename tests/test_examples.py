@@ -206,6 +206,16 @@ def test_speed_is_measured(run_example):
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
 
 
+def test_steps_are_timed_beside_those_of_adam(run_example):
+    rows = rows_of(run_example("step_seconds.py", "--quick"))
+    assert [row[0] for row in rows] == ["Adam", "`gauss_newton`", "with `rank=None`"]
+    adam, *ours = ([float(cell) for cell in row[1:]] for row in rows)
+    assert adam[2] == 1.0
+    for mean, median, ratio, loss in ours:
+        assert min(mean, median, ratio) > 0
+        assert loss < adam[3] / 2
+
+
 def test_spectral_norms_are_known(run_example):
     norms, *costs = rows_of(run_example("spectral_norms.py", "--quick"))
     assert float(norms[3]) < 2  # per cent
