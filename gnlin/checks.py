@@ -154,6 +154,11 @@ def shows_signature(called: T) -> T:
     return _showing(called, getattr(called, "__name__", "call"))
 
 
+def shows_update(update: T) -> T:
+    """The same for the update of a transformation, whose data are given by name."""
+    return _showing(update, "tx.update")
+
+
 def _showing(function: T, name: str) -> T:
     signature = inspect.signature(function)
 
@@ -173,7 +178,7 @@ def _written(signature: inspect.Signature) -> str:
     """``objective, *, damping=GainRatio(...)``: parameters without annotations."""
     parts = []
     for parameter in signature.parameters.values():
-        if parameter.name == "self":
+        if parameter.name == "self" or parameter.kind is parameter.VAR_KEYWORD:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")

@@ -65,6 +65,24 @@ def test_missing_params(build, wrap):
         )
 
 
+@each_transform
+@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chained"])
+def test_state_and_parameters_the_wrong_way_round(build, chained):
+    tx = optax.chain(build(OBJECTIVE), optax.scale(1.0)) if chained else build(OBJECTIVE)
+    opt_state, params = tx.init(PROBLEM.params), PROBLEM.params
+    if chained:
+        params = (params, params)  # a list of layers, so that the chain finds a state for each
+    with pytest.raises(TypeError, match=r"the order is tx\.update\(grads, opt_state, params"):
+        tx.update(PROBLEM.params, params, opt_state, batch=BATCH)
+
+
+@each_transform
+def test_a_batch_without_its_name(build):
+    tx = build(OBJECTIVE)
+    with pytest.raises(TypeError, match=r"too many .*\. Write tx\.update\(updates, state, params"):
+        tx.update(PROBLEM.params, tx.init(PROBLEM.params), PROBLEM.params, BATCH)
+
+
 @with_and_without_jit
 @pytest.mark.parametrize("name", ["scale_by_gauss_newton", "gauss_newton"])
 @pytest.mark.parametrize("grads", [{"w": jnp.zeros(7)}, {"v": jnp.zeros(3)}], ids=["shape", "name"])

@@ -80,7 +80,6 @@ def test_directions_are_those_of_the_whole_inverse(x64, transposed, stack):
 
         return jax.tree_util.tree_map_with_path(of_leaf, params) if transposed else params
 
-
     def model(p, tokens):
         p = turned(p)
         inputs = jnp.asarray(x) + p["table"][tokens]

@@ -457,7 +457,9 @@ CASES = {
     ),
     "decoder, indexed": lambda: f32_decoder(indexed),
     "flax scan": lambda: of_flax(ScannedFlax(), jnp.asarray(TOKENS)),
-    "a stack, one layer after the other": lambda: nested(of(one_by_one, (5, 4), one=(1, 4, 2)), **STACK),
+    "a stack, one layer after the other": lambda: nested(
+        of(one_by_one, (5, 4), one=(1, 4, 2)), **STACK
+    ),
     "a stack that is split": lambda: nested(of(split_up, (5, 4), one=(1, 4, 2)), **STACK),
     "residual": lambda: of_flax(Residual(), jnp.ones((2, 8, 8, 3))),
     "equinox stack": of_equinox,

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
+
 from gnlin import tree
 from gnlin.checks import check_state
 from gnlin.problem.objective import Objective, check_params
@@ -34,9 +36,19 @@ def problem_of_update(
     Raises:
         ValueError, TypeError: as `visible_problem`; `opt_state` is not that of these parameters.
     """
+    if any(map(_is_state, jax.tree.leaves(params, is_leaf=_is_state))):
+        raise TypeError(
+            "`params` is a state of an optimiser: the order is "
+            "tx.update(grads, opt_state, params, batch=batch)."
+        )
     problem = visible_problem(objective, params, all_params)
     check_state(opt_state, init, params)
     return problem
+
+
+def _is_state(node: Any) -> bool:
+    """Whether it is a state of one of the transforms, which all have metrics."""
+    return "metrics" in getattr(node, "_fields", ())
 
 
 def visible_problem(objective: Objective, params: Params, all_params: Params | None) -> Objective:

@@ -110,9 +110,7 @@ def times_from_right(parts: Sequence[jax.Array], matrices: LowRank) -> list[jax.
     return [part * d[:, None, :] - inner @ jnp.swapaxes(q, -2, -1) for d, q, part in known]
 
 
-def _in_parts(
-    matrices: LowRank, lengths: Sequence[int]
-) -> tuple[list[jax.Array], list[jax.Array]]:
+def _in_parts(matrices: LowRank, lengths: Sequence[int]) -> tuple[list[jax.Array], list[jax.Array]]:
     ends = list(itertools.accumulate(lengths))[:-1]
     return jnp.split(matrices.diagonal, ends, axis=1), jnp.split(matrices.basis, ends, axis=1)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_transformation, shows_signature
+from gnlin.checks import check_integer, check_transformation, shows_signature, shows_update
 from gnlin.kernel.alignment import kernel_alignment, kernel_distance
 from gnlin.kernel.ntk import empirical_ntk
 from gnlin.kernel.rows import number_of_examples
@@ -131,6 +131,7 @@ def measure_kernel_drift(
         metrics["kernel/age"] = jnp.zeros([], jnp.int32)
         return KernelDriftState(inner.init(params), jnp.zeros([], jnp.int32), first, metrics)
 
+    @shows_update
     def update_fn(updates, state, params: Params = None, *, all_params=None, **extra_args):
         problem = problem_of_update(objective, params, all_params, state, init_fn)
         updates, inner_state = inner.update(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_metrics, check_number, shows_signature
+from gnlin.checks import check_metrics, check_number, shows_signature, shows_update
 from gnlin.problem.curvature import QuadraticModel, quadratic_model
 from gnlin.problem.masking import problem_of_update
 from gnlin.problem.objective import Objective, check_like_params, check_objective, check_params
@@ -165,6 +165,7 @@ def gauss_newton(
         )
         return tree.copy(state)  # a buffer that appears twice could not be donated
 
+    @shows_update
     def update_fn(
         updates,
         state,
@@ -278,6 +279,7 @@ def scale_by_gauss_newton(
         metrics = {"damping": jnp.asarray(0.0, float), **stats}
         return ScaleByGaussNewtonState(jnp.zeros([], jnp.int32), solver_state, metrics)
 
+    @shows_update
     def update_fn(
         updates,
         state,

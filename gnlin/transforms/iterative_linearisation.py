@@ -33,7 +33,13 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_metrics, check_transformation, returned, shows_signature
+from gnlin.checks import (
+    check_metrics,
+    check_transformation,
+    returned,
+    shows_signature,
+    shows_update,
+)
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import (
     LOSS_MODELS,
@@ -149,6 +155,7 @@ def linearise_gradients(
             metrics={**metrics, **tree.copy(stats)},
         )
 
+    @shows_update
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
@@ -239,6 +246,7 @@ def iterative_linearisation(
         # L-BFGS holds one array twice, and a buffer can be donated only once.
         return IterativeLinearisationState(state, tree.copy(inner.init(params)), metrics)
 
+    @shows_update
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):

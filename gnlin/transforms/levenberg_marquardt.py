@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_metrics, check_number, check_positive, shows_signature
+from gnlin.checks import check_metrics, check_number, check_positive, shows_signature, shows_update
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import QuadraticModel, System, quadratic_model
 from gnlin.problem.masking import problem_of_update
@@ -132,6 +132,7 @@ def levenberg_marquardt(
         state = LevenbergMarquardtState(count, damping_state, largest, solver_state, metrics)
         return tree.copy(state)  # a buffer that appears twice could not be donated
 
+    @shows_update
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gnlin import tree
-from gnlin.checks import check_integer, check_transformation, shows_signature
+from gnlin.checks import check_integer, check_transformation, shows_signature, shows_update
 from gnlin.problem.curvature import LOSS_MODELS, LossModel, check_loss_model, linearised_loss
 from gnlin.problem.linearisation import linearise
 from gnlin.problem.masking import problem_of_update
@@ -87,6 +87,7 @@ def prox_linear(
         metrics = {"prox/loss": zero, "prox/linearised_loss": tree.copy(zero)}
         return ProxLinearState(jnp.zeros([], jnp.int32), metrics)
 
+    @shows_update
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):

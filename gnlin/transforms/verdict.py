@@ -52,7 +52,6 @@ def past_of(
     known = digest(batch)
     last = recall(memory, params, known, value)
 
-
     def late() -> tuple[jax.Array, Trial]:
         return late_trial(memory, last, value)
 

@@ -55,9 +55,9 @@ from gnlin.structure.layers.views import (
     unstack,
 )
 
-# Takes an operation that reads a `View` or a `Tangent`, and returns its output, or a list of them. A
-# layer or a bias goes into the notes. `None` says that the operation is not recognised; then nothing
-# is noted.
+# Takes an operation that reads a `View` or a `Tangent`, and returns its output, or a list of them.
+# A layer or a bias goes into the notes. `None` says that the operation is not recognised; then
+# nothing is noted.
 Recogniser = Callable[[Operation, Notes], View | Tangent | list[View] | None]
 
 RECOGNISERS: dict[str, Recogniser] = {
