@@ -106,6 +106,7 @@ def check_state(opt_state: Any, init: Callable[[Any], Any], params: Any) -> None
         expected = jax.eval_shape(init, params)
     except jax.errors.JAXTypeError:
         return
+    check_restored(opt_state, [type(expected)])
     found, wanted = _shapes_by_path(opt_state), _shapes_by_path(expected)
     if found == wanted and jax.tree.structure(opt_state) == jax.tree.structure(expected):
         return
@@ -117,6 +118,29 @@ def check_state(opt_state: Any, init: Callable[[Any], Any], params: Any) -> None
         f"opt_state{differing} is {found.get(differing, 'not there')}, and should be "
         f"{wanted.get(differing, 'not there')}"
     )
+
+
+def check_restored(opt_state: Any, kinds: Sequence[type]) -> None:
+    """Raise if a state is in `opt_state` as a dictionary of its fields.
+
+    A checkpoint that is restored without a target gives such dictionaries. In them no state would
+    be found.
+    """
+    names = {frozenset(getattr(kind, "_fields", ())): kind.__name__ for kind in kinds}
+    lost: list[str] = []
+
+    def is_lost(node: Any) -> bool:
+        name = names.get(frozenset(node), "") if isinstance(node, Mapping) and node else ""
+        lost.extend([name] if name else [])
+        return bool(name)
+
+    jax.tree.leaves(opt_state, is_leaf=is_lost)
+    if lost:
+        raise ValueError(
+            f"`opt_state` has a dictionary in place of a {lost[0]}: it was restored without its "
+            "form. Restore it onto jax.eval_shape(tx.init, params), such as "
+            "checkpointer.restore(path, jax.eval_shape(tx.init, params))"
+        )
 
 
 def _shapes_by_path(tree: Any) -> dict[str, str]:

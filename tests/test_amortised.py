@@ -398,3 +398,60 @@ def test_a_step_of_zeros_is_good_where_the_gradient_is_zero(x64, start):
         # A step that is taken back is not tried again.
         assert set(ratios[1:]) == {-np.inf}
         assert damping[-1] > damping[0] * 10
+
+
+def test_a_policy_reports_its_last_trial():
+    """Steps between are not tried, and a policy has nothing to say about them."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Told:
+        def init(self, params):
+            return jnp.ones([]), {"told/length": jnp.zeros([]), "told/radius": jnp.zeros([])}
+
+        def damping(self, state, count):
+            return state
+
+        def judge(self, state, trial):
+            told = {"told/length": trial.length, "told/radius": jnp.asarray(trial.radius)}
+            return state, jnp.asarray(True), told
+
+    model, params, batch = network(jnp.float32)
+    objective = gnlin.Objective(model, squared)
+    tx = gnlin.gauss_newton(objective, damping=Told(), step=gnlin.Momentum(check=4))
+    _, metrics, _ = run(tx, params, batches_of(batch, 8, whole=False))
+    assert all(each["told/radius"] == jnp.inf for each in metrics)
+    told = [float(each["told/length"]) for each in metrics]
+    # The first three are tried, and every fourth after them.
+    assert [told.index(length) for length in told] == [0, 1, 2, 2, 2, 2, 6, 6]
+    assert min(told) > 0
+
+
+def test_a_solver_may_widen_its_state():
+    """bfloat16 parameters and an average in float32, from zeros like the parameters."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Averaged:
+        def init(self, params):
+            return jax.tree.map(jnp.zeros_like, params), {}
+
+        def solve(self, system, rhs, state):
+            mean = jax.tree.map(
+                lambda old, new: 0.5 * old.astype(jnp.float32) + 0.5 * new.astype(jnp.float32),
+                state, rhs,
+            )  # fmt: skip
+            direction = jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), mean, rhs)
+            return gnlin.Solution(direction, {}), mean
+
+    model, params, batch = network(jnp.float32)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    objective = gnlin.Objective(
+        lambda p, batch: model(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), p), batch),
+        squared,
+    )
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), batch)
+    batch = {**batch, "x": batch["x"].astype(jnp.float32), "y": batch["y"].astype(jnp.float32)}
+    tx = gnlin.gauss_newton(objective, solver=Averaged())
+    with jax.numpy_dtype_promotion("standard"):
+        _, metrics, state = run(tx, params, [batch] * 3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.solver)} == {jnp.dtype(jnp.float32)}
+    assert metrics[-1]["loss"] < metrics[0]["loss"]

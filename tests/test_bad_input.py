@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,18 @@ def test_state_and_parameters_the_wrong_way_round(build, chained):
         params = (params, params)  # a list of layers, so that the chain finds a state for each
     with pytest.raises(TypeError, match=r"the order is tx\.update\(grads, opt_state, params"):
         tx.update(PROBLEM.params, params, opt_state, batch=BATCH)
+
+
+def test_parameters_may_have_a_field_called_metrics():
+    class Network(NamedTuple):
+        w: Any
+        metrics: Any
+
+    params = Network(jnp.ones(3), jnp.ones([]))
+    objective = gnlin.Objective(lambda p, batch: batch["x"] @ p.w + p.metrics[None], OBJECTIVE.loss)
+    tx = gnlin.gauss_newton(objective)
+    updates, _ = tx.update(None, tx.init(params), params, batch=BATCH)
+    assert isinstance(updates, Network)
 
 
 @each_transform

@@ -7,14 +7,18 @@ arguments that are not its own.
 
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import chex
+import equinox
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from problems import (
     Dtypes,
@@ -24,6 +28,7 @@ from problems import (
     linear_regression,
     logistic_regression,
     third_party,
+    third_party_model,
     tolerance,
 )
 
@@ -540,16 +545,73 @@ def test_metrics_are_finite_scalars(subject):
         assert np.isfinite(value), name
 
 
-def test_checkpoint_round_trip(subject):
-    """A state written as plain arrays in the middle and read back goes on as if nothing had
-    happened.
-    """
-    leaves, structure = jax.tree.flatten(subject.trajectory[3])
-    stored = [np.asarray(leaf) for leaf in leaves]
-    carry = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in stored])
+def through_orbax(path, carry, target):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", carry)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", target)
+
+
+def through_orbax_steps(path, carry, target):
+    """Orbax' manager of the checkpoints of a run."""
+    with ocp.CheckpointManager(path) as manager:
+        manager.save(3, args=ocp.args.StandardSave(carry))
+        manager.wait_until_finished()
+        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(target))
+
+
+def through_flax(path, carry, target):
+    (path / "state").write_bytes(flax.serialization.to_bytes(carry))
+    # Flax fills a tree that has the form of the state, and does not look at its values.
+    return flax.serialization.from_bytes(target, (path / "state").read_bytes())
+
+
+def through_equinox(path, carry, target):
+    equinox.tree_serialise_leaves(path / "state", carry)
+    return equinox.tree_deserialise_leaves(path / "state", target)
+
+
+def through_pickle(path, carry, target):
+    del target
+    (path / "state").write_bytes(pickle.dumps(carry))
+    return pickle.loads((path / "state").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "through",
+    [through_orbax, through_orbax_steps, through_flax, through_equinox, through_pickle],
+    ids=["orbax", "orbax-steps", "flax", "equinox", "pickle"],
+)
+def test_checkpoint_round_trip(subject, through, tmp_path):
+    """A run that is written in the middle and read back goes on as if nothing had happened."""
+    target = jax.eval_shape(lambda params: (params, subject.tx.init(params)), subject.start())
+    carry = third_party_model(through)(tmp_path, subject.trajectory[3], target)
+    carry = jax.tree.map(jnp.asarray, carry)
     for batch in subject.problem.batches[3:]:
         carry = subject.compiled(*carry, batch)
     chex.assert_trees_all_equal(host_copy(carry), subject.trajectory[-1])
+
+
+def test_no_leaf_of_a_state_is_empty(subject):
+    """Orbax refuses arrays without entries."""
+    assert all(np.size(leaf) for leaf in jax.tree.leaves(subject.trajectory[-1]))
+
+
+def test_a_checkpoint_without_its_form_is_refused(subject, tmp_path):
+    """Orbax then gives dictionaries, in which no state would be found."""
+    _, opt_state = third_party_model(through_orbax)(tmp_path, subject.trajectory[3], None)
+    params, objective = subject.start(), subject.problem.objective
+    batch = subject.problem.batches[0]
+    for use in (
+        lambda: subject.step(params, opt_state, batch),
+        lambda: gnlin.metrics(opt_state),
+        lambda: gnlin.predict(objective, opt_state, params, batch),
+        lambda: gnlin.anchor(opt_state),
+    ):
+        with pytest.raises(
+            ValueError, match=r"restored without its form.*jax\.eval_shape\(tx\.init"
+        ):
+            use()
 
 
 def test_map_params_finds_the_copies_of_the_parameters(subject):

@@ -119,10 +119,28 @@ def test_directions_are_those_of_the_whole_inverse(x64, transposed, stack):
 
 
 def test_a_side_up_to_eight_times_the_rank_is_inverted_whole(x64):
-    params = {"w": jnp.asarray(oracles.normal(31, 32, seed=0))}
+    params = {"w": jnp.asarray(oracles.normal(32, 33, seed=0))}
     state, _ = gnlin.Kronecker(rank=4, refresh=5).init(params)
-    # A moment has a spare row and column: 32 and 33.
-    assert state.kept.inverse.size == 32**2 + 33 * (1 + 4) + 4**2
+    # A moment has a spare row and column.
+    assert state.kept.inverse.size == 33**2 + 34 * (1 + 4) + 4**2
+
+
+def test_small_products_are_exact_on_accelerators():
+    """In TF32, their default, the leading directions would be lost. A CPU cannot tell."""
+    matrices = jnp.eye(20)[None]
+
+    def product(matrices):
+        inverse = low_rank.inverse_of_shifted(matrices, jnp.ones([1]), 2)
+        (found,) = low_rank.times(inverse, [matrices])
+        return low_rank.times_from_right([found], inverse)
+
+    jaxpr = jax.make_jaxpr(product)(matrices).jaxpr
+    small = [
+        equation.params["precision"]
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "dot_general" and equation.params["precision"]
+    ]
+    assert len(small) == 2 + 3 + 3
 
 
 @pytest.mark.parametrize("rank", [0, 1.5, True])

@@ -48,7 +48,8 @@ def problem_of_update(
 
 def _is_state(node: Any) -> bool:
     """Whether it is a state of one of the transforms, which all have metrics."""
-    return "metrics" in getattr(node, "_fields", ())
+    ours = type(node).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return ours and "metrics" in getattr(node, "_fields", ())
 
 
 def visible_problem(objective: Objective, params: Params, all_params: Params | None) -> Objective:

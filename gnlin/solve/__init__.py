@@ -4,7 +4,8 @@
 * `cg`: conjugate gradients, for systems of any size.
 * `kronecker`: factors for each layer, a solver by itself and a preconditioner.
 * `factors`: moments of one layer.
-* `factorisation`: the inverse of the damped product of moments.
+* `factorisation`, `sides`: the inverse of the damped product of moments.
+* `direction`: the product of this inverse with a vector.
 * `inverses`, `low_rank`: inverses of many small matrices at once, and of large ones.
 * `eigenbasis`: Adam in the eigenbasis of these factors.
 * `layer_table`: the layers of a model, as `kronecker` sees them.

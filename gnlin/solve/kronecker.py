@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
-from gnlin.solve.factorisation import Inverse, apply_inverse, empty_inverse, inverse_of
+from gnlin.solve.direction import apply_inverse
+from gnlin.solve.factorisation import Inverse, empty_inverse, inverse_of
 from gnlin.solve.factors import Factors, Share, moments_of_gradient, moments_of_layer
 from gnlin.solve.protocols import Preparation, Solution, Stats
 from gnlin.solve.sampling import root_sample
@@ -87,8 +88,7 @@ class Kronecker:
 
     With ``refresh=T`` factors are taken and inverted at every T-th system, and the inverses are
     kept between. The first systems all have their own. A λ that has grown by half or more is
-    honoured at once, by inverses out of turn. The state is then about twice as large: it has all
-    inverses in one array.
+    honoured at once, by inverses out of turn. The state then has all inverses in one array, too.
 
     Statistics: ``kronecker/finite``; where it is false the direction is zero.
 

@@ -4,6 +4,7 @@
 factor are larger than its share of the damping, however long the side is.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 
 from gnlin.solve.inverses import inverse_of_positive_definite
 
-# The least eigenvalues of QᵀAQ must not drown in the largest: products in TF32, accelerators'
-# default, are too coarse.
+# The least eigenvalues of QᵀAQ must not drown in the largest, and d·g and Q C Qᵀg nearly cancel
+# along the leading ones: products in TF32, accelerators' default, are too coarse.
 _EXACTLY = jax.lax.Precision.HIGHEST
 
 
@@ -38,7 +39,8 @@ def inverse_of_shifted(matrices: jax.Array, shift: jax.Array, rank: int) -> LowR
               t = \frac{\operatorname{tr} A - \operatorname{tr} T}{n - \mathrm{rank}}.
 
     Q comes from a random start and two products with A. It is exact where A has no more than `rank`
-    eigenvalues that are not zero.
+    eigenvalues that are not zero. Where many others are above s, those just outside count for too
+    little, and their directions are too long.
 
     Args:
         matrices: A.
@@ -53,14 +55,14 @@ def inverse_of_shifted(matrices: jax.Array, shift: jax.Array, rank: int) -> LowR
     basis = jnp.linalg.qr(matrices @ start[None])[0]
     basis = jnp.linalg.qr(matrices @ basis)[0]
     across = jnp.swapaxes(basis, -2, -1)
-    inner = jnp.matmul(across, jnp.matmul(matrices, basis, precision=_EXACTLY), precision=_EXACTLY)
+    inner = _product(across, _product(matrices, basis))
     inner = (inner + jnp.swapaxes(inner, -2, -1)) / 2
     rest = _trace(matrices) - _trace(inner)
     others = 1 / (shift + jnp.maximum(rest, 0) / (size - rank))
     identity = jnp.eye(rank, dtype=matrices.dtype)[None]
-    leading = inverse_of_positive_definite(inner + shift[:, None, None] * identity)
+    within = inverse_of_positive_definite(inner + shift[:, None, None] * identity)
     diagonal = jnp.broadcast_to(others[:, None], (count, size))
-    return LowRank(diagonal, basis, others[:, None, None] * identity - leading)
+    return LowRank(diagonal, basis, others[:, None, None] * identity - within)
 
 
 def of_diagonal(diagonal: jax.Array, rank: int) -> LowRank:
@@ -80,7 +82,7 @@ def padded(matrices: LowRank, size: int) -> LowRank:
     return LowRank(diagonal, basis, matrices.core)
 
 
-def leading(matrices: LowRank, length: int) -> LowRank:
+def cropped(matrices: LowRank, length: int) -> LowRank:
     """The first rows and columns."""
     return LowRank(matrices.diagonal[:, :length], matrices.basis[:, :length], matrices.core)
 
@@ -96,23 +98,29 @@ def times(matrices: LowRank, parts: Sequence[jax.Array]) -> list[jax.Array]:
     A copy of a large matrix beside its bias would take as long as a product.
     """
     diagonals, bases = _in_parts(matrices, [part.shape[1] for part in parts])
-    inner = sum(jnp.swapaxes(q, -2, -1) @ part for q, part in zip(bases, parts, strict=True))
-    inner = matrices.core @ inner
+    pairs = zip(bases, parts, strict=True)
+    inner = [_product(jnp.swapaxes(q, -2, -1), part) for q, part in pairs]
+    small = _product(matrices.core, functools.reduce(jnp.add, inner))
     known = zip(diagonals, bases, parts, strict=True)
-    return [d[:, :, None] * part - q @ inner for d, q, part in known]
+    return [d[:, :, None] * part - _product(q, small) for d, q, part in known]
 
 
 def times_from_right(parts: Sequence[jax.Array], matrices: LowRank) -> list[jax.Array]:
     """The products of matrices (B, m, n) with these, where their columns come in parts."""
     diagonals, bases = _in_parts(matrices, [part.shape[2] for part in parts])
-    inner = sum(part @ q for q, part in zip(bases, parts, strict=True)) @ matrices.core
+    inner = [_product(part, q) for q, part in zip(bases, parts, strict=True)]
+    small = _product(functools.reduce(jnp.add, inner), matrices.core)
     known = zip(diagonals, bases, parts, strict=True)
-    return [part * d[:, None, :] - inner @ jnp.swapaxes(q, -2, -1) for d, q, part in known]
+    return [part * d[:, None, :] - _product(small, jnp.swapaxes(q, -2, -1)) for d, q, part in known]
 
 
 def _in_parts(matrices: LowRank, lengths: Sequence[int]) -> tuple[list[jax.Array], list[jax.Array]]:
     ends = list(itertools.accumulate(lengths))[:-1]
     return jnp.split(matrices.diagonal, ends, axis=1), jnp.split(matrices.basis, ends, axis=1)
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision=_EXACTLY)
 
 
 def _trace(matrices: jax.Array) -> jax.Array:

@@ -59,6 +59,12 @@ def trial_of(
     return Trial(ratio, value - new_value, tree.inner(rhs, step), length, radius)
 
 
+def no_trial(value: jax.Array, length: jax.Array) -> Trial:
+    """In place of the trial of a step that is not tried: no decrease was seen, and none refused."""
+    ratio = jnp.zeros([], tree.accumulation_dtype(value))
+    return Trial(ratio, jnp.zeros_like(value), jnp.zeros_like(length), length, math.inf)
+
+
 def is_zero(rhs: Params) -> jax.Array:
     """Whether zero is the solution for this right-hand side, and no solve that failed."""
     return tree.max_abs(rhs) == 0

@@ -202,13 +202,13 @@ def gauss_newton(
         adapted = tree.select(telling & outcome.tried, outcome.damping, before)
         ends = settle(past, outcome, chosen, params, gradient, models, telling, state.metrics)
         own = tree.cast({"damping": damping, "gain_ratio": ends.gain_ratio, "loss": value}, float)
-        metrics = {**own, **solution.stats, **chosen.stats, **outcome.stats}
+        metrics = {**own, **solution.stats, **chosen.stats, **ends.stats}
         # A loss that is not finite leaves no trace, nor does a place that is left again.
         step_state = state.step if chosen.state is None else chosen.state
         stays = jnp.isfinite(value) if past is None else jnp.isfinite(value) & ~past.back
         return ends.step, GaussNewtonState(
             count=optax.safe_increment(state.count),
-            solver=jax.lax.cond(stays, lambda: solver_state, lambda: state.solver),
+            solver=_kept(stays, solver_state, state.solver),
             damping=adapted,
             # A refused step leaves zeros behind, so momentum begins anew.
             step=rule.remember(tree.select(stays, step_state, state.step), ends.step),
@@ -302,6 +302,15 @@ def scale_by_gauss_newton(
         return solution.direction, ScaleByGaussNewtonState(count, solver_state, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _kept(condition: jax.Array, after: Any, before: Any) -> Any:
+    """One of two states of a solver."""
+    # A choice by entries reads both, which takes time where a state is large. But it has a dtype
+    # for a solver of a user's that widens its state.
+    if jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, before):
+        return jax.lax.cond(condition, lambda: after, lambda: before)
+    return tree.select(condition, after, before)
 
 
 def _chosen(solver: Solver, learning_rate: Any, step: Any) -> tuple[Any, Any]:

@@ -32,14 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnlin import tree
-from gnlin.checks import (
-    check_metrics,
-    check_transformation,
-    returned,
-    shows_signature,
-    shows_update,
-)
+from gnlin import checks, tree
 from gnlin.jaxprs import primitive_names
 from gnlin.problem.curvature import (
     LOSS_MODELS,
@@ -61,7 +54,6 @@ from gnlin.tree import Batch, Outputs, Params
 # not worth a branch.
 _LONGEST_SKIPPING_PERIOD = 10
 
-
 Period = int | None | Callable[[Any], chex.Numeric] | PeriodRule | LayerPeriods
 
 
@@ -78,7 +70,7 @@ class IterativeLinearisationState(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-@shows_signature
+@checks.shows_signature
 def linearise_gradients(
     objective: Objective, period: Period, *, loss_model: LossModel = "exact"
 ) -> optax.GradientTransformationExtraArgs:
@@ -155,7 +147,7 @@ def linearise_gradients(
             metrics={**metrics, **tree.copy(stats)},
         )
 
-    @shows_update
+    @checks.shows_update
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
@@ -167,7 +159,7 @@ def linearise_gradients(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@shows_signature
+@checks.shows_signature
 def iterative_linearisation(
     inner: optax.GradientTransformation,
     objective: Objective,
@@ -226,7 +218,7 @@ def iterative_linearisation(
         >>> bool(objective.value(params) < 1e-3)
         True
     """
-    check_transformation("inner", inner)
+    checks.check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     check_objective(objective)
     rule: Any = rule_of(period)
@@ -246,7 +238,7 @@ def iterative_linearisation(
         # L-BFGS holds one array twice, and a buffer can be donated only once.
         return IterativeLinearisationState(state, tree.copy(inner.init(params)), metrics)
 
-    @shows_update
+    @checks.shows_update
     def update_fn(
         updates, state, params: Params = None, *, batch=None, all_params=None, **extra_args
     ):
@@ -352,13 +344,13 @@ def _state_after(
 ) -> LinearisedGradientsState:
     """State after an update at which Q was `value`."""
     result = rule.after(state.period, served)
-    period_state, stats = returned("period.after", result, object, Mapping)
+    period_state, stats = checks.returned("period.after", result, object, Mapping)
     metrics = {**state.metrics, "linearise/loss": value.astype(float), **stats}
     return LinearisedGradientsState(
         count=optax.safe_increment(state.count),
         anchor=served.anchor,
         period=period_state,
-        metrics=check_metrics(metrics, state.metrics),
+        metrics=checks.check_metrics(metrics, state.metrics),
     )
 
 

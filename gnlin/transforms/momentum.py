@@ -133,7 +133,8 @@ class Momentum:
         waiting = state._replace(age=state.age + 1)
         known = sound & jnp.isfinite(size) & (rate != 0)
         after = tree.select(known, tree.select(looks, looked_up, waiting), state)
-        return Step(step, change, sound, _stats(length, beta), after, looks, jnp.abs(length) * size)
+        size = jnp.where(usable, jnp.abs(length) * size, 0)
+        return Step(step, change, sound, _stats(length, beta), after, looks, size)
 
 
 def _conjugate(search: Search) -> jax.Array:

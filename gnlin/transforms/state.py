@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from gnlin.checks import check_restored
 from gnlin.problem.linearisation import linearise
 from gnlin.problem.objective import Objective, check_objective
 from gnlin.transforms.drift import KernelDriftState
@@ -49,7 +50,8 @@ def anchor(opt_state: Any) -> Params:
         where the transform saw only part of the tree.
 
     Raises:
-        ValueError: there is no anchor in `opt_state`, or more than one.
+        ValueError: there is no anchor in `opt_state`, or more than one, or a state is there as a
+            dictionary, from a checkpoint restored without its form.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -58,6 +60,7 @@ def anchor(opt_state: Any) -> Params:
         >>> gnlin.anchor(tx.init(jnp.ones(2)))
         Array([1., 1.], dtype=float32)
     """
+    check_restored(opt_state, _STATES)
     found = linearised_state(opt_state)
     if found is None:
         raise ValueError(
@@ -81,7 +84,8 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
         batch: data to predict on, for instance held out.
 
     Raises:
-        ValueError: `opt_state` holds more than one anchor; `batch` is missing.
+        ValueError: `opt_state` holds more than one anchor, or a state as a dictionary, from a
+            checkpoint restored without its form; `batch` is missing.
 
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
@@ -92,6 +96,7 @@ def predict(objective: Objective, opt_state: Any, params: Params, batch: Batch =
         Array([3.], dtype=float32)
     """
     check_objective(objective)
+    check_restored(opt_state, _STATES)
     found = linearised_state(opt_state)
     if found is None:
         return objective.outputs_and_aux(params, batch)[0]
@@ -111,6 +116,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         package. Where several transforms report the same name, the second is ``name/1``, and so on,
         in the order of the state.
 
+    Raises:
+        ValueError: a state is there as a dictionary, from a checkpoint restored without its form.
+
     Example:
         >>> import gnlin, jax.numpy as jnp, optax
         >>> objective = gnlin.Objective.least_squares(lambda p: p ** 2)
@@ -121,6 +129,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         >>> {name: round(float(value), 6) for name, value in gnlin.metrics(state).items()}
         {'damping': 0.5, 'cg/iterations': 1.0, 'cg/residual': 0.0, 'cg/converged': 1.0}
     """
+    check_restored(opt_state, _STATES)
     collected: dict[str, jax.Array] = {}
     seen = collections.Counter()
     for state in _states(opt_state):

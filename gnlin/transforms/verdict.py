@@ -4,7 +4,7 @@
 `settle` keeps what the next update has to know.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import optax
 
 from gnlin import tree
 from gnlin.transforms.damping import judged
-from gnlin.transforms.gain import Trial, is_zero, resolution, trial_of
+from gnlin.transforms.gain import Trial, is_zero, no_trial, resolution, trial_of
 from gnlin.transforms.memory import Last, Memory, digest, late_trial, recall, trend_after
 from gnlin.transforms.step_length import Step
 from gnlin.tree import Batch, Params
@@ -55,17 +55,14 @@ def past_of(
     def late() -> tuple[jax.Array, Trial]:
         return late_trial(memory, last, value)
 
-    is_trial, trial = _only_if(last.again & memory.open, late, jax.eval_shape(late))
+    # Both read all parameters several times, for nothing where batches change.
+    none = jnp.asarray(False), no_trial(value, memory.length)
+    is_trial, trial = jax.lax.cond(last.again & memory.open, late, lambda: none)
     adapted, accepted, _ = judged(policy, damping, trial)
     back = is_trial & ~accepted
     last = last._replace(alarm=last.alarm | back)
     damping = tree.select(is_trial, adapted, damping)
     return Past(last, memory, known, is_trial, back, damping, trial.gain_ratio)
-
-
-def _only_if(condition: jax.Array, function: Callable[[], Any], like: Any) -> Any:
-    """What `function` gives, and zeros elsewhere: it reads all parameters, which takes time."""
-    return jax.lax.cond(condition, function, lambda: tree.zeros_like(like))
 
 
 class Outcome(NamedTuple):
@@ -96,7 +93,7 @@ def try_step(policy, before, models, chosen, past, check, problem, params, batch
     else:
         due = past.last.alarm | (past.last.count < _FRESH) | (past.memory.since + 1 >= check)
         due = due & ~past.last.again & chosen.modelled
-        trial = _only_if(due, trial_now, jax.eval_shape(with_loss, value))
+        trial = jax.lax.cond(due, trial_now, lambda: no_trial(value, length))
     adapted, accepted, stats = judged(policy, before, trial)
     # A step that is not tried is taken where its model promises no rise.
     harmless = (
@@ -115,6 +112,7 @@ class Settled(NamedTuple):
     accepted: jax.Array
     gain_ratio: jax.Array
     memory: Any
+    stats: Mapping[str, jax.Array]  # of the policy at its last trial
 
 
 def settle(
@@ -143,9 +141,13 @@ def settle(
     taken = tree.select(outcome.accepted, chosen.step, tree.zeros_like(chosen.step))
     before = metrics["gain_ratio"]
     gain_ratio = jnp.where(outcome.tried, outcome.gain_ratio.astype(before.dtype), before)
+    stats = {
+        name: jnp.where(outcome.tried, stat, metrics.get(name, stat))
+        for name, stat in outcome.stats.items()
+    }
     if past is None:
-        return Settled(taken, outcome.accepted, gain_ratio, ())
-    memory, value = past.memory, models.loss.value
+        return Settled(taken, outcome.accepted, gain_ratio, (), stats)
+    memory, value, none = past.memory, models.loss.value, jnp.asarray(False)
     dtype = memory.value.dtype
     after = Memory(
         params=params,
@@ -156,7 +158,7 @@ def settle(
         change=chosen.change.astype(dtype),
         length=jnp.where(outcome.accepted, outcome.length, 0).astype(dtype),
         # Where there is a step, nobody asks.
-        settled=_only_if(outcome.length == 0, lambda: is_zero(models.rhs), jnp.asarray(False)),
+        settled=jax.lax.cond(outcome.length == 0, lambda: is_zero(models.rhs), lambda: none),
         open=~outcome.tried & outcome.accepted,
         batch=past.batch,
         trend=trend_after(memory, value),
@@ -166,11 +168,11 @@ def settle(
     after = tree.select(telling, after, memory)
     # The place that is left again is no place to go on from. Nor does a direction continue the step
     # that led there and back: what rounding left of it is noise.
-    none = jnp.asarray(False)
     after = tree.select(past.back, memory._replace(open=none, plain=none), after)
     return Settled(
         step=tree.select(past.back, tree.subtract(memory.params, params), taken),
         accepted=outcome.accepted & ~past.back,
         gain_ratio=jnp.where(past.judged, past.gain_ratio.astype(before.dtype), gain_ratio),
         memory=after,
+        stats=stats,
     )
