@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnlin.sharding import sharded_like, unsharded
+
 # Any pytree of arrays. chex.ArrayTree spells this out, but arithmetic on its leaves does not
 # type-check.
 Tree = Any
@@ -140,18 +142,18 @@ def size(tree: Tree) -> int:
 
 
 def flatten(tree: Tree, dtype) -> jax.Array:
-    """All entries as one vector of `dtype`."""
-    leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    """All entries as one vector of `dtype`, on every device."""
+    leaves = [jnp.ravel(unsharded(leaf)).astype(dtype) for leaf in jax.tree.leaves(tree)]
     return jnp.concatenate(leaves) if leaves else jnp.zeros([0], dtype)
 
 
 def unflatten(vector: jax.Array, like: Tree) -> Tree:
-    """The inverse of `flatten`, with the shapes and dtypes of `like`."""
+    """The inverse of `flatten`, with the shapes, dtypes and shardings of `like`."""
     leaves, structure = jax.tree.flatten(like)
     ends = list(itertools.accumulate((leaf.size for leaf in leaves), initial=0))
     parts = [vector[start:end] for start, end in itertools.pairwise(ends)]
     shaped = [
-        part.reshape(leaf.shape).astype(leaf.dtype)
+        sharded_like(part.reshape(leaf.shape).astype(leaf.dtype), leaf)
         for part, leaf in zip(parts, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, shaped)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.sharding import by_compiler, sharded_like
 from gnlin.solve.direction import apply_inverse
 from gnlin.solve.factorisation import Inverse, empty_inverse, inverse_of
 from gnlin.solve.factors import Factors, Share, moments_of_gradient, moments_of_layer
@@ -202,7 +203,8 @@ class Kronecker:
         uses = found[0] if found else read_layers(system.jvp, params).uses
 
         def apply(vector: Params) -> Params:
-            return apply_inverse(uses, inverse, _factors_of(state), vector)
+            found = by_compiler(apply_inverse, uses, inverse, _factors_of(state), vector)
+            return jax.tree.map(sharded_like, found, vector)
 
         return Preparation(apply, _stats(sound)), next_state
 
@@ -237,10 +239,14 @@ class Kronecker:
         for leaf, use in enumerate(reading.uses):
             if use.sites:
                 share = Share(self.fraction, count, dtype)
-                found[leaf] = moments_of_layer(use, of_layers[leaf], share, before[leaf])
+                found[leaf] = by_compiler(
+                    moments_of_layer, use, of_layers[leaf], share, before[leaf]
+                )
             elif leaf in of_others:
                 gradient = of_others[leaf].astype(dtype)
-                found[leaf] = moments_of_gradient(gradient, use.layout, before[leaf])
+                found[leaf] = by_compiler(
+                    moments_of_gradient, gradient, use.layout, before[leaf]
+                )
         return found
 
 

@@ -1,0 +1,59 @@
+"""Meshes with explicit axes, where the type of an array says how it is sharded.
+
+There JAX asks for the sharding of each result that could have several. The passes through a model
+are the user's, and have theirs. The algebra between them is ours: `tree` and `solve` say here that
+a vector of all entries is on every device, or that XLA is to choose. Without such a mesh nothing
+here does anything.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+_REPLICATED = PartitionSpec()
+
+
+def unsharded(leaf: jax.Array) -> jax.Array:
+    """The same array, whole on every device."""
+    return leaf if _spec(leaf) is None else jax.sharding.reshard(leaf, _REPLICATED)
+
+
+def sharded_like(leaf: jax.Array, like: Any) -> jax.Array:
+    """The same array, sharded like another or like its shape."""
+    spec = _spec(like)
+    return leaf if spec is None else jax.sharding.reshard(leaf, spec)
+
+
+def by_compiler(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``, in which XLA chooses the shardings. The results are unsharded.
+
+    Arguments are trees of arrays and of anything else. The function must not close over arrays.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    if not any(_spec(leaves[place]) is not None for place in places):
+        return function(*arguments)
+
+    def inside(*arrays: jax.Array) -> Any:
+        whole = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            whole[place] = array
+        return function(*jax.tree.unflatten(structure, whole))
+
+    run = jax.sharding.auto_axes(inside, out_sharding=_REPLICATED)
+    return run(*[leaves[place] for place in places])
+
+
+def _spec(leaf: Any) -> PartitionSpec | None:
+    """How an array is sharded over explicit axes; `None` where it is not."""
+    of = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    spec = getattr(getattr(of, "sharding", None), "spec", None)
+    mesh = getattr(getattr(of, "sharding", None), "mesh", None)
+    if spec is None or not any(axes is not None for axes in spec):
+        return None
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    named = [axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
+    explicit = jax.sharding.AxisType.Explicit
+    return spec if any(kinds[axis] == explicit for axis in named) else None
