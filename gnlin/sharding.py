@@ -26,6 +26,19 @@ def sharded_like(leaf: jax.Array, like: Any) -> jax.Array:
     return leaf if spec is None else jax.sharding.reshard(leaf, spec)
 
 
+def in_this_mesh(leaf: Any) -> Any:
+    """The same array, whole on every device where it comes from another mesh.
+
+    Inside `jax.sharding.auto_axes` the axes are of another kind, and JAX does not mix the two.
+    """
+    if not isinstance(leaf, jax.Array) or not hasattr(jax.sharding, "auto_axes"):
+        return leaf
+    mesh, now = jax.typeof(leaf).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if mesh.empty or now.empty or mesh == now:
+        return leaf
+    return jax.sharding.reshard(leaf, _REPLICATED)
+
+
 def by_compiler(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)``, in which XLA chooses the shardings. The results are unsharded.
 

@@ -90,7 +90,8 @@ def _run(
             inner, inner_constants = getattr(called, "jaxpr", called), getattr(called, "consts", ())
             outputs = _run(inner, inner_constants, inputs, replace, here)
         else:
-            outputs = replace(Operation(here, equation, inputs))
+            with equation.ctx.manager:
+                outputs = replace(Operation(here, equation, inputs))
         return apply_equation(equation, inputs) if outputs is None else outputs
 
     return _in_order(jaxpr, jaxpr.eqns, [*constants, *arguments], _own_value, compute)
@@ -101,7 +102,9 @@ def apply_equation(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     bound = equation.primitive.get_bind_params(equation.params)
     # From JAX 0.9 on these are the parameters alone.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    outputs = equation.primitive.bind(*functions, *inputs, **params)
+    # Inside `jax.sharding.auto_axes` and the like the mesh is another one.
+    with equation.ctx.manager:
+        outputs = equation.primitive.bind(*functions, *inputs, **params)
     return outputs if equation.primitive.multiple_results else [outputs]
 
 

@@ -21,6 +21,7 @@ from gnlin.kernel.products import Pairs, contract
 from gnlin.kernel.rows import LeftOutError, Rows, find_rows
 from gnlin.problem.linearisation import linearise
 from gnlin.problem.objective import Objective
+from gnlin.sharding import by_compiler
 from gnlin.structure.parts import Cut, assemble, joined, part_of
 from gnlin.tree import Batch, Params
 
@@ -103,7 +104,7 @@ def _whole_kernel(
         # A layer goes as a whole, with its bias. The set only grows, so this ends.
         except LeftOutError as error:
             left |= error.leaves
-    total = contract(*rows, request.pairs, None, budget)
+    total = by_compiler(contract, *rows, request.pairs, None, budget)
     if not left:
         return total
     rest = columns(a.jvp, b.vjp, b.outputs, params, left, None, budget)
@@ -149,7 +150,7 @@ class _Parts(NamedTuple):
         return self.request.a.cut.examples, self.request.b.cut.examples
 
     def product(self, a: Rows, b: Rows) -> jax.Array:
-        return contract(a, b, self.request.pairs, None, self.budget)
+        return by_compiler(contract, a, b, self.request.pairs, None, self.budget)
 
     def rows(self, side: Side, start: Any, length: int) -> Rows:
         """Rows at `length` examples from `start` on."""

@@ -20,6 +20,7 @@ from gnlin import tree
 from gnlin.jaxprs import numbers_held
 from gnlin.kernel.products import contract
 from gnlin.kernel.rows import BUDGET, Found, find_rows, map_together, number_of_examples
+from gnlin.sharding import by_compiler
 from gnlin.structure.layers import matrix_shape
 from gnlin.tree import Outputs, Params
 
@@ -60,7 +61,7 @@ def kernel_matrix(
     total, pull_backs = jnp.zeros([count, count], dtype), found.pull_backs
     if found.pull_backs:
         weights = _weights(found, params, inverse)
-        by_example = contract(found.rows, found.rows, "full", weights, budget)
+        by_example = by_compiler(contract, found.rows, found.rows, "full", weights, budget)
         # The rows come in the order (example, output), and K in that of the flattened outputs.
         order = order_by_example(outputs)
         total = by_example.reshape(count, count)[order][:, order]

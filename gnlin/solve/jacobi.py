@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.sharding import by_compiler
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.solve.sampling import root_sample
 from gnlin.structure.layers import DenseReading, read_dense_layers
@@ -127,16 +128,23 @@ def _squares(reading: DenseReading, sample: Outputs, dtype) -> dict[int, jax.Arr
     found = {index: jnp.square(leaf.astype(dtype)) for index, leaf in others.items()}
     for layer, cotangent in zip(reading.layers, cotangents, strict=True):
         x, s = layer.inputs.astype(dtype), cotangent.astype(dtype)
-        # Applications are the examples: Σ_r x² s², without the terms between different r.
-        if lengths == {len(x)}:
-            weight, bias = jnp.square(x).T @ jnp.square(s), jnp.sum(jnp.square(s), axis=0)
-        else:
-            # Otherwise the square of the pseudo-gradient, (Σ_r x s)².
-            weight, bias = jnp.square(x.T @ s), jnp.square(jnp.sum(s, axis=0))
+        # Whether applications are the examples.
+        squares = _of_examples if lengths == {len(x)} else _of_all_together
+        weight, bias = by_compiler(squares, x, s)
         found[layer.weight] = weight.T if layer.transposed else weight
         if layer.bias is not None:
             found[layer.bias] = bias
     return found
+
+
+def _of_examples(x: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Σ_r x² s², without the terms between different r, and the same of a bias."""
+    return jnp.square(x).T @ jnp.square(s), jnp.sum(jnp.square(s), axis=0)
+
+
+def _of_all_together(x: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The square of the pseudo-gradient, (Σ_r x s)²."""
+    return jnp.square(x.T @ s), jnp.square(jnp.sum(s, axis=0))
 
 
 def _inverse(system: System, diagonal: Params, exponent: float) -> Callable[[Params], Params]:

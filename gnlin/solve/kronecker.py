@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -203,7 +204,9 @@ class Kronecker:
         uses = found[0] if found else read_layers(system.jvp, params).uses
 
         def apply(vector: Params) -> Params:
-            found = by_compiler(apply_inverse, uses, inverse, _factors_of(state), vector)
+            # Of the layers it takes the shapes alone, so they are no argument.
+            apply_to = functools.partial(apply_inverse, uses)
+            found = by_compiler(apply_to, inverse, _factors_of(state), vector)
             return jax.tree.map(sharded_like, found, vector)
 
         return Preparation(apply, _stats(sound)), next_state

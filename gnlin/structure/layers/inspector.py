@@ -77,6 +77,7 @@ RECOGNISERS: dict[str, Recogniser] = {
     "convert_element_type": same,
     "copy": same,
     "sharding_constraint": same,
+    "reshard": same,
     "broadcast_in_dim": broadcast_in_dim,
     "reshape": reshape,
     "squeeze": reshape,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gnlin.jaxprs import Branches, Operation, Path, Scan, control_flow, run_jaxpr
+from gnlin.sharding import in_this_mesh
 from gnlin.structure.layers.inspector import inspect
 from gnlin.structure.layers.loops import cut_branches, cut_scan
 from gnlin.structure.layers.matrices import Layout, layouts
@@ -101,6 +102,7 @@ class _Program:
         tangents = jax.tree.unflatten(structure, self.shapes)
         self.push_forward, self.outputs = jax.make_jaxpr(jvp, return_shape=True)(tangents)
         self.notes = inspect(self.push_forward, [leaf.shape for leaf in self.shapes])
+        self.notes.sites = {path: _here(site) for path, site in self.notes.sites.items()}
         self.layouts = layouts(tangents)
 
     def reading(self, uses: "Callable[[Notes, Sequence[Layout]], list[Use]]") -> Reading:
@@ -144,6 +146,12 @@ class _Program:
         return jax.vjp(cut, *zeros)[1]
 
 
+def _here(site: Site) -> Site:
+    """The same site with its arrays in the mesh outside of the operation."""
+    inputs, factor, ran = map(in_this_mesh, (site.inputs, site.factor, site.ran))
+    return site._replace(inputs=inputs, factor=factor, ran=ran)
+
+
 _ABSENT = object()  # the tangent of a leaf that enters only through sites that are cut out
 
 
@@ -159,11 +167,12 @@ def _without_layers(
     def replace(operation: Operation) -> Sequence[Any] | None:
         here, present = operation.path, [v for v in operation.inputs if v is not _ABSENT]
         if here in products:
+            product = in_this_mesh(products[here])
             # A bias is added to its product: the other addend stays.
             if operation.name == "sub" and operation.inputs[0] is _ABSENT:
-                return [products[here] - present[0]]
+                return [product - present[0]]
             added = operation.name in ("add", "add_any", "sub")
-            return [present[0] + products[here] if added else products[here]]
+            return [present[0] + product if added else product]
         if here in skipped:
             return [jnp.broadcast_to(present[0], operation.shape)]
         absent = len(present) < len(operation.inputs)
