@@ -1,7 +1,7 @@
 """Meshes with explicit axes, where the type of an array says how it is sharded.
 
 There JAX asks for the sharding of each result that could have several. The passes through a model
-are the user's, and have theirs. The algebra between them is ours: `tree` and `solve` say here that
+are the user's, and have theirs. The algebra between them is ours. `tree` and `solve` say here that
 a vector of all entries is on every device, or that XLA is to choose. Without such a mesh nothing
 here does anything.
 """
@@ -62,9 +62,9 @@ def by_compiler(function: Callable[..., Any], *arguments: Any) -> Any:
 def _spec(leaf: Any) -> PartitionSpec | None:
     """How an array is sharded over explicit axes; `None` where it is not."""
     of = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    spec = getattr(getattr(of, "sharding", None), "spec", None)
-    mesh = getattr(getattr(of, "sharding", None), "mesh", None)
-    if spec is None or not any(axes is not None for axes in spec):
+    sharding: Any = getattr(of, "sharding", None)
+    spec, mesh = getattr(sharding, "spec", None), getattr(sharding, "mesh", None)
+    if mesh is None or spec is None or all(axes is None for axes in spec):
         return None
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     named = [axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)]

@@ -247,9 +247,7 @@ class Kronecker:
                 )
             elif leaf in of_others:
                 gradient = of_others[leaf].astype(dtype)
-                found[leaf] = by_compiler(
-                    moments_of_gradient, gradient, use.layout, before[leaf]
-                )
+                found[leaf] = by_compiler(moments_of_gradient, gradient, use.layout, before[leaf])
         return found
 
 

@@ -1,8 +1,8 @@
 """The sides of the leaves, as their Kronecker factors have them.
 
-`factorisation` inverts the factors side by side, and `direction` takes the products with them. A
-moment has a spare row and column for a bias, and a matrix even for rows that are looked up, because
-the state is shaped before the first batch is seen.
+`factorisation` inverts the factors side by side, and `direction` takes the products with them. The
+state is shaped before the first batch is seen. So a moment has a spare row and column for a bias,
+and a matrix even for rows that are looked up.
 """
 
 import math
