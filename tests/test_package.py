@@ -27,6 +27,7 @@ SOURCES = {
 # each other, in however many steps.
 ROOMS = [
     "checks",
+    "sharding",
     "tree",
     "jaxprs",
     "problem",
