@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax import export
 from problems import (
     Dtypes,
     classifier,
@@ -590,6 +591,26 @@ def test_checkpoint_round_trip(subject, through, tmp_path):
     for batch in subject.problem.batches[3:]:
         carry = subject.compiled(*carry, batch)
     chex.assert_trees_all_equal(host_copy(carry), subject.trajectory[-1])
+
+
+def test_a_step_is_exported_for_batches_of_any_size(subject):
+    params, opt_state = subject.trajectory[2]
+    leaves, structure = jax.tree.flatten(opt_state)
+
+    def step(params, leaves, batch):
+        after = subject.step(params, jax.tree.unflatten(structure, leaves), batch)
+        return jax.tree.leaves(after)
+
+    # Direct solvers want to know whether there are more outputs than parameters.
+    (size,) = export.symbolic_shape("size", constraints=["size >= 10", "size <= 64"])
+    batch = subject.problem.batches[2]
+    of_any_size = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), batch
+    )
+    exported = export.export(jax.jit(step))(params, leaves, of_any_size)
+    found = exported.call(params, leaves, batch)
+    expected = jax.tree.leaves(subject.trajectory[3])
+    chex.assert_trees_all_close(host_copy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_leaf_of_a_state_is_empty(subject):

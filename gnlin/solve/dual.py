@@ -118,6 +118,11 @@ class Dual:
         start = tree.scale(self.momentum, state.last) if self.momentum else None
         stats = {} if self.otherwise is None else self.otherwise.init(rhs)[1]
         count = tree.size(jax.eval_shape(system.jvp, rhs))
+        if not isinstance(count, int):
+            raise ValueError(
+                f"the batch has {count} outputs, and the kernel matrix of `Dual` wants a number: "
+                "export a step of one batch size, or take another solver, such as gnlin.CG()"
+            )
         other_state = state.otherwise
         if count <= self.max_outputs:
             found, usable, own = _solve(system, rhs, start)

@@ -29,7 +29,9 @@ class Share(NamedTuple):
     dtype: Any  # of the moments
 
     def rows(self, total: int) -> jax.Array | None:
-        """Places of the applications; `None` for all of them."""
+        """Places of the applications; `None` for all of them, as of a symbolic number."""
+        if not isinstance(total, int):
+            return None
         taken = min(total, max(round(self.fraction * total), 64))
         if taken == total:
             return None

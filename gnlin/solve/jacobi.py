@@ -129,7 +129,7 @@ def _squares(reading: DenseReading, sample: Outputs, dtype) -> dict[int, jax.Arr
     for layer, cotangent in zip(reading.layers, cotangents, strict=True):
         x, s = layer.inputs.astype(dtype), cotangent.astype(dtype)
         # Whether applications are the examples.
-        squares = _of_examples if lengths == {len(x)} else _of_all_together
+        squares = _of_examples if lengths == {x.shape[0]} else _of_all_together
         weight, bias = by_compiler(squares, x, s)
         found[layer.weight] = weight.T if layer.transposed else weight
         if layer.bias is not None:

@@ -33,8 +33,10 @@ def root_sample(
     Reference: Golub & Van Loan, Matrix Computations, 4th edition, section 10.2.
     """
     dtype = tree.accumulation_dtype(like)
-    size = tree.size(like) ** 0.5  # ‖ε‖
-    signs = _signs(key, tree.size(like), dtype)
+    count = tree.size(like)
+    # ‖ε‖. The number of outputs may be symbolic, as under `jax.export`.
+    size = count**0.5 if isinstance(count, int) else jnp.sqrt(jnp.asarray(count, dtype))
+    signs = _signs(key, count, dtype)
     # Signs have the norm √M exactly, so this vector has norm 1.
     first_vector = tree.unflatten(signs / size, tree.zeros_like(like, dtype))
 

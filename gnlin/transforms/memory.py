@@ -86,10 +86,10 @@ def recall(memory: Memory, params: Params, batch: jax.Array, value: jax.Array) -
 
 
 def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array, Trial]:
-    """``(whether it is one, the trial of the last step by the loss now)``.
+    """``(whether it is one, the trial of the last step by the loss now)``, of the same batch.
 
-    It is none where the batch has changed. Nor is it one where a wrapper scaled or averaged the
-    step that was handed out, so that another was made.
+    It is none where a wrapper scaled or averaged the step that was handed out, so that another was
+    made.
     """
     # In units of the step that was handed out, so that squares of small numbers do not vanish.
     tiny = jnp.finfo(memory.length.dtype).tiny
@@ -103,7 +103,7 @@ def late_trial(memory: Memory, last: Last, value: jax.Array) -> tuple[jax.Array,
         else 0.0
     )
     slack = 0.1 * memory.length + 4 * eps * tree.norm(memory.params)
-    ours = last.again & memory.open & (jnp.abs(length - memory.length) <= slack)
+    ours = jnp.abs(length - memory.length) <= slack
     # A step that was lost in rounding says nothing. One of zeros was that of a failed solve.
     ours &= (length > 0) | (memory.length == 0)
     # In the dtype of the loss, whose resolution counts.
@@ -127,7 +127,10 @@ def digest(batch: Batch) -> jax.Array:
     words, place = jnp.zeros([2], jnp.uint32), 0
     for leaf in jax.tree.leaves(batch):
         bits = _bits(leaf)
-        index = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(place % 2**32)
+        # The size of a batch may be symbolic, as under `jax.export`.
+        known = isinstance(place, int)
+        start = jnp.uint32(place % 2**32) if known else jnp.asarray(place).astype(jnp.uint32)
+        index = jnp.arange(bits.size, dtype=jnp.uint32) + start
         place += bits.size
         # Odd weights: a change of one entry alone always changes the sum.
         first = jnp.sum(bits * (2 * index * jnp.uint32(0x9E3779B1) + 1), dtype=jnp.uint32)
