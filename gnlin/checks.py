@@ -115,6 +115,7 @@ def check_state(opt_state: Any, init: Callable[[Any], Any], params: Any) -> None
     )
     raise ValueError(
         "`opt_state` does not match `params`; call tx.init(params) of this transform with them. "
+        "A run goes on with the transform, and the settings of its solver, that it began with. "
         f"opt_state{differing} is {found.get(differing, 'not there')}, and should be "
         f"{wanted.get(differing, 'not there')}"
     )
@@ -138,8 +139,8 @@ def check_restored(opt_state: Any, kinds: Sequence[type]) -> None:
     if lost:
         raise ValueError(
             f"`opt_state` has a dictionary in place of a {lost[0]}: it was restored without its "
-            "form. Restore it onto jax.eval_shape(tx.init, params), such as "
-            "checkpointer.restore(path, jax.eval_shape(tx.init, params))"
+            "form. Restore onto the form of all that was saved, with "
+            "jax.eval_shape(tx.init, params) in the place of the state"
         )
 
 

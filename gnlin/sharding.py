@@ -10,20 +10,37 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 _REPLICATED = PartitionSpec()
 
 
 def unsharded(leaf: jax.Array) -> jax.Array:
     """The same array, whole on every device."""
-    return leaf if _spec(leaf) is None else jax.sharding.reshard(leaf, _REPLICATED)
+    sharding = _explicit(leaf)
+    if sharding is None:
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, _REPLICATED))
 
 
 def sharded_like(leaf: jax.Array, like: Any) -> jax.Array:
     """The same array, sharded like another or like its shape."""
-    spec = _spec(like)
-    return leaf if spec is None else jax.sharding.reshard(leaf, spec)
+    sharding = _explicit(like)
+    return leaf if sharding is None else jax.sharding.reshard(leaf, sharding)
+
+
+def check_mesh(tree: Any) -> None:
+    """Raise where arrays lie on a mesh with explicit axes, and the program is in none."""
+    if not hasattr(jax.sharding, "auto_axes") or not jax.sharding.get_abstract_mesh().empty:
+        return
+    explicit = jax.sharding.AxisType.Explicit
+    for leaf in jax.tree.leaves(tree):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if explicit in mesh.axis_types:
+            raise ValueError(
+                f"parameters or data lie on a mesh with the explicit axes {mesh.axis_names}: call "
+                "the update inside `with jax.set_mesh(mesh):`"
+            )
 
 
 def in_this_mesh(leaf: Any) -> Any:
@@ -46,7 +63,7 @@ def by_compiler(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(arguments)
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-    if not any(_spec(leaves[place]) is not None for place in places):
+    if all(_explicit(leaves[place]) is None for place in places):
         return function(*arguments)
 
     def inside(*arrays: jax.Array) -> Any:
@@ -59,7 +76,7 @@ def by_compiler(function: Callable[..., Any], *arguments: Any) -> Any:
     return run(*[leaves[place] for place in places])
 
 
-def _spec(leaf: Any) -> PartitionSpec | None:
+def _explicit(leaf: Any) -> NamedSharding | None:
     """How an array is sharded over explicit axes; `None` where it is not."""
     of = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     sharding: Any = getattr(of, "sharding", None)
@@ -69,4 +86,4 @@ def _spec(leaf: Any) -> PartitionSpec | None:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     named = [axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
     explicit = jax.sharding.AxisType.Explicit
-    return spec if any(kinds[axis] == explicit for axis in named) else None
+    return sharding if any(kinds[axis] == explicit for axis in named) else None

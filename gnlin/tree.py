@@ -51,7 +51,8 @@ def spread(labels: Tree, tree: Tree) -> list[Any]:
 
 
 def zeros_like(tree: Tree, dtype=None) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=dtype), tree)
+    # Of an array that is no tracer JAX would give zeros that are whole on every device.
+    return jax.tree.map(lambda leaf: sharded_like(jnp.zeros_like(leaf, dtype=dtype), leaf), tree)
 
 
 def add(a: Tree, b: Tree) -> Tree:

@@ -148,8 +148,24 @@ for name in variants(gnlin.Objective(model((None,) * 3), loss)):
             error = np.max(np.abs(np.asarray(leaf) - np.asarray(one[key])))
             assert error < 1e-9, (name, specs[key], key, error)
 
+# Without jit, and without a mesh around.
+put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+objective = gnlin.Objective(
+    lambda p, b: jnp.tanh(b["x"] @ p["in"] + p["bias"]) @ p["out"] + p["table"][0, :2], loss)
+everywhere, rows = put(params, P()), put(batch, P("d"))
+for tx in variants(objective)["linearised"], variants(objective)["default"]:
+    one = tx.update(None, tx.init(params), params, batch=batch)[0]
+    with jax.set_mesh(mesh):
+        found = tx.update(None, tx.init(everywhere), everywhere, batch=rows)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, one)
+try:
+    jax.jit(tx.update)(None, tx.init(everywhere), everywhere, batch=rows)
+except ValueError as error:
+    assert "inside `with jax.set_mesh(mesh):`" in str(error), error
+else:
+    raise AssertionError("a mesh is wanted")
+
 with jax.set_mesh(mesh):
-    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
     for options in ({"pairs": "trace"}, {"pairs": "full"}):
         one = gnlin.kernel.empirical_ntk(
             gnlin.Objective(model((None,) * 3), loss), params, batch, **options)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import shows_signature
 from gnlin.problem.curvature import System
+from gnlin.sharding import check_mesh
 from gnlin.solve.protocols import Solution, Stats
 from gnlin.tree import Params
 
@@ -55,6 +56,7 @@ class Dense:
         return (), _stats(0.0, False)
 
     def solve(self, system: System, rhs: Params, state: Any) -> tuple[Solution, Any]:
+        check_mesh(rhs)
         dtype = tree.accumulation_dtype(rhs)
         b, unit = _to_unit_size(rhs, dtype)
         curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)
@@ -68,6 +70,7 @@ class Dense:
         The damping of `system` is not used. λ stays above ε‖D^-½ G D^-½‖, the resolution of the
         right-hand side. Below it rounding errors in b would grow to the size of the direction.
         """
+        check_mesh(rhs)
         dtype = tree.accumulation_dtype(rhs)
         b, unit = _to_unit_size(rhs, dtype)
         curvature, diagonal = _curvature_factor(system, rhs, dtype), _diagonal(system, rhs, dtype)

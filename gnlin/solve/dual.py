@@ -17,6 +17,7 @@ from gnlin import tree
 from gnlin.checks import check_integer, shows_signature
 from gnlin.kernel.gram import inverse_of, kernel_matrix
 from gnlin.problem.curvature import System
+from gnlin.sharding import check_mesh
 from gnlin.solve.protocols import Solution, Solver, Stats, check_solver
 from gnlin.tree import Params
 
@@ -114,6 +115,7 @@ class Dual:
     def solve(
         self, system: System, rhs: Params, state: "DualState"
     ) -> tuple[Solution, "DualState"]:
+        check_mesh(rhs)
         dtype = tree.accumulation_dtype(rhs)
         start = tree.scale(self.momentum, state.last) if self.momentum else None
         stats = {} if self.otherwise is None else self.otherwise.init(rhs)[1]

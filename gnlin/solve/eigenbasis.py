@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.sharding import check_mesh
 from gnlin.solve.inverses import together
 from gnlin.solve.kronecker import Kronecker, KroneckerState
 from gnlin.solve.protocols import Solution, Stats
@@ -111,6 +112,7 @@ class Eigenbasis:
     def solve(
         self, system: System, rhs: Params, state: EigenbasisState
     ) -> tuple[Solution, EigenbasisState]:
+        check_mesh(rhs)
         dtype, own = tree.accumulation_dtype(rhs), layouts(rhs)
         factors, left, right = self._basis(system, rhs, state)
         mean, square, found = [], [], []

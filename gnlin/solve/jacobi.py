@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
-from gnlin.sharding import by_compiler
+from gnlin.sharding import by_compiler, check_mesh
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.solve.sampling import root_sample
 from gnlin.structure.layers import DenseReading, read_dense_layers
@@ -97,6 +97,7 @@ class Jacobi:
     def prepare(
         self, system: System, params: Params, state: JacobiState
     ) -> tuple[Preparation, JacobiState]:
+        check_mesh(params)
         dtype = tree.accumulation_dtype(params)
         key = jax.random.fold_in(jax.random.key(self.seed), state.count)
         reading, like = read_dense_layers(system.jvp, params), jax.eval_shape(system.jvp, params)

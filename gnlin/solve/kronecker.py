@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_fraction, check_integer, shows_signature
 from gnlin.problem.curvature import System
-from gnlin.sharding import by_compiler, sharded_like
+from gnlin.sharding import by_compiler, check_mesh, sharded_like
 from gnlin.solve.direction import apply_inverse
 from gnlin.solve.factorisation import Inverse, empty_inverse, inverse_of
 from gnlin.solve.factors import Factors, Share, moments_of_gradient, moments_of_layer
@@ -164,6 +164,7 @@ class Kronecker:
     def prepare(
         self, system: System, params: Params, state: KroneckerState
     ) -> tuple[Preparation, KroneckerState]:
+        check_mesh(params)
         damping = jnp.asarray(system.damping, tree.accumulation_dtype(params))
         found: list[Sequence[Use]] = []
 

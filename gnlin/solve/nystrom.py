@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gnlin import tree
 from gnlin.checks import check_integer, shows_signature
 from gnlin.problem.curvature import System
+from gnlin.sharding import check_mesh
 from gnlin.solve.protocols import Preparation, Stats
 from gnlin.tree import Params
 
@@ -101,6 +102,7 @@ class Nystrom:
     def prepare(
         self, system: System, params: Params, state: NystromState
     ) -> tuple[Preparation, NystromState]:
+        check_mesh(params)
         root = _root_of_scaling(system, params)
 
         def refreshed():
