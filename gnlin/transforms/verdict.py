@@ -55,7 +55,7 @@ def past_of(
     def late() -> tuple[jax.Array, Trial]:
         return late_trial(memory, last, value)
 
-    # Both read all parameters several times, for nothing where batches change.
+    # It reads all parameters several times, for nothing where batches change.
     none = jnp.asarray(False), no_trial(value, memory.length)
     is_trial, trial = jax.lax.cond(last.again & memory.open, late, lambda: none)
     adapted, accepted, _ = judged(policy, damping, trial)

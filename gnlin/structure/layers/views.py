@@ -80,11 +80,11 @@ def unstack(operation: Operation, notes: Notes) -> list[View] | None:
     if not isinstance(value, View) or len(value.axes[axis]) > 1:
         return None
     group, length = value.axes[axis], value.shape[axis]
-    axes = value.axes[:axis] + value.axes[axis + 1 :]
-    shape = value.shape[:axis] + value.shape[axis + 1 :]
     if length == 1:
         one = reshape(operation, notes)
         return None if one is None else [one]
+    axes = value.axes[:axis] + value.axes[axis + 1 :]
+    shape = value.shape[:axis] + value.shape[axis + 1 :]
     if not group:
         return [value._replace(axes=axes, shape=shape)] * length
     return [
