@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 _REPLICATED = PartitionSpec()
@@ -20,7 +21,9 @@ def unsharded(leaf: jax.Array) -> jax.Array:
     sharding = _explicit(leaf)
     if sharding is None:
         return leaf
-    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, _REPLICATED))
+    # JAX 0.10 wants an entry for each axis under `vmap`.
+    everywhere = PartitionSpec(*[None] * jnp.ndim(leaf))
+    return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, everywhere))
 
 
 def sharded_like(leaf: jax.Array, like: Any) -> jax.Array:

@@ -136,8 +136,9 @@ assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
 for name in variants(gnlin.Objective(model((None,) * 3), loss)):
     one = run(name, (None,) * 3, params, batch)
     for specs, of_batch, of_hidden in (
-        (whole, P("d"), (P("d"), P("d"), P("d"))),
-        (columns, P(), (P(), P(None, "d"), P())),
+        # With an entry for each axis: under `vmap` JAX 0.10 stops where one is left out.
+        (whole, P("d"), (P("d", None),) * 3),
+        (columns, P(), (P(None, None), P(None, "d"), P(None, None))),
     ):
         with jax.set_mesh(mesh):
             put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
@@ -170,7 +171,7 @@ with jax.set_mesh(mesh):
         one = gnlin.kernel.empirical_ntk(
             gnlin.Objective(model((None,) * 3), loss), params, batch, **options)
         found = jax.jit(lambda p, b: gnlin.kernel.empirical_ntk(
-            gnlin.Objective(model((P("d"),) * 3), loss), p, b, **options)
+            gnlin.Objective(model((P("d", None),) * 3), loss), p, b, **options)
         )(put(params, P()), put(batch, P("d")))
         np.testing.assert_allclose(found, one, rtol=1e-9)
 """
